@@ -1,0 +1,82 @@
+"""What a report says, as plain data: it knows no model, no terminal and no browser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+__all__ = ["Block", "Cell", "Document", "Facts", "Paragraph", "Plot", "Section", "Series", "Table"]
+
+Cell: TypeAlias = str | int | float | bool | None
+Tone: TypeAlias = Literal["plain", "good", "bad"]
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A sentence or several; ``tone`` colours it."""
+
+    text: str
+    tone: Tone = "plain"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A few figures with their names, for the eye to catch first."""
+
+    items: Sequence[tuple[str, Cell]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns. ``tones`` colours rows by their index."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    title: str = ""
+    caption: str = ""
+    tones: dict[int, Tone] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot. ``style`` is ``"line"``, ``"dashed"`` or ``"bar"``; ``group`` gives lines the same colour."""
+
+    name: str
+    x: Sequence[float] | Sequence[str]
+    y: Sequence[float]
+    style: Literal["line", "dashed", "bar"] = "line"
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Lines or bars over one pair of axes, as data; drawn when a page is made."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    caption: str = ""
+    log_y: bool = False
+
+
+Block: TypeAlias = Paragraph | Facts | Table | Plot
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with the blocks under it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A title, one line of summary, and sections."""
+
+    title: str
+    summary: str
+    sections: Sequence[Section]
+    tone: Tone = "plain"

@@ -1,0 +1,79 @@
+"""A document in a terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from batchnorm.report.document import Block, Cell, Document, Facts, Paragraph, Plot, Table
+
+__all__ = ["format_cell", "render", "to_text"]
+
+_STYLE = {"plain": "", "good": "green", "bad": "red"}
+
+
+def format_cell(cell: Cell) -> str:
+    """Return a cell as a person reads it: 4 significant digits, yes/no, and a dash for nothing.
+
+    >>> format_cell(0.123456), format_cell(1e-9), format_cell(True), format_cell(None)
+    ('0.1235', '1e-09', 'yes', '–')
+    """
+    if cell is None:
+        return "–"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, float):
+        return f"{cell:.4g}" if math.isfinite(cell) else str(cell)
+    return str(cell)
+
+
+def render(document: Document) -> RenderableType:
+    """Return the document as a Rich renderable."""
+    parts: list[RenderableType] = [Text(document.title, style="bold")]
+    if document.summary:
+        parts.append(Text(document.summary, style=_STYLE[document.tone]))
+    for section in document.sections:
+        if section.title:
+            parts.append(Text(f"\n{section.title}", style="bold"))
+        parts.extend(_block(block) for block in section.blocks)
+    return Group(*parts)
+
+
+def _block(block: Block) -> RenderableType:
+    if isinstance(block, Paragraph):
+        return Text(block.text, style=_STYLE[block.tone])
+    if isinstance(block, Facts):
+        grid = RichTable.grid(padding=(0, 2))
+        for name, value in block.items:
+            grid.add_row(name, format_cell(value))
+        return grid
+    if isinstance(block, Table):
+        return _table(block)
+    if isinstance(block, Plot):
+        return Text(f"[plot: {block.title}]", style="dim")
+    raise TypeError(f"no text for a block of type {type(block).__name__}")
+
+
+def _table(block: Table) -> RichTable:
+    table = RichTable(title=block.title or None, caption=block.caption or None, title_justify="left")
+    for index, column in enumerate(block.columns):
+        numeric = any(isinstance(row[index], int | float) for row in block.rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for index, row in enumerate(block.rows):
+        # Text(), so that brackets in a layer's name are not read as markup
+        cells = [Text(format_cell(cell)) for cell in row]
+        table.add_row(*cells, style=_STYLE[block.tones.get(index, "plain")])
+    return table
+
+
+def to_text(document: Document, width: int = 120) -> str:
+    """Return the document as plain text of at most ``width`` columns."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    console.print(render(document))
+    out = console.file
+    assert isinstance(out, io.StringIO)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
