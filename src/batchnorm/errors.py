@@ -19,6 +19,7 @@ __all__ = [
     "ShapeError",
     "StateError",
     "UnknownNameError",
+    "UnsupportedDtypeError",
     "VerificationError",
     "closest",
 ]
@@ -38,6 +39,10 @@ class ArgumentTypeError(BatchNormError, TypeError):
 
 class InputError(BatchNormError, RuntimeError):
     """Tensors do not fit together: sizes, dtypes or devices (torch raises ``RuntimeError`` there)."""
+
+
+class UnsupportedDtypeError(InputError, NotImplementedError):
+    """A tensor is of a dtype that cannot be normalized (torch raises ``NotImplementedError`` there)."""
 
 
 class NonFiniteError(BatchNormError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -85,7 +86,8 @@ class Moments:
         if not -x.dim() <= channel_dim < x.dim():
             raise ShapeError(f"Moments.of: channel_dim={channel_dim}, but x has shape {tuple(x.shape)}.")
         dim = channel_dim % x.dim()
-        rows = x.detach().movedim(dim, -1).reshape(-1, x.shape[dim]).double()
+        values = math.prod(s for i, s in enumerate(x.shape) if i != dim)  # per channel; reshape(-1, 0) would not know
+        rows = x.detach().movedim(dim, -1).reshape(values, x.shape[dim]).double()
         if mask is not None:
             weight = expand_mask(mask, x, dim).movedim(dim, -1).reshape(rows.shape).double()
             count = weight.sum(0)

@@ -1,0 +1,217 @@
+"""Batch normalization as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm.errors import InputError
+from batchnorm.functional import dispatch
+from batchnorm.functional.operator import batch_norm_operator, composite
+from batchnorm.functional.validation import check_extras, check_valid_counts, first_problem
+from batchnorm.kernels.activation import ACTIVATIONS
+from batchnorm.kernels.contract import Request
+from batchnorm.moments import Moments, expand_mask
+
+__all__ = ["batch_norm", "moments"]
+
+Where: TypeAlias = str | Callable[[], str]
+"""What an error message opens with; a callable is asked only if there is an error."""
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""Normalize every channel, scale and shift it, add a residual, and apply an activation.
+
+    .. math::
+
+        y = \mathrm{act}\!\left(\gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \mathrm{residual}\right)
+
+    In training μ = (1/n) Σ xᵢ and σ² = (1/n) Σ (xᵢ − μ)², the biased variance with divisor n, over the n valid
+    values of the channel in this batch; the running statistics move by r ← (1 − momentum)·r + momentum·b, where b is μ
+    and the *unbiased* variance, divisor n − 1. In evaluation μ and σ² are the running statistics.
+
+    Args:
+        input: x, shape (N, C) or (N, C, \*space), any memory layout; float32, float64, float16 or bfloat16.
+        running_mean: shape (C,), updated in place in training; None keeps none.
+        running_var: shape (C,), likewise.
+        weight: γ, shape (C,); None means 1.
+        bias: β, shape (C,); None means 0.
+        training: take the statistics from the batch.
+        momentum: weight of the new batch in the running statistics.
+        eps: added to the variance; same unit.
+        activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"relu6"``, ``"hardswish"``, ``"silu"``, ``"sigmoid"``,
+            ``"tanh"``, ``"gelu"`` (with erf), or None.
+        residual: added before the activation; shape and dtype of the input.
+        mask: bool, True where a position is valid; shape (N, \*space), or one that broadcasts to the input's. What
+            stands at the other positions, even NaN, has no influence: it enters no statistic, and output and gradients
+            are exactly 0 there, in training and in evaluation.
+
+    Returns:
+        y, of the shape, dtype and memory layout of the input.
+
+    Raises:
+        ShapeError: a value or shape cannot be used: eps, a single value per channel in training, residual, mask. A
+            ``ValueError``, as in torch.
+        InputError: sizes, dtypes or devices do not fit, or statistics are missing. A ``RuntimeError``, as in torch.
+        ArgumentTypeError: something is no tensor. A ``TypeError``.
+        UnknownNameError: there is no such activation. A ``KeyError``.
+
+    Example:
+        >>> import torch
+        >>> from batchnorm.functional import batch_norm
+        >>> x = torch.tensor([[1.0], [3.0], [100.0]])
+        >>> mean, var = torch.zeros(1), torch.ones(1)
+        >>> valid = torch.tensor([True, True, False])
+        >>> batch_norm(x, mean, var, training=True, momentum=1.0, mask=valid).round(decimals=4)
+        tensor([[-1.],
+                [ 1.],
+                [ 0.]])
+        >>> mean, var
+        (tensor([2.]), tensor([2.]))
+
+    Source: Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+    Covariate Shift", algorithm 1 and section 3.1.
+    """
+    return normalize(
+        "batch_norm",
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        activation,
+        residual,
+        mask,
+    )
+
+
+def normalize(
+    where: Where,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Do what :func:`batch_norm` does; messages open with ``where``."""
+    if activation is not None or residual is not None or mask is not None:
+        check_extras(_text(where), input, activation, residual, mask)
+    if mask is None and dispatch.plain():
+        backend = "torch"
+    else:
+        backend = dispatch.choose(Request(input, weight, bias, training, activation, residual, mask))
+    if backend != "torch":
+        _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if training and mask is not None:
+            check_valid_counts(_text(where), input, mask)
+        return _operator()(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            mask,
+            residual,
+            activation,
+            backend,
+        )
+    try:
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
+        raise
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else ACTIVATIONS[activation].function(y)
+
+
+def _operator() -> Callable[..., Tensor]:
+    """Return the operator; under vmap, grad and their like what it is made of, for they look into no operator."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return composite
+    return batch_norm_operator
+
+
+def _check(
+    where: Where,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> None:
+    state = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    problem = first_problem(_text(where), input, state, training, momentum, eps)
+    if problem is not None:
+        raise problem
+
+
+def _text(where: Where) -> str:
+    return where if isinstance(where, str) else where()
+
+
+def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
+    r"""Return the count, mean and M2 of every channel: what a batch adds to the statistics of a population.
+
+    .. math::
+
+        \mathrm{mean} = \frac1n \sum_i x_i \qquad M_2 = \sum_i (x_i - \mathrm{mean})^2
+
+    Args:
+        x: shape (N, C) or (N, C, \*space), any memory layout, floating point.
+        mask: bool, True where a position is valid; shape (N, \*space), or one that broadcasts to the input's.
+
+    Returns:
+        Moments in float64, shape (C,), without gradients; M2 has no divisor, see
+        :meth:`~batchnorm.moments.Moments.variance`. Two batches' moments add up with ``+``.
+
+    Raises:
+        InputError: x has fewer than 2 dimensions or is not floating point; the mask is not boolean or elsewhere.
+        ShapeError: the mask does not fit.
+
+    Example:
+        >>> import torch
+        >>> from batchnorm.functional import moments
+        >>> moments(torch.tensor([[1.0, 10.0], [3.0, 10.0]]))
+        Moments(count=[2.0, 2.0], mean=[2.0, 10.0], m2=[2.0, 0.0])
+    """
+    check_extras("moments", x, None, None, mask)
+    if x.dim() < 2:
+        raise InputError(f"moments: expected an input of shape (N, C) or (N, C, *space); got {tuple(x.shape)}.")
+    if not x.is_floating_point():
+        raise InputError(f"moments: expected a floating-point input; got {x.dtype}. Convert it with x.float().")
+    name = dispatch.choose(Request(x, training=True, mask=mask), split=True)
+    full = None if mask is None else expand_mask(mask, x, 1)
+    return dispatch.backend(name).moments(x.detach(), full)

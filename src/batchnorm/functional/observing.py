@@ -1,0 +1,42 @@
+"""Lets others look at the calls of the operator ``batchnorm::batch_norm`` in the thread that they watch.
+
+Above autograd the operator is taken apart before a dispatch mode could meet it, so it reports its calls itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from torch import Tensor
+
+__all__ = ["Observer", "notify", "observing"]
+
+Observer: TypeAlias = Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor | None], None]
+"""Called with input, running_mean, running_var, eps and mask before the call is served; it must not change them."""
+
+
+class _Observers(threading.local):
+    def __init__(self) -> None:
+        self.all: tuple[Observer, ...] = ()
+
+
+_observers = _Observers()
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Call ``observer`` before each call of the operator in this thread, for as long as the context lasts."""
+    _observers.all = (*_observers.all, observer)
+    try:
+        yield
+    finally:
+        _observers.all = tuple(o for o in _observers.all if o is not observer)
+
+
+def notify(x: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float, mask: Tensor | None) -> None:
+    """Tell the observers of this thread about a call."""
+    for observer in _observers.all:
+        observer(x, mean, variance, eps, mask)

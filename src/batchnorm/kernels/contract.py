@@ -1,0 +1,136 @@
+"""What a backend offers: the phases of batch normalization, split so that others can work between them.
+
+Activations ``x`` are (N, C) or (N, C, *space) with any strides; a 2-D input is rows. Data are float32, bfloat16 or
+float16 with float32 parameters, or of one dtype throughout; statistics pass between the phases in float64, shape (C,).
+
+A masked norm, a norm synchronized across processes and recalibration all take :meth:`Backend.moments`, do something to
+the result, and go on with :meth:`Backend.normalize`; a plain training step may take both in one trip through memory,
+:meth:`Backend.train_forward`, which a backend overrides where it can.
+
+How exact a backend must be is written in :mod:`batchnorm.kernels.accuracy`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from batchnorm.moments import Moments
+
+__all__ = ["Backend", "Gradients", "Reduced", "Request", "Transform", "normalizers"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call that some backend is to serve; dtype, layout and device are those of its tensors."""
+
+    input: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    activation: str | None = None
+    residual: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What happens to the values once the statistics are known.
+
+    y = activation(weight · (x − mean) · rstd + bias + residual), and y = 0 where the mask is False.
+
+    Attributes:
+        mean: float64, (C,).
+        rstd: 1/√(variance + eps), float64, (C,).
+        weight: γ, (C,); None means 1.
+        bias: β, (C,); None means 0.
+        residual: of the shape and dtype of x; None means 0.
+        activation: a key of ``ACTIVATIONS``; None is the identity.
+        mask: bool, expanded (not copied) to the shape of x: its stride over the channels is 0 where it masks positions.
+    """
+
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    activation: str | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What the backward pass sums per channel, over the ``count`` valid values; g = dy · activation′.
+
+    Attributes:
+        count: number of values, float64, (C,); the divisor of both means in the input gradient.
+        sum_dy: Σ g, float64, (C,): the gradient of the bias.
+        sum_dy_xhat: Σ g·x̂, float64, (C,): the gradient of the weight.
+    """
+
+    count: Tensor
+    sum_dy: Tensor
+    sum_dy_xhat: Tensor
+
+
+class Gradients(NamedTuple):
+    """What :meth:`Backend.backward_input` gives: both of the shape and dtype of x."""
+
+    input: Tensor
+    residual: Tensor | None
+
+
+class Backend(ABC):
+    """One way to compute batch normalization.
+
+    None of the methods validates: shapes, dtypes and devices have been checked above. None writes into its arguments.
+    """
+
+    name: str
+
+    @abstractmethod
+    def refusal(self, request: Request) -> str | None:
+        """Return None if this backend can serve the call, else why not, as the end of a sentence."""
+
+    @abstractmethod
+    def moments(self, x: Tensor, mask: Tensor | None = None) -> Moments:
+        """Return count, mean and M2 of the valid values, per channel."""
+
+    @abstractmethod
+    def normalize(self, x: Tensor, transform: Transform) -> Tensor:
+        """Return y, of the dtype and memory layout of x; 0 where the mask is False, whatever x holds there."""
+
+    @abstractmethod
+    def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Reduced:
+        """Return the two sums over the batch; positions outside the mask add nothing."""
+
+    @abstractmethod
+    def backward_input(self, dy: Tensor, x: Tensor, transform: Transform, reduced: Reduced | None) -> Gradients:
+        """Return the gradients of x and of the residual.
+
+        With g = dy · activation′ and the sums of the whole batch in ``reduced``,
+        dx = weight · rstd · (g − Σg/n − x̂ · Σ(g·x̂)/n). None for ``reduced`` means that mean and rstd do not depend on
+        x (evaluation): dx = weight · rstd · g. The residual's gradient is g; None if there is no residual.
+        """
+
+    def train_forward(self, x: Tensor, transform: Transform, eps: float) -> tuple[Tensor, Moments]:
+        """Return y and the moments of x that normalized it; ``mean`` and ``rstd`` of the transform are not read.
+
+        Made of the split phases; a fused backend overrides it.
+        """
+        moments = self.moments(x, transform.mask)
+        mean, rstd = normalizers(moments, eps)
+        return self.normalize(x, replace(transform, mean=mean, rstd=rstd)), moments
+
+    def train_backward(self, dy: Tensor, x: Tensor, transform: Transform) -> tuple[Gradients, Reduced]:
+        """Return the input gradients and the two sums; made of the split phases, a fused backend overrides it."""
+        reduced = self.backward_reduce(dy, x, transform)
+        return self.backward_input(dy, x, transform, reduced), reduced
+
+
+def normalizers(moments: Moments, eps: float) -> tuple[Tensor, Tensor]:
+    """Return mean and rstd = 1/√(M2/n + eps): the variance with divisor n (biased), 0 for a channel without values."""
+    return moments.mean, (moments.m2 / moments.count.clamp(min=1) + eps).rsqrt()

@@ -1,0 +1,254 @@
+"""Batch normalization layers: torch's, with activation, residual and mask, and with errors that name the layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm.errors import ArgumentTypeError, ShapeError
+from batchnorm.functional.batch_norm import normalize
+from batchnorm.functional.validation import check_activation
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+
+class _Layer(torch.nn.modules.batchnorm._BatchNorm):
+    """What the three layers share; each of them also inherits the layer of torch that it stands in for."""
+
+    # Class attributes, so that a layer of torch becomes one of ours by its class alone. They have no annotation:
+    # torch.jit reads those of a module and does not understand postponed ones.
+    activation = None  # type: str | None
+    layer_name = None  # type: str | None
+
+    __jit_unused_properties__ = ("center", "scale")
+
+    _dims = ()  # type: tuple[int, ...]
+    _shapes = ""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        center: bool = True,
+        scale: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        if activation is not None:
+            check_activation(type(self).__name__, activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        # torch's `affine` says whether there is a weight: its own code reads it so
+        self.affine = affine and scale
+        if affine and not scale:
+            self.weight = None  # type: ignore[assignment]
+        if affine and not (center and bias):
+            self.bias = None  # type: ignore[assignment]
+        self.activation = activation
+
+    @property
+    def center(self) -> bool:
+        """Whether the layer has a shift β (its ``bias``)."""
+        return self.bias is not None
+
+    @property
+    def scale(self) -> bool:
+        """Whether the layer has a scale γ (its ``weight``)."""
+        return self.weight is not None
+
+    def reset_parameters(self) -> None:
+        """Set γ to 1, β to 0, and the running statistics to mean 0 and variance 1."""
+        super().reset_parameters()
+        if not self.affine and self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Show what torch's layer shows, and what differs from it."""
+        parts: list[str] = [super().extra_repr()]  # type: ignore[no-untyped-call]
+        if self.bias is not None and self.weight is None:
+            parts.append("center=True, scale=False")
+        if self.activation is not None:
+            parts.append(f"activation={self.activation!r}")
+        return ", ".join(parts)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Return the normalized input.
+
+        Args:
+            input: of the shape that the layer's documentation states.
+            residual: added before the activation; shape and dtype of the input.
+            mask: bool, True where a position is valid, shape (N, *space) or one that broadcasts to the input's; see
+                :func:`batchnorm.functional.batch_norm`.
+        """
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            # A script knows neither our errors nor our operator; what it can hold is torch's own layer.
+            if residual is not None or mask is not None or self.activation is not None:
+                raise RuntimeError("a scripted batch norm takes no residual, mask or activation; use torch.export")
+            factor = 0.0
+            if self.momentum is not None:
+                factor = self.momentum
+            if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                if self.momentum is None:
+                    factor = 1.0 / float(self.num_batches_tracked)
+            keep = not self.training or self.track_running_stats
+            return F.batch_norm(
+                input,
+                self.running_mean if keep else None,
+                self.running_var if keep else None,
+                self.weight,
+                self.bias,
+                self.training or (self.running_mean is None and self.running_var is None),
+                factor,
+                self.eps,
+            )
+        else:  # noqa: RET505  only a branch of its own is left out of a script
+            return self._normalize(input, residual, mask)
+
+    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            return self._record(input, residual, mask)
+        self._check_input_dim(input)
+        training = self.training
+        keep = not training or self.track_running_stats
+        mean = self.running_mean if keep else None
+        var = self.running_var if keep else None
+        # The counter moves only once the batch is in the statistics: a refused batch leaves no trace.
+        counter = self.num_batches_tracked if training and self.track_running_stats else None
+        if self.momentum is not None:
+            factor = self.momentum
+        else:
+            factor = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
+        output = normalize(
+            self._where,
+            input,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            training or (mean is None and var is None),
+            factor,
+            self.eps,
+            self.activation,
+            residual,
+            mask,
+        )
+        if counter is not None:
+            counter.add_(1)
+        return output
+
+    def _record(self, input: Any, residual: Any, mask: Any) -> Any:
+        """Stay one node in a graph that torch.fx traces, as torch's own layers do."""
+        extras = {"residual": residual, "mask": mask}
+        given = {name: value for name, value in extras.items() if value is not None}
+        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), given)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if not isinstance(input, Tensor):
+            raise ArgumentTypeError(f"{self._where()}: input must be a tensor; got {type(input).__name__}.")
+        if input.dim() not in self._dims:
+            wanted = " or ".join(f"{d}D" for d in self._dims)
+            raise ShapeError(
+                f"{self._where()}: expected {wanted} input of shape {self._shapes}; got {input.dim()}D input of shape "
+                f"{tuple(input.shape)}. BatchNorm1d takes 2D and 3D, BatchNorm2d 4D, BatchNorm3d 5D."
+            )
+
+    def _where(self) -> str:
+        """Return what an error message opens with: the layer's name in its model, else its class and size."""
+        return self.layer_name or f"{type(self).__name__}({self.num_features})"
+
+
+class BatchNorm1d(_Layer, torch.nn.BatchNorm1d):
+    r"""Batch normalization of (N, C) or (N, C, L).
+
+    .. math::
+
+        y = \gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+    per channel. In training μ and σ² are those of the batch, over N or N·L values, σ² with divisor n (biased), and the
+    running statistics move towards them by ``momentum``, the variance with divisor n − 1 (unbiased). In evaluation they
+    are the running statistics.
+
+    It is a ``torch.nn.BatchNorm1d``: same constructor, same state-dict keys, same numbers. It adds:
+
+    Args:
+        num_features: C.
+        eps: added to the variance; same unit.
+        momentum: weight of a new batch in the running statistics; None averages all batches alike.
+        affine: whether there are γ and β at all.
+        track_running_stats: whether running statistics are kept; without them evaluation uses the batch's.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        bias: torch's name for ``center``; both must be True for a β.
+        center: learn a shift β, the parameter ``bias``.
+        scale: learn a scale γ, the parameter ``weight``; the attribute ``affine`` says whether there is one.
+        activation: applied last, see :func:`batchnorm.functional.batch_norm`.
+
+    Raises:
+        ShapeError: the input has another number of dimensions, or a single value per channel in training (a
+            ``ValueError``).
+        InputError: another number of channels, dtype or device (a ``RuntimeError``).
+
+    Example:
+        >>> import torch
+        >>> from batchnorm.nn import BatchNorm1d
+        >>> norm = BatchNorm1d(2, scale=False, activation="relu")
+        >>> list(norm.state_dict())
+        ['bias', 'running_mean', 'running_var', 'num_batches_tracked']
+        >>> norm(torch.tensor([[1.0, 5.0], [3.0, 5.0]])).detach().round(decimals=3)
+        tensor([[0., 0.],
+                [1., 0.]])
+
+    Source: Ioffe & Szegedy 2015, algorithm 1 and section 3.1.
+    """
+
+    _dims = (2, 3)
+    _shapes = "(N, C) or (N, C, L)"
+
+
+class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
+    r"""Batch normalization of (N, C, H, W), over N·H·W values per channel.
+
+    Formula, arguments and errors are those of :class:`BatchNorm1d`; it is a ``torch.nn.BatchNorm2d``.
+
+    Example:
+        >>> import torch
+        >>> from batchnorm.nn import BatchNorm2d
+        >>> norm = BatchNorm2d(3, activation="relu")
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> norm(x, residual=x).shape
+        torch.Size([4, 3, 8, 8])
+        >>> isinstance(norm, torch.nn.BatchNorm2d)
+        True
+
+    Source: Ioffe & Szegedy 2015, section 3.2.
+    """
+
+    _dims = (4,)
+    _shapes = "(N, C, H, W)"
+
+
+class BatchNorm3d(_Layer, torch.nn.BatchNorm3d):
+    r"""Batch normalization of (N, C, D, H, W), over N·D·H·W values per channel.
+
+    Formula, arguments and errors are those of :class:`BatchNorm1d`; it is a ``torch.nn.BatchNorm3d``.
+
+    Example:
+        >>> import torch
+        >>> from batchnorm.nn import BatchNorm3d
+        >>> BatchNorm3d(2)(torch.randn(2, 2, 3, 3, 3)).shape
+        torch.Size([2, 2, 3, 3, 3])
+
+    Source: Ioffe & Szegedy 2015, section 3.2.
+    """
+
+    _dims = (5,)
+    _shapes = "(N, C, D, H, W)"

@@ -1,0 +1,76 @@
+"""A model's state set aside, so that whatever happens next can be taken back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parameter import is_lazy
+
+__all__ = ["Snapshot", "untouched"]
+
+
+class Snapshot:
+    """The train/eval mode of every module and the value of every buffer, as they are now.
+
+    Buffers are restored into the tensors they live in, so that whoever shares them sees the old values again; a buffer
+    that was replaced, added or removed in between is put back, taken out, or returned to its name. Parameters are kept
+    too when ``parameters=True``.
+    """
+
+    def __init__(self, model: Module, *, parameters: bool = False) -> None:
+        # scripted modules that went through torch.jit.freeze have no mode
+        self._modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
+        # a scripted module keeps its buffers in C++, where their slots cannot change
+        plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._slots = [(m, dict(m._buffers)) for m in plain]
+        self._values: list[tuple[Tensor, Tensor]] = []
+        tensors = list(model.buffers()) + (list(model.parameters()) if parameters else [])
+        for tensor in tensors:
+            # Lazy modules hold tensors without a value until their first forward; an expanded tensor (one element seen
+            # many times) cannot be written in place, by us or by a forward pass.
+            if not is_lazy(tensor) and torch._debug_has_internal_overlap(tensor) != 1:
+                self._values.append((tensor, tensor.detach().clone()))
+
+    def restore(self) -> None:
+        """Put every mode and value back."""
+        for module, training in self._modes:
+            # the attribute itself: train() may be overridden (a frozen norm ignores it)
+            module.training = training
+        for module, buffers in self._slots:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for tensor, value in self._values:
+                # a write, even of the same value, would fail a backward pass that is still to come
+                if not _same_bits(tensor, value):
+                    tensor.copy_(value)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors of one shape and dtype hold the same bits: NaN equals itself, −0 is not 0."""
+    if a.is_meta:
+        return True
+    if a.layout != torch.strided or a.is_quantized:
+        return False
+    flat, other = (t.detach().resolve_conj().resolve_neg().reshape(-1) for t in (a, b))
+    return flat.numel() == 0 or torch.equal(flat.view(torch.uint8), other.view(torch.uint8))
+
+
+@contextmanager
+def untouched(model: Module) -> Iterator[None]:
+    """Leave the model and the random generators as they were, whatever the body does, however it ends."""
+    snapshot = Snapshot(model)
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            try:
+                snapshot.restore()
+            except BaseException:  # a second interrupt, in the middle of it
+                snapshot.restore()
+                raise

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import batchnorm.nn as ours
+from batchnorm.errors import InputError, ShapeError, StateError
+from batchnorm.nn.convert import convert, revert
+
+KINDS = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
+OURS = dict(zip(KINDS, (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d), strict=True))
+
+
+class Subclass(nn.BatchNorm2d):
+    """Has a forward of its own, as timm's norms with activation do."""
+
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+class Identity(nn.Module):
+    def forward(self, x):
+        return x
+
+
+def fingerprint(model):
+    """Return everything that conversion must keep, comparable by value, and by identity within the model."""
+    order: dict[int, int] = {}
+    return [
+        (
+            name,
+            type(module),
+            module.training,
+            list(module.__dict__),
+            {k: v for k, v in module.__dict__.items() if isinstance(v, int | float | str | bool | None)},
+            [
+                (k, order.setdefault(id(p), len(order)), None if p is None else (p.tolist(), p.requires_grad))
+                for k, p in module._parameters.items()
+            ],
+            [
+                (k, order.setdefault(id(b), len(order)), None if b is None else b.tolist())
+                for k, b in module._buffers.items()
+            ],
+            [(k, order.setdefault(id(m), len(order))) for k, m in module._modules.items()],
+            list(module._forward_hooks.values()),
+        )
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
+
+
+def hook(module, args, output):
+    return None
+
+
+@st.composite
+def models(draw: st.DrawFn) -> nn.Module:
+    """Draw a tree of modules with norms at any depth, shared ones, hooks, and mixed modes."""
+    shared = [draw(norms()) for _ in range(2)]
+
+    def tree(depth):
+        children = []
+        for _ in range(draw(st.integers(1, 3))):
+            kind = draw(st.sampled_from(["norm", "shared", "other"] + ["tree"] * (depth > 0)))
+            if kind == "norm":
+                children.append(draw(norms()))
+            elif kind == "shared":
+                children.append(draw(st.sampled_from(shared)))
+            elif kind == "tree":
+                children.append(tree(depth - 1))
+            else:
+                children.append(draw(st.sampled_from([Identity, lambda: nn.Linear(2, 2), lambda: nn.LayerNorm(2)]))())
+        return nn.Sequential(*children)
+
+    return draw(norms()) if draw(st.booleans()) and draw(st.booleans()) else tree(2)
+
+
+@st.composite
+def norms(draw: st.DrawFn) -> nn.Module:
+    options = {
+        "momentum": draw(st.sampled_from([0.1, None])),
+        "affine": draw(st.booleans()),
+        "track_running_stats": draw(st.booleans()),
+    }
+    norm = draw(st.sampled_from(KINDS))(2, **options).train(draw(st.booleans()))
+    if norm.affine and draw(st.booleans()):
+        norm.weight.requires_grad_(False)
+    if draw(st.booleans()):
+        norm.register_forward_hook(hook)
+    if draw(st.booleans()):
+        norm.note = "kept"
+    return norm
+
+
+@given(models(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_there_and_back_is_where_we_were(model, inplace):
+    before = fingerprint(model)
+    there = convert(model, inplace=inplace)
+    assert (there.model is model) is inplace
+    assert there.left == ()
+    for name, module in there.model.named_modules():
+        if isinstance(module, tuple(KINDS)):
+            assert type(module) in OURS.values()
+            assert name in there.converted
+    if not inplace:
+        assert fingerprint(model) == before
+    back = revert(there.model, inplace=inplace)
+    assert back.converted == there.converted
+    assert fingerprint(back.model) == before
+
+
+def block():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)))
+
+
+def test_identity_and_numbers_are_kept_in_place():
+    model, x = block(), torch.randn(2, 3, 4, 4)
+    expected = copy.deepcopy(model)(x)
+    norm, weight = model[1], model[1].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    result = convert(model, inplace=True)
+    assert result.model is model
+    assert model[1] is norm
+    assert norm.weight is weight
+    y = model(x)
+    assert torch.equal(y, expected)
+    y.square().sum().backward()
+    old = weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(norm.weight, old)
+
+
+def test_layers_know_their_names_and_say_them():
+    result = convert(block())
+    assert result.converted == ("1", "2.1")
+    with pytest.raises(ShapeError, match=r"^2\.1: training needs"):
+        result.model[2](torch.zeros(1, 4, 1, 1))
+    assert "layer_name" not in revert(result.model).model[1].__dict__
+
+
+def test_the_root_may_be_a_norm():
+    norm = nn.BatchNorm1d(2)
+    result = convert(norm)
+    assert type(result.model) is ours.BatchNorm1d
+    assert type(norm) is nn.BatchNorm1d
+    assert result.converted == ("",)
+    with pytest.raises(ShapeError, match=r"^BatchNorm1d\(2\): "):
+        result.model(torch.zeros(1, 2))
+
+
+def test_what_is_left_has_its_reason():
+    patched = nn.BatchNorm2d(2)
+    patched.forward = lambda x: x
+    frozen = nn.BatchNorm2d(2)
+    ours.freeze(frozen)
+    marked = nn.BatchNorm2d(2)
+    marked.activation = "relu"  # somebody's own note, which our layer would act upon
+    model = nn.ModuleDict(
+        {
+            "subclass": Subclass(2),
+            "sync": nn.SyncBatchNorm(2),
+            "lazy": nn.LazyBatchNorm2d(),
+            "parametrized": nn.utils.parametrize.register_parametrization(nn.BatchNorm2d(2), "weight", Identity()),
+            "patched": patched,
+            "frozen": frozen,
+            "marked": marked,
+            "ours": ours.BatchNorm2d(2),
+            "plain": nn.BatchNorm2d(2),
+            "instance": nn.InstanceNorm2d(2),
+        }
+    )
+    classes = {name: type(m) for name, m in model.items()}
+    result = convert(model, inplace=True)
+    assert result.converted == ("plain",)
+    reasons = dict(result.left)
+    assert set(reasons) == set(classes) - {"plain", "instance"}
+    for name, piece in {
+        "subclass": "Subclass, a subclass whose own behaviour would be lost",
+        "sync": "SyncBatchNorm",
+        "lazy": "lazy: run the model once",
+        "parametrized": "remove the parametrization",
+        "patched": "forward was replaced",
+        "frozen": "unfreeze it first",
+        "marked": "has an attribute 'activation' of its own",
+        "ours": "is batchnorm.nn.BatchNorm2d already",
+    }.items():
+        assert piece in reasons[name]
+        assert type(model[name]) is classes[name]
+    assert marked.activation == "relu"
+
+
+def test_converting_twice_changes_nothing_more():
+    once = convert(block())
+    twice = convert(once.model)
+    assert twice.converted == ()
+    assert fingerprint(twice.model) == fingerprint(once.model)
+
+
+def test_what_torchs_layer_cannot_do_is_refused_and_nothing_changed():
+    model = nn.Sequential(ours.BatchNorm2d(2), ours.BatchNorm2d(2, activation="relu"), ours.BatchNorm2d(2))
+    ours.freeze(model, "2")
+    before = fingerprint(model)
+    with pytest.raises(StateError) as caught:
+        revert(model, inplace=True)
+    assert "1: applies relu; torch's batch norm has no activation." in str(caught.value)
+    assert "2: is frozen: unfreeze it first." in str(caught.value)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("options", [{"scale": False}, {"center": False}, {}])
+def test_a_layer_made_by_this_library_becomes_torchs(options):
+    layer, x = ours.BatchNorm2d(3, **options), torch.randn(4, 3, 2, 2)
+    torchs = revert(layer).model
+    assert type(torchs) is nn.BatchNorm2d
+    assert not {"activation", "layer_name"} & set(torchs.__dict__)
+    assert torch.equal(torchs(x), layer(x))
+    torchs.reset_parameters()
+    assert repr(torchs)
+
+
+def test_a_failure_midway_puts_everything_back(monkeypatch):
+    model = block()
+    before = fingerprint(model)
+
+    class Bomb(dict):
+        def __getitem__(self, cls):
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return super().__getitem__(cls)
+
+    # the package's attribute of that name is the function
+    monkeypatch.setattr(sys.modules["batchnorm.nn.convert"], "_OURS", Bomb(OURS))
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, inplace=True)
+    assert fingerprint(model) == before
+
+
+def test_a_model_that_cannot_be_copied_is_explained():
+    model = block()
+    model.cache = (torch.ones(1, requires_grad=True) * 2,)  # deepcopy takes leaves only
+    with pytest.raises(InputError, match=r"convert: Sequential cannot be copied .*Pass inplace=True"):
+        convert(model)
+    assert convert(model, inplace=True).converted == ("1", "2.1")
+
+
+def test_the_result_prints_and_is_plain_data():
+    result = convert(nn.Sequential(nn.BatchNorm2d(2), Subclass(2)))
+    text = str(result)
+    assert "1 of 2 norms converted." in text
+    assert "now batchnorm.nn.BatchNorm2d" in text
+    assert "left as it is" in text
+    assert json.loads(json.dumps(result.to_dict())) == {
+        "verb": "convert",
+        "converted": ["0"],
+        "left": [{"name": "1", "reason": dict(result.left)["1"]}],
+    }
+    assert "The model holds no batch norm." in str(convert(nn.Linear(2, 2)))
+    assert repr(revert(result.model)) == "<ConvertResult: 1 of 2 norms reverted.>"
