@@ -43,7 +43,7 @@ class Series:
     """One line of a plot. ``style`` is ``"line"``, ``"dashed"`` or ``"bar"``; ``group`` gives lines the same colour."""
 
     name: str
-    x: Sequence[float] | Sequence[str]
+    x: Sequence[float | str]
     y: Sequence[float]
     style: Literal["line", "dashed", "bar"] = "line"
     group: str = ""

@@ -1,42 +1,39 @@
-"""A progress bar on stderr, or none."""
+"""A progress bar on standard error."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Bar", "progress_bar"]
-
-
-class Bar:
-    """Counts steps; shows nothing unless it was given a bar to move."""
-
-    def __init__(self, progress: Progress | None = None, total: float | None = None, title: str = "") -> None:
-        self._progress = progress
-        self._task = progress.add_task(title, total=total) if progress else None
-
-    def advance(self, steps: float = 1) -> None:
-        """Move on by some steps."""
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, steps)
+__all__ = ["progress_bar"]
 
 
 @contextmanager
-def progress_bar(show: bool | None, total: float | None, title: str) -> Iterator[Bar]:
-    """Yield a bar that lives on stderr while the context lasts and then disappears.
+def progress_bar(description: str, total: int | None, show: bool | None) -> Iterator[Callable[[], None]]:
+    """Show a bar while the body runs, which calls what it is given after each step.
 
     Args:
-        show: True or False; None shows it only where stderr is a terminal.
-        total: number of steps; None when it is not known.
-        title: what is going on, in a word or two.
+        description: what is being done.
+        total: how many steps there will be; None if nobody knows.
+        show: True or False; None shows the bar only where standard error is a terminal.
     """
-    if not (sys.stderr.isatty() if show is None else show):
-        yield Bar()
+    if show is None:
+        show = sys.stderr is not None and sys.stderr.isatty()
+    if not show:
+        yield lambda: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield Bar(progress, total, title)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    # a console of its own: two bars of one console, in two threads, refuse each other
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda: progress.advance(task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterable
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from batchnorm.report.document import Block, Cell, Document, Facts, Paragraph, Plot, Table
 
-__all__ = ["format_cell", "render", "to_text"]
+__all__ = ["format_cell", "is_numeric", "render", "to_text"]
 
 _STYLE = {"plain": "", "good": "green", "bad": "red"}
 
@@ -29,6 +30,11 @@ def format_cell(cell: Cell) -> str:
     if isinstance(cell, float):
         return f"{cell:.4g}" if math.isfinite(cell) else str(cell)
     return str(cell)
+
+
+def is_numeric(cells: Iterable[Cell]) -> bool:
+    """Return whether a column holds a number, so that it is set flush right."""
+    return any(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
 
 
 def render(document: Document) -> RenderableType:
@@ -61,7 +67,7 @@ def _block(block: Block) -> RenderableType:
 def _table(block: Table) -> RichTable:
     table = RichTable(title=block.title or None, caption=block.caption or None, title_justify="left")
     for index, column in enumerate(block.columns):
-        numeric = any(isinstance(row[index], int | float) for row in block.rows)
+        numeric = is_numeric(row[index] for row in block.rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for index, row in enumerate(block.rows):
         # Text(), so that brackets in a layer's name are not read as markup

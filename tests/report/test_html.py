@@ -1,0 +1,107 @@
+"""A page is whole, holds what the document says, needs nothing from elsewhere, and never half replaces another."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from batchnorm.report import Document, Facts, Paragraph, Plot, Section, Series, Table
+from batchnorm.report.html import to_html, write_html
+
+DOCUMENT = Document(
+    "Layers <b>",
+    "3 & more",
+    [
+        Section("Numbers", [Facts([("error", 1.25e-6), ("ok", True), ("missing", None)]), Paragraph("A < B", "bad")]),
+        Section("Rows", [Table(["layer", "count"], [["a[0]", 3], ["<script>", None]], "T", "C", {1: "bad"})]),
+        Section(
+            "Pictures",
+            [
+                Plot("Loss & more", "step", "loss", [Series("a", [0, 1], [1.0, 2.0]), Series("b", [0, 1], [2.0, 1.0])]),
+                Plot("Bars", "layer", "size", [Series("s", ["x", "y"], [1.0, 2.0], "bar")], "caption", log_y=True),
+            ],
+        ),
+    ],
+    tone="good",
+)
+
+
+def test_everything_is_on_the_page_and_escaped():
+    pytest.importorskip("matplotlib", reason="plots are drawn by matplotlib")
+    page = to_html(DOCUMENT)
+    for text in ("Layers &lt;b&gt;", "3 &amp; more", "1.25e-06", "yes", "–", "A &lt; B", "a[0]", "&lt;script&gt;"):
+        assert text in page
+    assert "<script" not in page
+    assert page.count("<svg") == 2
+    assert 'aria-label="Loss &amp; more"' in page
+
+
+def test_ids_are_unique_and_every_reference_has_its_target():
+    pytest.importorskip("matplotlib", reason="plots are drawn by matplotlib")
+    page = to_html(DOCUMENT)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    targets = re.findall(r"url\(#([^)]+)\)", page) + re.findall(r'href="#([^"]+)"', page)
+    assert targets
+    assert set(targets) <= set(ids)
+
+
+def test_without_matplotlib_a_sentence_stands_for_the_plot(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("batchnorm.report.html.find_spec", lambda name: None)
+    page = to_html(DOCUMENT)
+    assert "<svg" not in page
+    assert page.count("pip install") == 2
+
+
+def test_a_failure_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "made" / "report.html"
+    write_html(DOCUMENT, path)
+    before = path.read_bytes()
+
+    def fail(self: Path, target: Path) -> Path:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_html(Document("new", "", []), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+def test_a_folder_is_no_page(tmp_path: Path):
+    with pytest.raises(OSError, match="irectory"):
+        write_html(DOCUMENT, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_has_nothing_to_complain_about(tmp_path: Path, width: int, scheme: str):
+    pytest.importorskip("matplotlib", reason="plots are drawn by matplotlib")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    wide = Table([f"column number {i}" for i in range(20)], [[1.5] * 20])
+    document = Document("Wide", "", [*DOCUMENT.sections, Section("Wide", [wide])])
+    path = write_html(document, tmp_path / "report.html")
+    with api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        said: list[str] = []
+        requested: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: requested.append(request.url))
+        page.goto(path.as_uri())
+        overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        drawn = page.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height)")
+        browser.close()
+    assert said == []
+    assert [url for url in requested if not url.startswith("data:")] == [path.as_uri()]
+    assert overflow <= 0
+    assert len(drawn) == 2
+    assert min(drawn) > 150
