@@ -1,0 +1,23 @@
+"""Writing several buffers as one: all of them, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["write_all"]
+
+
+def write_all(changes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy each value into its tensor, in place; if one write fails, those before it are taken back bit for bit."""
+    with torch.no_grad():
+        before = [(tensor, tensor.detach().clone()) for tensor, _ in changes]
+        try:
+            for tensor, value in changes:
+                tensor.copy_(value.view_as(tensor))
+        except BaseException:
+            for tensor, value in before:
+                tensor.copy_(value)
+            raise

@@ -1,0 +1,111 @@
+"""Batch norm operators, recognized in a dispatch mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["NormCall"]
+
+_OPERATORS = frozenset(
+    {
+        "aten::batch_norm",
+        "aten::native_batch_norm",
+        "aten::cudnn_batch_norm",
+        "aten::miopen_batch_norm",
+        "aten::_batch_norm_impl_index",
+        "aten::_batch_norm_no_update",
+        "aten::_batch_norm_with_update",
+        "aten::_batch_norm_with_update_functional",
+        "aten::_native_batch_norm_legit",
+        "aten::_native_batch_norm_legit_functional",
+        "aten::_native_batch_norm_legit_no_training",
+        "batchnorm::batch_norm",
+    }
+)
+"""Those that take an input with (N, C, ...) and running statistics, and return the normalized input first.
+
+Modules call ``aten::batch_norm`` or this library's own; the others come from exported programs.
+"""
+
+
+@cache
+def _schema(func: Any) -> Any | None:
+    """Return the operator's schema if it is a batch norm that takes running statistics."""
+    if func._schema.name not in _OPERATORS:
+        return None
+    return func._schema if any(a.name == "running_mean" for a in func._schema.arguments) else None
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """One call of a batch norm operator, with its arguments by name."""
+
+    func: Any
+    given: dict[str, Any]
+
+    @classmethod
+    def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NormCall | None:
+        """Return the call, or None if ``func`` is any other operator."""
+        schema = _schema(func)
+        if schema is None:
+            return None
+        given = {a.name: a.default_value for a in schema.arguments}
+        given |= {a.name: value for a, value in zip(schema.arguments, args, strict=False)}
+        return cls(func, given | kwargs)
+
+    @property
+    def input(self) -> Tensor:
+        """The values to normalize, (N, C, ...)."""
+        x: Tensor = self.given["input"]
+        return x
+
+    @property
+    def mask(self) -> Tensor | None:
+        """True where a value counts; None where all do."""
+        mask: Tensor | None = self.given.get("mask")
+        return mask
+
+    @property
+    def running_mean(self) -> Tensor | None:
+        """The stored mean that the operator was given."""
+        tensor: Tensor | None = self.given["running_mean"]
+        return tensor
+
+    @property
+    def running_var(self) -> Tensor | None:
+        """The stored variance that the operator was given."""
+        tensor: Tensor | None = self.given["running_var"]
+        return tensor
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance."""
+        return float(self.given["eps"] if "eps" in self.given else self.given["epsilon"])
+
+    def run(self) -> Any:
+        """Run the call as it is, except that the running statistics it is given do not change."""
+        if self.running_mean is None or self.running_var is None:
+            return self._run(self.given)
+        # some operators write to them without being asked (``training`` is not among their arguments)
+        copies = {"running_mean": self.running_mean.clone(), "running_var": self.running_var.clone()}
+        return self._run(self.given | copies if self.given.get("training", True) else self.given)
+
+    def run_on(self, mean: Tensor, variance: Tensor) -> Any:
+        """Run the call in eval mode on these statistics, which stand in for the stored ones."""
+        changes: dict[str, Any] = {"running_mean": mean, "running_var": variance}
+        if "training" in self.given:
+            changes["training"] = False
+        for name in ("weight", "bias"):
+            # kernels for half-precision inputs take all of their parameters in one precision
+            if self.given.get(name) is not None:
+                changes[name] = self.given[name].to(mean.dtype)
+        return self._run(self.given | changes)
+
+    def _run(self, given: dict[str, Any]) -> Any:
+        arguments = self.func._schema.arguments
+        positional = [given[a.name] for a in arguments if not a.kwarg_only]
+        return self.func(*positional, **{a.name: given[a.name] for a in arguments if a.kwarg_only})

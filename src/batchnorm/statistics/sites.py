@@ -1,0 +1,219 @@
+"""Which running statistics of a model are to be measured anew, and which are left as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import is_lazy
+
+from batchnorm.errors import StateError, UnknownNameError
+from batchnorm.nn.freeze import is_frozen
+from batchnorm.nn.select import select_norms
+
+__all__ = ["Left", "Site", "Sites"]
+
+MEAN, VARIANCE, BATCHES = "running_mean", "running_var", "num_batches_tracked"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A set of running statistics: those of a norm module, or buffers that a functional batch norm is given.
+
+    Attributes:
+        name: the module's name; for a functional norm, its buffers' name without ``running_mean``.
+        owner: the module that holds the buffers.
+        keys: what the owner calls mean, variance and number of batches; the last may be None.
+    """
+
+    name: str
+    owner: Module
+    keys: tuple[str, str, str | None]
+
+    @property
+    def running_mean(self) -> Tensor:
+        """The buffer that holds the mean."""
+        buffer: Tensor = getattr(self.owner, self.keys[0])
+        return buffer
+
+    @property
+    def running_var(self) -> Tensor:
+        """The buffer that holds the unbiased variance."""
+        buffer: Tensor = getattr(self.owner, self.keys[1])
+        return buffer
+
+
+@dataclass(frozen=True)
+class Left:
+    """A norm that was not recalibrated, and why."""
+
+    name: str
+    reason: str
+
+
+_Key: TypeAlias = tuple[int, int, torch.dtype]
+
+
+def _key(tensor: Tensor) -> _Key:
+    """Identify a buffer by its memory, which is the same whoever hands the tensor on (a scripted module, a detach)."""
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    owner: Module
+    prefix: str  # the owner's name and a dot; "" for the model itself
+    key: str
+    frozen: str | None  # why it counts as frozen, in the modes before the pass
+
+    @property
+    def site_name(self) -> str:
+        name = f"{self.prefix}{self.key}"
+        return name.removesuffix(MEAN).rstrip("._") or name
+
+
+class Sites:
+    """The running statistics of a model: chosen, left, and those that are only known once a functional norm runs.
+
+    Args:
+        model: any model, in the modes that its user left it in.
+        names: None for all that the user did not freeze; else names, as for :func:`batchnorm.nn.select.select_norms`.
+
+    Raises:
+        StateError: there is nothing to recalibrate.
+        UnknownNameError: a name means nothing.
+    """
+
+    def __init__(self, model: Module, names: str | Sequence[str] | None) -> None:
+        self.left: dict[str, Left] = {}
+        self.unknown_calls = 0
+        self._model = model
+        self._by_key: dict[_Key, Site | None] = {}
+        self._buffers = _loose_buffers(model)
+        norms, self._loose_names = _select(model, names, {b.site_name for b in self._buffers.values()})
+        self._check_lazy(model)
+        everything = names is None
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm):
+                self._add_norm(name, module, chosen=name in norms, spare_frozen=everything)
+        self._require_something(bool(norms))
+
+    def _add_norm(self, name: str, norm: _BatchNorm, *, chosen: bool, spare_frozen: bool) -> None:
+        mean, variance = norm.running_mean, norm.running_var
+        if mean is None or variance is None:
+            if chosen:
+                self.left[name] = Left(name, "keeps no running statistics (track_running_stats=False)")
+            return
+        reason = _why_frozen(self._model, norm) if spare_frozen else None
+        if chosen and reason:
+            self.left[name] = Left(name, reason)
+        measured = chosen and not reason
+        keys = (MEAN, VARIANCE, BATCHES if getattr(norm, BATCHES, None) is not None else None)
+        self._by_key.setdefault(_key(mean), Site(name, norm, keys) if measured else None)
+
+    def _check_lazy(self, model: Module) -> None:
+        lazy = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
+        if lazy:
+            raise StateError(
+                f"recalibrate: {lazy[0]} has no size yet, for a lazy layer learns it in its first forward pass. Run "
+                "the model once, then recalibrate."
+            )
+
+    def _require_something(self, any_norm: bool) -> None:
+        wanted = self._loose_names is None or bool(self._loose_names)
+        if self.known or (wanted and _any_pair(self._buffers)):
+            return
+        model = type(self._model).__name__
+        if not any_norm:
+            raise StateError(
+                f"recalibrate: {model} holds no batch norm with running statistics, so there is nothing to recalibrate."
+            )
+        reasons = "; ".join(f"{left.name or model}: {left.reason}" for left in list(self.left.values())[:3])
+        more = "; ..." if len(self.left) > 3 else ""
+        raise StateError(
+            f"recalibrate: none of the norms can be recalibrated ({reasons}{more}). Frozen ones are if you name them: "
+            "names=[...]."
+        )
+
+    @property
+    def known(self) -> list[Site]:
+        """The sites to measure that are known so far."""
+        return [site for site in self._by_key.values() if site is not None]
+
+    def find(self, running_mean: Tensor | None, running_var: Tensor | None) -> Site | None:
+        """Return the site of these running statistics, or None if they are not to be measured."""
+        if running_mean is None or running_var is None:
+            return None
+        key = _key(running_mean)
+        if key not in self._by_key:
+            self._by_key[key] = self._functional(running_mean, running_var)
+        return self._by_key[key]
+
+    def _functional(self, running_mean: Tensor, running_var: Tensor) -> Site | None:
+        """Return the site of a functional norm, met for the first time."""
+        mean, variance = self._buffers.get(_key(running_mean)), self._buffers.get(_key(running_var))
+        if mean is None or variance is None or mean.owner is not variance.owner:
+            self.unknown_calls += 1
+            return None
+        name = mean.site_name
+        if self._loose_names is not None and name not in self._loose_names:
+            return None
+        if mean.frozen and self._loose_names is None:
+            self.left[name] = Left(name, mean.frozen)
+            return None
+        counter = mean.key.replace(MEAN, BATCHES)
+        counted = counter != mean.key and isinstance(getattr(mean.owner, counter, None), Tensor)
+        return Site(name, mean.owner, (mean.key, variance.key, counter if counted else None))
+
+
+def _loose_buffers(model: Module) -> dict[_Key, _Buffer]:
+    """Return the floating-point buffers that belong to no norm module: a functional norm may be given any two."""
+    return {
+        _key(buffer): _Buffer(module, f"{prefix}." if prefix else "", key, _why_frozen(model, module))
+        for prefix, module in model.named_modules()
+        if not isinstance(module, _NormBase)
+        for key, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point() and not is_lazy(buffer) and buffer.numel() > 0
+    }
+
+
+def _any_pair(buffers: dict[_Key, _Buffer]) -> bool:
+    """Return whether some module holds two buffers of one size, as a functional norm needs them."""
+    seen: set[tuple[int, int]] = set()
+    for (_, size, _), buffer in buffers.items():
+        if (id(buffer.owner), size) in seen:
+            return True
+        seen.add((id(buffer.owner), size))
+    return False
+
+
+def _select(model: Module, names: str | Sequence[str] | None, loose: set[str]) -> tuple[set[str], set[str] | None]:
+    """Return the names of the chosen norms, and of the chosen functional norms (None: all there may be)."""
+    if names is None:
+        return set(select_norms(model, None)), None
+    norms: set[str] = set()
+    functional: set[str] = set()
+    for name in [names] if isinstance(names, str) else names:
+        found = {n for n in loose if n == name or n.startswith(f"{name}.") or fnmatchcase(n, name)}
+        functional |= found
+        try:
+            norms |= set(select_norms(model, name))
+        except UnknownNameError:
+            if not found:
+                raise
+    return norms, functional
+
+
+def _why_frozen(model: Module, owner: Module) -> str | None:
+    """Return why a norm counts as frozen by its user, or None."""
+    if is_frozen(owner):
+        return "frozen"
+    if getattr(model, "training", False) and not getattr(owner, "training", False):
+        return "frozen by hand: in eval mode inside a model in train mode"
+    return None

@@ -1,0 +1,86 @@
+"""A stream of batches that somebody else made: what it may be, and how its failures are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from batchnorm.errors import ArgumentTypeError, BatchError, EmptyStreamError
+
+__all__ = ["in_one_line", "length_of", "numbered", "require_stream"]
+
+
+def require_stream(verb: str, batches: Any) -> None:
+    """Refuse what is not a stream of batches, or is one only by accident.
+
+    Raises:
+        ArgumentTypeError: ``batches`` is a single batch, or nothing that can be walked through.
+    """
+    if isinstance(batches, Tensor | Mapping):
+        kind = f"one tensor of shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else "one dict"
+        raise ArgumentTypeError(
+            f"{verb}: expected batches, an iterable of them; got {kind}, which would be walked through sample by "
+            "sample or key by key. Put it into a list: [batch]."
+        )
+    if isinstance(batches, str | bytes | Module) or not (
+        hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    ):
+        raise ArgumentTypeError(
+            f"{verb}: expected batches, such as a DataLoader, a list or a generator; got {type(batches).__name__}."
+        )
+
+
+def length_of(batches: Any) -> int | None:
+    """Return how many batches there are, or None where the stream does not tell."""
+    try:
+        return len(batches)
+    except Exception:  # a loader over an iterable dataset has a __len__ that raises whatever the dataset raises
+        return None
+
+
+def numbered(verb: str, batches: Any) -> Iterator[tuple[int, Any]]:
+    """Yield each batch with its index, from 0.
+
+    Raises:
+        BatchError: the loader failed; the message says at which batch, the cause is chained.
+        EmptyStreamError: there was no batch at all.
+    """
+    iterator = _guarded(verb, 0, iter, batches)
+    for index in count():
+        batch = _guarded(verb, index, next, iterator, _END)
+        if batch is _END:
+            break
+        yield index, batch
+    if index == 0:
+        raise EmptyStreamError(
+            f"{verb}: expected at least one batch; the {type(batches).__name__} gave none. A generator can be walked "
+            "through only once: make it anew, or pass a list or a DataLoader."
+        )
+
+
+_END = object()
+
+
+def _guarded(verb: str, index: int, function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except Exception as error:
+        raise BatchError(
+            f"{verb}: the loader failed to give batch {index} (counting from 0): {in_one_line(error)} "
+            "The model is as it was; mend the loader and run again."
+        ) from error
+
+
+def in_one_line(error: BaseException) -> str:
+    r"""Return type and first line of an error, as a sentence.
+
+    >>> in_one_line(ValueError("no such file\nand more"))
+    'ValueError: no such file.'
+    """
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."
