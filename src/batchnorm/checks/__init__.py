@@ -1,0 +1,8 @@
+"""Rules about where norms stand and how they are used, and what mends a model that breaks one."""
+
+from batchnorm.checks.fix import FixResult
+from batchnorm.checks.rule import Finding, Fix, Rule
+from batchnorm.checks.rules import RULES
+from batchnorm.checks.runner import CheckResult, check
+
+__all__ = ["RULES", "CheckResult", "Finding", "Fix", "FixResult", "Rule", "check"]

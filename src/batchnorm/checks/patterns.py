@@ -1,0 +1,91 @@
+"""What several rules ask about a model: who feeds a norm, and which modules can change places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.nn import Module, Sequential
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.errors import StateError
+from batchnorm.graph.dataflow import Call, Graph, Value
+from batchnorm.graph.families import PASSING, family
+from batchnorm.graph.insertion import KeyChanges
+
+__all__ = ["layer_name", "norm_module", "source", "swap"]
+
+
+def norm_module(model: Module, norm: Call) -> _BatchNorm | None:
+    """Return the norm whose forward made the call; None for a functional one."""
+    module = model.get_submodule(norm.module)
+    return module if isinstance(module, _BatchNorm) else None
+
+
+def layer_name(call: Call) -> str:
+    """Return the name of the module that holds the call's weight, or else of the one whose forward made it."""
+    weight = call.args.get("weight")
+    if isinstance(weight, Value) and weight.names:
+        owners = [name.rpartition(".")[0] for name in weight.names]
+        return call.module if call.module in owners else owners[0]
+    return call.module
+
+
+def source(value: Value) -> Call | None:
+    """Return the call that computed ``value``, looking through those that only hand it on."""
+    call = value.producer
+    while call is not None and family(call) in PASSING:
+        call = next(call.tensor_args()).producer
+    return call
+
+
+def swap(model: Module, graph: Graph, first: Call, second: Call) -> Callable[[Module], KeyChanges] | None:
+    """Return what makes two calls change places, if they are neighbouring modules of one ``Sequential``; else None.
+
+    The modules keep their names, so that the keys of the state dict stay as they are; only the order changes.
+    """
+    one, other = first.module, second.module
+    parent, _, _ = one.rpartition(".")
+    if not one or other.rpartition(".")[0] != parent or one == other:
+        return None
+    if any(len(graph.runs_of(name)) != 1 for name in (one, other)) or not _is_all(graph, first, second):
+        return None
+    children = one.removeprefix(f"{parent}."), other.removeprefix(f"{parent}.")
+    return (lambda copy: _swap(copy, parent, *children)) if _neighbours(model, parent, *children) else None
+
+
+def _is_all(graph: Graph, first: Call, second: Call) -> bool:
+    """Whether each call gives what its module does, and nobody but the second reads what the first one gives."""
+    runs = [(graph.runs_of(call.module)[0], call) for call in (first, second)]
+    alone = all(run.outputs == (call.output,) for run, call in runs)
+    return alone and graph.only_reader(first.output) is second
+
+
+def _neighbours(model: Module, parent: str, one: str, other: str) -> bool:
+    sequential = model.get_submodule(parent)
+    if not isinstance(sequential, Sequential) or type(sequential).forward is not Sequential.forward:
+        return False
+    names = list(sequential._modules)
+    modules = list(sequential._modules.values())
+    position = names.index(one)
+    unique = all(sum(m is modules[i] for m in modules) == 1 for i in (position, names.index(other)))
+    return unique and names[position + 1 : position + 2] == [other]
+
+
+def _swap(model: Module, parent: str, one: str, other: str) -> KeyChanges:
+    try:
+        still = _neighbours(model, parent, one, other)
+    except (AttributeError, ValueError):
+        still = False
+    if not still:
+        raise StateError(
+            f"{parent or 'the model'}: expected {one} and {other} next to each other, as they were when the model was "
+            "read. Call check on the model as it is now."
+        )
+    children = model.get_submodule(parent)._modules
+    order = list(children)
+    position = order.index(one)
+    order[position], order[position + 1] = other, one
+    items = [(name, children[name]) for name in order]
+    children.clear()
+    children.update(items)
+    return KeyChanges({}, [])

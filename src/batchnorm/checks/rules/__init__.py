@@ -1,0 +1,23 @@
+"""The rules, one file each."""
+
+from __future__ import annotations
+
+from batchnorm.checks.rule import Rule
+from batchnorm.checks.rules.batch_mode_in_eval import BatchModeInEval
+from batchnorm.checks.rules.bias_before_norm import BiasBeforeNorm
+from batchnorm.checks.rules.dropout_before_norm import DropoutBeforeNorm
+from batchnorm.checks.rules.no_norm_before_saturation import NoNormBeforeSaturation
+from batchnorm.checks.rules.norm_after_relu import NormAfterReLU
+from batchnorm.checks.rules.statistics_never_updated import StatisticsNeverUpdated
+
+__all__ = ["RULES"]
+
+RULES: tuple[type[Rule], ...] = (
+    BiasBeforeNorm,
+    NormAfterReLU,
+    NoNormBeforeSaturation,
+    DropoutBeforeNorm,
+    BatchModeInEval,
+    StatisticsNeverUpdated,
+)
+"""Every rule, by code."""

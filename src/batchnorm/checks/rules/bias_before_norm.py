@@ -1,0 +1,166 @@
+"""BN001."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.checks.bias_proof import BiasProof
+from batchnorm.checks.patterns import layer_name, norm_module
+from batchnorm.checks.rule import Finding, Fix, Rule
+from batchnorm.errors import StateError
+from batchnorm.graph.dataflow import Call, Graph, Value
+from batchnorm.graph.families import BATCH_NORMS, LAYERS, PASSING, family
+from batchnorm.graph.insertion import KeyChanges, module_obstacle, slots_of
+from batchnorm.nn.freeze import is_frozen
+
+__all__ = ["BiasBeforeNorm"]
+
+
+class BiasBeforeNorm(Rule):
+    """A bias that the norm after it takes out again.
+
+    What it does:
+        Finds convolutions, transposed convolutions and linear layers that have a bias and whose output goes to nothing
+        but a batch norm. Norms that keep fixed statistics in training (frozen ones, or in eval mode inside a model in
+        training mode) are left out: they do not subtract the batch mean.
+
+    Why it matters:
+        The norm subtracts the mean of each channel, and a bias is a part of that mean: it has no effect on the output,
+        and its gradient is zero but for rounding, which optimizers such as Adam blow up to full steps. It costs memory
+        and time, and takes part in weight decay and in the norm of the gradient for nothing. The norm's own β does what
+        the bias was meant to (Ioffe & Szegedy 2015, section 3.2).
+
+    Flagged:
+        ::
+
+            model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+            inputs = torch.randn(2, 3, 8, 8)
+
+    Use instead:
+        ::
+
+            model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+            inputs = torch.randn(2, 3, 8, 8)
+
+    Fix safety:
+        Safe. The bias is dropped and subtracted from the running mean, so that the output is the same in eval mode; in
+        training mode it is the same anyway. The state dict loses the bias. There is no fix where the layer or the norm
+        is called more than once, shares its tensors, is parametrized, or is not a module of its own.
+    """
+
+    code = "BN001"
+    name = "bias-before-norm"
+
+    def find(self, model: Module, graph: Graph) -> Iterator[Finding]:
+        """Yield the layers whose bias has no effect."""
+        for call in graph.calls:
+            bias = call.args.get("bias") if family(call) in LAYERS else None
+            norm = _norm_of(graph, call) if isinstance(bias, Value) else None
+            if norm is None or not isinstance(bias, Value) or _keeps_its_statistics(model, norm):
+                continue
+            obstacle = _obstacle(model, graph, call, norm)
+            yield self.finding(
+                layer_name(call),
+                f"Its bias ({bias.shape[0]} numbers) has no effect: {_called(norm)} subtracts each "
+                "channel's mean, and the bias with it.",
+                "Construct the layer with bias=False." + (f" It cannot be fixed here: {obstacle}" if obstacle else ""),
+                call,
+                None if obstacle else _fix(model, call, norm),
+            )
+
+
+def _called(norm: Call) -> str:
+    return f"the norm {norm.module}" if norm.module else "the norm"
+
+
+def _norm_of(graph: Graph, layer: Call) -> Call | None:
+    """Return the norm that alone reads the layer's output, with the layer's channels for its own."""
+    value = layer.output
+    axis = len(value.shape) - 1 if family(layer) == "linear" else 1
+    while True:
+        readers = graph.readers(value)
+        if len(readers) != 1 or graph.is_output(value):
+            return None
+        (reader,) = readers
+        if family(reader) in BATCH_NORMS:
+            return reader if reader.args["input"] is value and axis == 1 else None
+        moved = _moved_axis(reader, axis, len(value.shape))
+        if moved is None:
+            return None
+        value, axis = reader.output, moved
+
+
+def _moved_axis(call: Call, axis: int, rank: int) -> int | None:
+    """Return where an operator that only rearranges axes puts ``axis``; None for any other operator."""
+    name = family(call)
+    if name in PASSING:
+        return axis
+    if name in ("transpose", "swapaxes"):
+        pair = [d % rank for k, d in call.args.items() if isinstance(d, int) and k != "self"]
+        return {pair[0]: pair[1], pair[1]: pair[0]}.get(axis, axis)
+    if name == "permute":
+        return [d % rank for d in call.args["dims"]].index(axis)
+    return None
+
+
+def _keeps_its_statistics(model: Module, norm: Call) -> bool:
+    module = norm_module(model, norm)
+    return (module is not None and is_frozen(module)) or (model.training and not norm.args["training"])
+
+
+def _obstacle(model: Module, graph: Graph, layer: Call, norm: Call) -> str | None:
+    """Return why the bias cannot be dropped without a change elsewhere, as a sentence."""
+    module = norm_module(model, norm)
+    if module is None:
+        return "The norm is a function called by code, not a module."
+    name = norm.module
+    if len(graph.runs_of(name)) != 1 or sum(c.module == name and family(c) in BATCH_NORMS for c in graph.calls) != 1:
+        return "The norm is called more than once."
+    mean = norm.args["running_mean"]
+    if mean is not None and (
+        not mean.names or any(m.rpartition(".")[0] not in slots_of(model, module) for m in mean.names)
+    ):
+        return "The norm's running mean is shared or computed."
+    if mean is not None and not isinstance(module.running_mean, torch.Tensor):
+        return "The norm's running mean is not a buffer of its own."
+    for value in (layer.output, norm.args["input"]):
+        if value.held_by:
+            return f"The layer's output is also read by {value.held_by[0]}."
+    return module_obstacle(model, graph, layer)
+
+
+def _fix(model: Module, layer: Call, norm: Call) -> Fix:
+    name, norm_name = layer_name(layer), norm.module
+
+    slots = slots_of(model, model.get_submodule(name))
+
+    def apply(copy: Module) -> KeyChanges:
+        module, target = _get(copy, name), _get(copy, norm_name)
+        bias = module._parameters.get("bias") if module is not None else None
+        if module is None or bias is None or not isinstance(target, _BatchNorm):
+            raise StateError(
+                f"{name}: expected a layer with a bias before {norm_name}, as there was when the model was read. "
+                "Call check on the model as it is now."
+            )
+        if target.running_mean is not None:
+            with torch.no_grad():
+                target.running_mean.sub_(bias.to(target.running_mean))
+        module._parameters["bias"] = None
+        return KeyChanges({}, [f"{slot}.bias" for slot in slots])
+
+    def proof(before: Module, after: Module) -> Any:
+        return BiasProof(before, after, name, norm_name)
+
+    return Fix("drop the bias; the running mean takes it over", True, apply, proof)
+
+
+def _get(model: Module, name: str) -> Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None

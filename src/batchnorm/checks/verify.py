@@ -1,0 +1,126 @@
+"""Whether safe fixes are safe: the model before and after them, compared on the example inputs in one mode.
+
+Three things have to hold. The same operators run on the same values, but for the tensors that were dropped. What each
+fix changed computes the same within the rounding of float64 (the fix's own proof). And the outputs differ by no more
+than rounding explains (:mod:`batchnorm.graph.verify`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from batchnorm.checks.patterns import layer_name
+from batchnorm.checks.rule import Finding, Rule
+from batchnorm.errors import VerificationError
+from batchnorm.graph.compare import difference as dataflow_difference
+from batchnorm.graph.dataflow import Graph
+from batchnorm.graph.outputs import difference
+from batchnorm.graph.trace import trace
+from batchnorm.graph.verify import Agreement, Reference, run
+from batchnorm.nn.snapshot import untouched
+
+__all__ = ["Comparison", "trace_in_mode"]
+
+
+@contextmanager
+def _mode(model: Module, training: bool) -> Iterator[None]:
+    with untouched(model):
+        model.train(training)
+        yield
+
+
+def trace_in_mode(model: Module, example_inputs: Any, *, training: bool) -> Graph:
+    """Return the dataflow in train or eval mode; the model is left in the mode it is in."""
+    with _mode(model, training):
+        return trace(model, example_inputs)
+
+
+class Comparison:
+    """A model before and after safe fixes.
+
+    Args:
+        before: the model as it was.
+        after: the fixed model.
+        example_inputs: what both run on.
+        findings: what was fixed.
+        rules: the rules that ran.
+        dropped: keys that the state dict lost.
+    """
+
+    def __init__(
+        self,
+        before: Module,
+        after: Module,
+        example_inputs: Any,
+        findings: Sequence[Finding],
+        rules: Sequence[type[Rule]],
+        dropped: Sequence[str],
+    ) -> None:
+        self._before = before
+        self._after = after
+        self._inputs = example_inputs
+        self._findings = findings
+        self._rules = {rule.code: rule for rule in rules}
+        self._dropped = dropped
+
+    def in_mode(self, *, training: bool) -> Agreement:
+        """Compare in train or eval mode.
+
+        Raises:
+            VerificationError: the models are not the same.
+            InputError: one of them fails on the inputs.
+        """
+        with _mode(self._before, training), _mode(self._after, training):
+            graph = trace(self._before, self._inputs)
+            self._require_findings(graph, training)
+            self._require_same_dataflow(graph)
+            return self._require_same_outputs()
+
+    def _require_findings(self, graph: Graph, training: bool) -> None:
+        """The other mode may take other ways through the model: the rule has to find the same there, or nothing."""
+        for finding in self._findings:
+            again = self._rules[finding.code]().find(self._before, graph)
+            found = any((f.code, f.layer) == (finding.code, finding.layer) and f.fix is not None for f in again)
+            if not found and any(layer_name(call) == finding.layer for call in graph.calls):
+                mode = "training" if training else "eval"
+                raise VerificationError(f"It would not be safe in {mode} mode, in which the model runs other code.")
+
+    def _require_same_dataflow(self, graph: Graph) -> None:
+        fixes = [finding.fix for finding in self._findings if finding.fix is not None]
+        proofs = [fix.proof(self._before, self._after) for fix in fixes if fix.proof is not None]
+
+        def observe(*event: Any) -> None:
+            for proof in proofs:
+                proof(*event)
+
+        found = dataflow_difference(graph, trace(self._after, self._inputs, observer=observe), (), {}, self._dropped)
+        if found is not None:
+            raise VerificationError(f"The fixed model computes something else: {found}.")
+        for proof in proofs:
+            if proof.problem is not None:
+                raise VerificationError(proof.problem)
+
+    def _require_same_outputs(self) -> Agreement:
+        reference = Reference.of(self._before, self._inputs, self._touched())
+        worst = Agreement(0.0, 0.0)
+        fixed = run(self._after, self._inputs)
+        if [output.where for output in fixed] != [output.where for output in reference.outputs]:
+            raise VerificationError("The fixed model returns other tensors than the original.")
+        for old, new, bound in zip(reference.outputs, fixed, reference.bounds(), strict=True):
+            error = difference(old.tensor, new.tensor).largest
+            if not error <= bound:
+                where = old.where or "(the only one)"
+                raise VerificationError(f"Output {where} moves by {error:.3g}; rounding explains {bound:.3g} at most.")
+            if error >= worst.error:
+                worst = Agreement(error, bound)
+        return worst
+
+    def _touched(self) -> list[Tensor]:
+        """Return the parameters of the fixed layers: to nudge them draws every rounding after them anew."""
+        layers = [self._before.get_submodule(finding.layer) for finding in self._findings]
+        return [p for layer in layers for p in layer.parameters(recurse=False) if p.is_floating_point()]

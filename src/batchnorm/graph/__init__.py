@@ -1,0 +1,1 @@
+"""A model's dataflow, and what is rewritten by it: fold and place."""

@@ -1,0 +1,245 @@
+"""The dataflow of a model, read by running it once.
+
+Symbolic tracing stops at Python control flow and needs a model that it understands; running needs a model that runs.
+The forward pass is executed below autograd under a dispatch mode. There, operators arrive whole (``conv2d``,
+``batch_norm``, ``linear``, not what they decompose into), with the very parameters of the model as arguments, and none
+can be missed: functional norms, norm subclasses with a forward of their own and scripted modules call the same ones.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from batchnorm.errors import BatchNormError, InputError
+from batchnorm.graph.dataflow import Call, Graph, ModuleCall, Value
+from batchnorm.nn.calling import below_autograd, call_on_example
+from batchnorm.nn.snapshot import untouched
+
+__all__ = ["Observer", "fresh_inputs", "named_arguments", "trace"]
+
+Observer: TypeAlias = Callable[[Call, Sequence[Any], dict[str, Any], Any], None]
+"""Called after each operator with its record and with its real positional and keyword arguments and result."""
+
+
+def trace(model: Module, example_inputs: Any, *, observer: Observer | None = None) -> Graph:
+    """Run ``model`` once, in the modes it is in, and return the dataflow.
+
+    The model is left as it was: buffers that the pass updates and the random generators are restored. It runs on a copy
+    of the inputs, which it may write into.
+
+    Args:
+        model: any model that runs.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        observer: looks at the tensors that pass by; it must not keep or change them.
+
+    Raises:
+        InputError: the model fails on the inputs.
+    """
+    example_inputs = fresh_inputs(example_inputs)
+    with untouched(model):
+        tracer = _Tracer(model, observer)
+        inputs = tuple(
+            tracer.value_of(leaf, "input") for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)
+        )
+        try:
+            with below_autograd(), tracer.hooked(), tracer:
+                outputs = call_on_example(model, example_inputs)
+        except BatchNormError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
+            ) from error
+        returned = tuple(tracer.value_of(leaf) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+        tracer.mark_kept(returned)
+    return Graph(tracer.calls, tracer.module_calls, inputs, returned)
+
+
+class _Tracer(TorchDispatchMode):
+    """Records every operator call, and which module's forward it happened in."""
+
+    def __init__(self, model: Module, observer: Observer | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Call] = []
+        self.module_calls: list[ModuleCall] = []
+        self._observer = observer
+        self._thread = threading.get_ident()  # module hooks are global: other threads run them too
+        self._running: list[ModuleCall] = []
+        self._names = {id(m): name for name, m in model.named_modules()}
+        # Weak keys: a value whose tensor outlives the pass is held by somebody.
+        self._values = WeakTensorKeyDictionary()
+        state: dict[int, tuple[Tensor, list[str]]] = {}
+        for get in (model.named_parameters, model.named_buffers):
+            for name, tensor in get(remove_duplicate=False):
+                state.setdefault(id(tensor), (tensor, []))[1].append(name)
+        for tensor, names in state.values():
+            self._values[tensor] = Value(_shape(tensor), tensor.dtype, "state", names=tuple(names))
+
+    # -- operators ---------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = named_arguments(func._schema, args, kwargs)
+        read = {name: tree_map(self._as_value, value) for name, value in given.items()}
+        result = func(*args, **kwargs)
+        if func._schema.name.startswith("prim::"):  # a question about a tensor (its device), not a computation
+            return result
+        call = Call(len(self.calls), func, read, (), self._running[-1].name if self._running else "")
+        for tensor in _written(func._schema, given):
+            self._renew(tensor, call)
+        call.outputs = tuple(self._new_value(leaf, call) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        self.calls.append(call)
+        for running in self._running:
+            running.calls.append(call)
+        if self._observer is not None:
+            self._observer(call, args, kwargs, result)
+        return result
+
+    def value_of(self, tensor: Tensor, kind: Any = "constant") -> Value:
+        """Return the value that ``tensor`` holds now; one never seen before is new, of the given kind."""
+        value = self._values.get(tensor)
+        if value is None:
+            value = self._values[tensor] = Value(_shape(tensor), tensor.dtype, kind)
+        assert isinstance(value, Value)
+        return value
+
+    def _as_value(self, leaf: Any) -> Any:
+        return self.value_of(leaf) if isinstance(leaf, Tensor) else leaf
+
+    def _new_value(self, tensor: Tensor, call: Call) -> Value:
+        known = self._values.get(tensor)
+        if isinstance(known, Value) and known.producer is call:  # renewed by this in-place call already
+            return known
+        value = Value(_shape(tensor), tensor.dtype, "computed", call)
+        self._values[tensor] = value
+        return value
+
+    def _renew(self, written: Tensor, call: Call) -> None:
+        """Give a new value to a tensor that ``call`` wrote into, and to all that share its memory."""
+        memory = written.untyped_storage()._cdata
+        for tensor in list(self._values.keys()):
+            if tensor is not None and _storage(tensor) == memory:
+                old = self._values[tensor]
+                self._values[tensor] = Value(_shape(tensor), tensor.dtype, "computed", call, names=old.names)
+
+    # -- modules -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Follow which module is running, while the context lasts."""
+        handles = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: Module, args: Any) -> None:
+        if id(module) not in self._names or threading.get_ident() != self._thread:
+            return
+        name = self._names[id(module)]
+        inputs = tuple(self.value_of(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+        if module._forward_pre_hooks:
+            _hold(inputs, name)
+        run = ModuleCall(name, module, inputs)
+        self._running.append(run)
+        self.module_calls.append(run)
+
+    def _leave(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if id(module) not in self._names or threading.get_ident() != self._thread:
+            return
+        run = self._running.pop()
+        while run.module is not module:  # a forward that raised, and whose error the model caught, was never left
+            run = self._running.pop()
+        # Keywords are shown on leaving only: what has been written into since is no longer what went in.
+        by_keyword = (self.value_of(leaf) for leaf in tree_leaves(kwargs) if isinstance(leaf, Tensor))
+        run.inputs += tuple(value for value in by_keyword if value.producer not in run.calls)
+        run.outputs = tuple(self.value_of(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        given = [*args, *kwargs.values()]
+        by_name = set(kwargs) <= {"input"}
+        run.plain = by_name and len(given) == 1 and isinstance(given[0], Tensor) and isinstance(output, Tensor)
+        if module._forward_hooks:
+            _hold((*run.inputs, *run.outputs), run.name)
+
+    # -- afterwards --------------------------------------------------------------------------------------------------
+
+    def mark_kept(self, returned: tuple[Value, ...]) -> None:
+        """Mark the values whose tensors are still alive though the model did not return them."""
+
+        def kept() -> list[Value]:
+            live = [v for v in self._values.values() if v.kind == "computed" and not v.names]
+            return [v for v in live if not any(v is r for r in returned)]
+
+        if kept():
+            gc.collect()  # a reference cycle in the forward is no reader
+        for value in kept():
+            value.held_by.append("somebody who keeps it after the forward (the model stores it)")
+
+
+def fresh_inputs(example_inputs: Any) -> Any:
+    """Return the inputs with every tensor copied, one that occurs twice once, so that a forward may write into them."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.detach().clone()
+        return copies[id(leaf)]
+
+    return tree_map(copied, example_inputs)
+
+
+def _hold(values: Sequence[Value], name: str) -> None:
+    holder = f"a hook of {name or 'the model'}"
+    for value in values:
+        if holder not in value.held_by:
+            value.held_by.append(holder)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return () if is_lazy(tensor) else tuple(tensor.shape)
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError, ValueError):  # lazy and sparse tensors have none
+        return None
+
+
+def named_arguments(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return every argument of a call by its name in the schema, defaults filled in."""
+    names = [argument.name for argument in schema.arguments]
+    defaults = {argument.name: argument.default_value for argument in schema.arguments}
+    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _written(schema: Any, given: dict[str, Any]) -> list[Tensor]:
+    """Return the arguments that the operator writes into."""
+    names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [leaf for name in names for leaf in tree_leaves(given[name]) if isinstance(leaf, Tensor)]

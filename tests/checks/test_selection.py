@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+
+from batchnorm.checks import RULES
+from batchnorm.checks.selection import select_rules
+from batchnorm.errors import UnknownNameError
+
+
+@pytest.mark.parametrize(
+    ("select", "ignore", "expected"),
+    [
+        (None, None, [rule.code for rule in RULES]),
+        ("BN001", None, ["BN001"]),
+        (["dropout-before-norm", "bn002"], None, ["BN002", "BN004"]),
+        ("BN", ["BN001", "BN00"], []),
+        (None, ["BN001", "BN003", "norm-after-relu"], ["BN004", "BN005", "BN006"]),
+    ],
+)
+def test_rules_are_chosen_by_code_name_or_beginning(
+    select: str | list[str] | None, ignore: str | list[str] | None, expected: list[str]
+) -> None:
+    assert [rule.code for rule in select_rules(select, ignore)] == expected
+
+
+@pytest.mark.parametrize(("name", "hint"), [("BN0011", "BN001"), ("bias-befor-norm", "bias-before-norm")])
+def test_an_unknown_name_is_refused_with_the_closest(name: str, hint: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"{name}.*did you mean '{hint}'"):
+        select_rules(name, None)
+    with pytest.raises(UnknownNameError, match="no rule of that code or name"):
+        select_rules(None, ["BN001", name])
+
+
+def test_an_empty_beginning_is_no_name() -> None:
+    with pytest.raises(UnknownNameError):
+        select_rules("", None)
