@@ -1,3 +1,87 @@
-"""The whole life of a batch-normalized PyTorch model."""
+"""The whole life of a batch-normalized PyTorch model, one verb a stage.
+
+=================================  ====================================================================================
+``nn.BatchNorm1d/2d/3d``           drop-in layers, with activation, residual, mask, and errors that name the layer
+:func:`convert`, :func:`revert`    a model's norms made ours, and back, losslessly
+:func:`recalibrate`                population statistics from a stream of batches
+:func:`freeze`, :func:`unfreeze`   a freeze that survives ``model.train()``
+:func:`fold`                       norms absorbed by their neighbours, verified, with a reason for each one left
+:func:`check`, :func:`place`       placement and misuse, rule by rule; norms put where they belong
+:func:`watch`                      is this still the data that the model was trained on?
+=================================  ====================================================================================
+
+Every verb returns one result object: it prints as a table, ``to_dict()`` gives plain data, ``to_html(path)`` a page.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from batchnorm import errors, functional, nn
+    from batchnorm.checks import CheckResult, check
+    from batchnorm.functional import active_backend
+    from batchnorm.graph.fold import fold
+    from batchnorm.graph.fold_result import FoldResult
+    from batchnorm.graph.place import PlaceResult, place
+    from batchnorm.moments import Moments
+    from batchnorm.monitor import WatchResult
+    from batchnorm.monitor.watch import watch
+    from batchnorm.nn.convert import ConvertResult, convert, revert
+    from batchnorm.nn.freeze import FreezeResult, freeze, is_frozen, unfreeze
+    from batchnorm.statistics import RecalibrateResult
+    from batchnorm.statistics.recalibrate import recalibrate
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CheckResult",
+    "ConvertResult",
+    "FoldResult",
+    "FreezeResult",
+    "Moments",
+    "PlaceResult",
+    "RecalibrateResult",
+    "WatchResult",
+    "active_backend",
+    "check",
+    "convert",
+    "errors",
+    "fold",
+    "freeze",
+    "functional",
+    "is_frozen",
+    "nn",
+    "place",
+    "recalibrate",
+    "revert",
+    "unfreeze",
+    "watch",
+]
+
+# Where each name lives. It is fetched when it is first asked for, so that `batchnorm --help` need not wait for torch.
+_HOMES = {
+    "batchnorm.checks": ("CheckResult", "check"),
+    "batchnorm.functional": ("active_backend",),
+    "batchnorm.graph.fold": ("fold",),
+    "batchnorm.graph.fold_result": ("FoldResult",),
+    "batchnorm.graph.place": ("PlaceResult", "place"),
+    "batchnorm.moments": ("Moments",),
+    "batchnorm.monitor": ("WatchResult", "watch"),
+    "batchnorm.nn.convert": ("ConvertResult", "convert", "revert"),
+    "batchnorm.nn.freeze": ("FreezeResult", "freeze", "is_frozen", "unfreeze"),
+    "batchnorm.statistics": ("RecalibrateResult", "recalibrate"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("errors", "functional", "nn"):
+        return import_module(f"batchnorm.{name}")
+    if name in _HOME_OF:
+        value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+        return value
+    raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
