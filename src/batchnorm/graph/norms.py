@@ -1,0 +1,191 @@
+"""The norms that a forward pass ran: which module each belongs to, and what is known against folding it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.jit import ScriptModule
+from torch.nn import Module
+
+from batchnorm.graph.dataflow import Call, Graph, ModuleCall, Value
+from batchnorm.graph.refusal import Refusal
+from batchnorm.nn.select import NormModule, named_norms
+
+__all__ = ["NORM_OPERATORS", "NormState", "NormUse", "check_norm", "norm_uses", "unreached_norms"]
+
+NORM_OPERATORS = frozenset(
+    {
+        "batch_norm",
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+    }
+)
+_STATE = ("running_mean", "running_var", "weight", "bias")
+
+
+@dataclass(frozen=True, eq=False)
+class NormUse:
+    """Every call of one norm.
+
+    Attributes:
+        name: what a report calls it: the module's qualified name, or where the function was called.
+        owner: the module that holds its statistics, if one does.
+        calls: its operator calls, in order.
+    """
+
+    name: str
+    owner: Module | None
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
+class NormState:
+    """Qualified names of the tensors that a norm applies, None where it has none, and its ε."""
+
+    running_mean: str
+    running_var: str
+    weight: str | None
+    bias: str | None
+    eps: float
+
+
+def norm_uses(model: Module, graph: Graph) -> list[NormUse]:
+    """Return the norms of a pass, in order of their first call; a functional call stands alone."""
+    calls: dict[object, list[Call]] = {}
+    found: dict[object, tuple[str, Module | None]] = {}
+    for call in graph.calls:
+        if call.name not in NORM_OPERATORS:
+            continue
+        name = _owner_name(model, call)
+        owner = None if name is None else model.get_submodule(name)
+        key = owner if owner is not None else call
+        found.setdefault(key, (call.module if name is None else name, owner))
+        calls.setdefault(key, []).append(call)
+    return [NormUse(_display(*found[key]), found[key][1], tuple(of_key)) for key, of_key in calls.items()]
+
+
+def unreached_norms(model: Module, uses: list[NormUse]) -> list[str]:
+    """Return the names of the model's norm modules that the pass did not run."""
+    reached = {id(use.owner) for use in uses}
+    return [name for name, module in named_norms(model).items() if id(module) not in reached]
+
+
+def _display(name: str, owner: Module | None) -> str:
+    if owner is None:
+        return f"batch_norm in {name}" if name else "batch_norm in the model's forward"
+    return name or type(owner).__name__
+
+
+def _owner_name(model: Module, call: Call) -> str | None:
+    """Return the module that holds the call's statistics (or γ, β where it has none): the running one if it does."""
+    for key in _STATE:
+        value = call.args.get(key)
+        if isinstance(value, Value) and value.names:
+            parents = [name.rpartition(".")[0] for name in value.names]
+            return call.module if call.module in parents else parents[0]
+    # a norm without any state is known by its class alone
+    return call.module if isinstance(model.get_submodule(call.module), NormModule) else None
+
+
+def check_norm(graph: Graph, use: NormUse) -> NormState:
+    """Return the state of a norm whose module can be taken away once a neighbour has absorbed it.
+
+    What counts is what the module's run did, not its class: it must have been exactly this operator.
+
+    Raises:
+        Refusal: the norm has to stay; says why.
+    """
+    _require_fixed_statistics(use)
+    if use.owner is None:
+        raise Refusal("Its statistics are not held by any module of the model.")
+    _require_nothing_but_the_call(graph, use, use.owner)
+    _require_no_hooks(use.owner)
+    state = _state_of(use)
+    _require_no_other_readers(graph, use)
+    return state
+
+
+def _require_fixed_statistics(use: NormUse) -> None:
+    for call in use.calls:
+        if str(call.op) != "aten.batch_norm.default":
+            called = f"{call.op.namespace}::{call.name}"
+            raise Refusal(f"It is called as {called}, which may do more (a mask, a residual, an activation).")
+        if call.args["running_mean"] is None or call.args["running_var"] is None:
+            raise Refusal("It keeps no running statistics, so its output depends on the batch.")
+        if call.args["training"]:
+            raise Refusal("It is in batch mode, so its output depends on the batch; call model.eval() first.")
+
+
+def _require_nothing_but_the_call(graph: Graph, use: NormUse, owner: Module) -> None:
+    if isinstance(owner, ScriptModule):
+        raise Refusal("It is part of a scripted module, which cannot be edited.")
+    runs = [run for run in graph.module_calls if run.module is owner]
+    for call in use.calls:
+        run = next((run for run in runs if call in run.calls), None)
+        if run is None:
+            where = call.module or "the model's own forward"
+            raise Refusal(f"It is called as a function in {where}, not by running its module.")
+        _require_only(run, call)
+    if len(runs) != len(use.calls):
+        raise Refusal("Some runs of its module do not normalize.")
+
+
+def _require_only(run: ModuleCall, call: Call) -> None:
+    others = [c.name for c in run.calls if c is not call]
+    if others:
+        listed = ", ".join(dict.fromkeys(others))
+        raise Refusal(f"Its module does more than normalize: it also runs {listed}.")
+    if not (run.plain and run.inputs == (call.args["input"],) and run.outputs == (call.output,)):
+        raise Refusal("Its module does more than take one tensor and return it normalized.")
+
+
+def _require_no_hooks(owner: Module) -> None:
+    kinds = {
+        "forward": (owner._forward_hooks, owner._forward_pre_hooks),
+        "backward": (owner._backward_hooks, owner._backward_pre_hooks),
+        "state-dict": (
+            owner._state_dict_hooks,
+            owner._state_dict_pre_hooks,
+            owner._load_state_dict_pre_hooks,
+            owner._load_state_dict_post_hooks,
+        ),
+    }
+    for kind, registries in kinds.items():
+        if any(registries):
+            raise Refusal(f"It has a {kind} hook, which would be lost with it.")
+
+
+def _state_of(use: NormUse) -> NormState:
+    first = use.calls[0].args
+    if any(call.args[key] is not first[key] for call in use.calls for key in _STATE) or any(
+        call.args["eps"] != first["eps"] for call in use.calls
+    ):
+        raise Refusal("Its calls do not all apply the same statistics and parameters.")
+    names: dict[str, str | None] = {}
+    for key in _STATE:
+        value = first[key]
+        if value is not None and not (value.kind == "state" and value.names):
+            raise Refusal(f"Its {key} is not a parameter or buffer of the model.")
+        names[key] = None if value is None else value.names[0]
+    mean, var = names["running_mean"], names["running_var"]
+    assert mean is not None
+    assert var is not None
+    return NormState(mean, var, names["weight"], names["bias"], float(first["eps"]))
+
+
+def _require_no_other_readers(graph: Graph, use: NormUse) -> None:
+    """Whoever reads the norm's own tensors from outside would miss them; one who shares them has them still."""
+    for key in _STATE:
+        value = use.calls[0].args[key]
+        if value is None:
+            continue
+        owners = {name.rpartition(".")[0] for name in value.names}
+        strangers = [c for c in graph.readers(value) if c not in use.calls and c.module not in owners]
+        if strangers:
+            call = strangers[0]
+            raise Refusal(f"Its {key} is also read by {call.name} in {call.module or 'the model'}.")
+        if graph.is_output(value):
+            raise Refusal(f"Its {key} is also an output of the model.")

@@ -1,0 +1,728 @@
+"""Every pattern that a folder can get wrong: right, or refused with a reason, never wrong.
+
+Models are float64, so that a wrong fold (off by 1e-2 and more) cannot hide behind rounding (1e-12 and less).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrizations
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from batchnorm.graph.fold import fold
+
+WRONG = 1e-9
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def lively(model, seed=0):
+    """Give every norm statistics and parameters of its own: γ of either sign and 0, means far from 0."""
+    rng = generator(seed)
+    model = model.double().eval()
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+            norm.running_mean.copy_(torch.randn(norm.num_features, generator=rng))
+            norm.running_var.copy_(torch.rand(norm.num_features, generator=rng) * 3 + 0.1)
+            if norm.weight is not None:
+                with torch.no_grad():
+                    norm.weight.copy_(torch.randn(norm.num_features, generator=rng))
+                    norm.weight[0] = 0.0
+                    norm.bias.copy_(torch.randn(norm.num_features, generator=rng))
+    return model
+
+
+def expect(model, inputs, folded=(), left=None):
+    """Fold, and check what was folded, why the others were left, and that nothing computed has changed."""
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = fold(model, inputs)
+    assert [f"{f.norm}→{f.into}" for f in result.folded] == list(folded)
+    reasons = {item.norm: item.reason for item in result.left}
+    expected = left or {}
+    assert list(reasons) == list(expected)
+    for norm, pattern in expected.items():
+        assert re.search(pattern, reasons[norm]), reasons[norm]
+    assert type(result.model) is type(model)
+    assert result.error <= result.bound
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    call = (lambda m: m(**inputs)) if isinstance(inputs, dict) else (lambda m: m(inputs))
+    flatten = torch.utils._pytree.tree_leaves
+    with torch.no_grad():
+        for a, b in zip(flatten(call(model)), flatten(call(result.model)), strict=True):
+            assert float((a - b).abs().max()) < WRONG * max(1.0, float(a.abs().max()))
+    return result
+
+
+# -- operators -------------------------------------------------------------------------------------------------------
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("kwargs", [
+    {}, {"bias": False}, {"padding": 1}, {"padding": "same", "dilation": 2}, {"padding": 2, "stride": 2},
+    {"padding": 1, "padding_mode": "reflect"}, {"padding": 1, "padding_mode": "circular"},
+    {"padding": "same", "padding_mode": "replicate"}, {"groups": 2}, {"groups": 4, "bias": False},
+], ids=str)  # fmt: skip
+def test_convolution(n, kwargs):
+    net = nn.Sequential(CONV[n](4, 8, 3, **kwargs), NORM[n](8))
+    expect(lively(net), randn(2, 4, *[7] * n), ["1→0"])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("kwargs", [
+    {}, {"bias": False}, {"stride": 2, "padding": 1, "output_padding": 1}, {"groups": 2},
+    {"groups": 4, "bias": False, "dilation": 2},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("channels", [(4, 4), (4, 8)])
+def test_transposed_convolution(n, kwargs, channels):
+    net = nn.Sequential(TRANSPOSED[n](*channels, 3, **kwargs), NORM[n](channels[1]))
+    expect(lively(net), randn(2, 4, *[4] * n), ["1→0"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_on_rows(bias):
+    expect(lively(nn.Sequential(nn.Linear(3, 5, bias=bias), nn.BatchNorm1d(5))), randn(6, 3), ["1→0"])
+
+
+@pytest.mark.parametrize("length", [5, 6])
+def test_linear_on_sequences_has_its_channels_on_another_axis(length):
+    net = lively(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(length)))
+    expect(net, randn(2, length, 3), [], {"1": r"normalizes axis 1 .* linear are on axis 2"})
+
+
+def test_unbatched_convolution_has_its_channels_on_another_axis():
+    net = lively(nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)))
+    expect(net, randn(3, 4), [], {"1": r"normalizes axis 1 .* conv1d are on axis 0"})
+
+
+# -- norms -----------------------------------------------------------------------------------------------------------
+
+
+class Functional(nn.Module):
+    """A norm of the user's own making."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("mu", randn(channels, seed=1))
+        self.register_buffer("var", randn(channels, seed=2).square() + 0.1)
+        self.gain = nn.Parameter(randn(channels, seed=3))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.mu, self.var, self.gain, None, False, 0.0, 0.25)
+
+
+class NormAct(nn.BatchNorm2d):
+    def __init__(self, channels, act=None):
+        super().__init__(channels)
+        self.act = act if act is not None else nn.Identity()
+
+    def forward(self, x):
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return self.act(x)
+
+
+@pytest.mark.parametrize("norm", [
+    nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, eps=0.1), nn.SyncBatchNorm(4), Functional(4), NormAct(4),
+], ids=lambda norm: type(norm).__name__)  # fmt: skip
+def test_norm_is_known_by_what_it_does(norm):
+    result = expect(lively(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), norm)), randn(2, 3, 6, 6), ["1→0"])
+    assert type(result.model[1]) is nn.Identity
+
+
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+def test_norm_with_only_a_shift_or_only_a_scale(missing):
+    net = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    net[1].register_parameter(missing, None)
+    expect(net, randn(2, 3, 6, 6), ["1→0"])
+
+
+def test_norm_of_a_dynamic_subclass():
+    norm = nn.BatchNorm2d(4).eval()
+    norm.__class__ = type("FrozenBatchNorm2d", (nn.BatchNorm2d,), {"train": lambda self, mode=True: self})
+    expect(lively(nn.Sequential(nn.Conv2d(3, 4, 3), norm)), randn(2, 3, 6, 6), ["1→0"])
+
+
+def test_norm_that_does_more_stays():
+    net = lively(nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4, nn.ReLU())))
+    expect(net, randn(2, 3, 6, 6), [], {"1": "more than normalize: it also runs relu"})
+
+
+def test_norm_that_returns_more_stays():
+    class Pair(nn.BatchNorm2d):
+        def forward(self, x):
+            return (super().forward(x),)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), Pair(4)
+
+        def forward(self, x):
+            return self.bn(self.conv(x))[0]
+
+    expect(lively(Net()), randn(2, 3, 6, 6), [], {"bn": "more than take one tensor"})
+
+
+def test_norm_in_batch_mode_stays():
+    net = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    net[3].train()
+    expect(net, randn(2, 3, 6, 6), ["1→0"], {"3": r"call model\.eval\(\) first"})
+
+
+def test_norm_without_statistics_stays():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False, affine=False))
+    expect(lively(net), randn(2, 3, 6, 6), [], {"1": "keeps no running statistics"})
+
+
+def test_functional_norm_stays():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = F.batch_norm(self.conv(x), self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias)
+            return F.batch_norm(x, torch.zeros(4).to(x), torch.ones(4).to(x))
+
+    left = {"bn": "called as a function in the model's own forward", "batch_norm in the model's forward": "not held"}
+    expect(lively(Net()), randn(2, 3, 6, 6), [], left)
+
+
+@pytest.mark.parametrize(("name", "value", "reason"), [
+    ("running_var", -1.0, "negative"), ("running_var", float("nan"), "running_var is not finite"),
+    ("running_mean", float("inf"), "running_mean is not finite"), ("weight", float("nan"), "weight is not finite"),
+])  # fmt: skip
+def test_unusable_statistics_are_refused(name, value, reason):
+    net = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    # the second norm: its poison stays in one channel of the output
+    getattr(net[3], name).data[1] = value
+    result = fold(net, randn(2, 3, 6, 6))
+    assert [f.norm for f in result.folded] == ["1"]
+    assert reason in result.left[0].reason
+
+
+def test_norm_that_divides_by_zero_is_refused():
+    net = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, eps=0.0)))
+    net[3].running_var[2] = 0.0
+    result = fold(net, randn(2, 3, 6, 6))
+    assert [f.norm for f in result.folded] == ["1"]
+    assert "divides by zero" in result.left[0].reason
+
+
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_hooks_are_respected(register, place):
+    net = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    getattr(net[place], register)(lambda *_: None)
+    expect(net, randn(2, 3, 6, 6), [], {"1": r"hook"})
+
+
+def test_state_dict_hook_of_a_norm_is_respected():
+    net = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    net[1].register_state_dict_post_hook(lambda *_: None)
+    expect(net, randn(2, 3, 6, 6), [], {"1": "state-dict hook"})
+
+
+def test_hook_of_a_wrapper_that_sees_the_convolution_is_respected():
+    net = lively(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)))
+    net[0].register_forward_hook(lambda *_: None)
+    expect(net, randn(2, 3, 6, 6), [], {"1": "also read by a hook of 0"})
+
+
+def test_norm_that_is_not_reached_is_listed():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.spare = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            return y if y.shape[0] < 10 else self.spare(y)
+
+    expect(lively(Net()), randn(2, 3, 6, 6), ["bn→conv"], {"spare": "do not reach it"})
+
+
+# -- who else reads --------------------------------------------------------------------------------------------------
+
+
+class TwoReaders(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) + y
+
+
+class ReturnsBoth(TwoReaders):
+    def forward(self, x):
+        y = self.conv(x)
+        return {"normalized": self.bn(y), "raw": y}
+
+
+class KeepsState(TwoReaders):
+    def forward(self, x):
+        self.features = self.conv(x)
+        return self.bn(self.features)
+
+
+class LooksAtShape(TwoReaders):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y).reshape(y.shape[0], -1) if y.dim() == 4 else y
+
+
+class WritesIntoView(TwoReaders):
+    def forward(self, x):
+        y = self.conv(x)
+        y[:, 0].zero_()
+        return self.bn(y)
+
+
+class WritesInto(TwoReaders):
+    def forward(self, x):
+        return self.bn(F.relu_(self.conv(x)))
+
+
+class WritesIntoAfterwards(TwoReaders):
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.bn(y)
+        y.add_(1)
+        return z * y
+
+
+class ReluAfterwards(TwoReaders):
+    def forward(self, x):
+        return F.relu_(self.bn(self.conv(x)))
+
+
+class ReadsWeight(TwoReaders):
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.conv.weight.mean()
+
+
+class ReadsVariance(TwoReaders):
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.bn.running_var.mean()
+
+
+class ReadsAttribute(TwoReaders):
+    """Stops without the norm: an identity has no eps."""
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) * (1 + self.bn.eps)
+
+
+class UsesWeightElsewhere(TwoReaders):
+    def forward(self, x):
+        return self.bn(F.conv2d(x, self.conv.weight, None))
+
+
+@pytest.mark.parametrize(("net", "folded", "reason"), [
+    (TwoReaders, False, "output of conv2d is also read by add in the model"),
+    (ReturnsBoth, False, "read by the caller of the model"),
+    (KeepsState, False, "the model stores it"),
+    (LooksAtShape, True, None),
+    (WritesIntoView, False, "reads the output of zero_"),
+    (WritesInto, False, "reads the output of relu_"),
+    (WritesIntoAfterwards, False, "read by add_ in the model"),
+    (ReluAfterwards, True, None),
+    (ReadsWeight, False, "conv.weight is also read by mean"),
+    (ReadsVariance, False, "running_var is also read by mean"),
+    (ReadsAttribute, False, "Without it the model stops: 'Identity' object has no attribute 'eps'"),
+    (UsesWeightElsewhere, False, "used in the model, outside its own forward"),
+])  # fmt: skip
+def test_readers(net, folded, reason):
+    expect(lively(net()), randn(2, 3, 6, 6), ["bn→conv"] if folded else [], {} if folded else {"bn": reason})
+
+
+def test_norm_after_relu_is_not_paired_by_registration_order():
+    net = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)))
+    expect(net, randn(2, 3, 6, 6), [], {"2": "reads the output of relu in 1"})
+
+
+def test_registration_order_is_not_the_order_of_calls():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.bn_of_b, self.b, self.bn_of_a = (
+                nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            )  # fmt: skip
+
+        def forward(self, x):
+            return self.bn_of_b(self.b(torch.relu(self.bn_of_a(self.a(x)))))
+
+    expect(lively(Net()), randn(2, 4, 5, 5), ["bn_of_a→a", "bn_of_b→b"])
+
+
+def test_norm_of_an_input_stays():
+    net = lively(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    expect(net, randn(2, 3, 6, 6), ["2→1"], {"0": "reads an input of the model"})
+
+
+@pytest.mark.parametrize("between", [nn.Dropout(0.5), nn.Dropout2d(0.5), nn.Identity(), nn.Dropout(0.5, inplace=True),
+                                     nn.AlphaDropout(0.5), nn.Dropout(0.0)])  # fmt: skip
+def test_what_is_off_is_passed_through(between):
+    expect(lively(nn.Sequential(nn.Conv2d(3, 4, 3), between, nn.BatchNorm2d(4))), randn(2, 3, 6, 6), ["2→0"])
+
+
+def test_dropout_that_is_on_is_not():
+    net = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.BatchNorm2d(4)))
+    net[1].train()
+    result = fold(net, randn(2, 3, 6, 6))
+    assert result.left[0].reason.startswith("It reads the output of dropout")
+
+
+# -- sharing ---------------------------------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """One convolution, called twice, with one norm or two."""
+
+    def __init__(self, norms):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4) for _ in range(norms)])
+
+    def forward(self, x):
+        for i in range(2):
+            x = torch.tanh(self.norms[i % len(self.norms)](self.conv(x)))
+        return x
+
+
+def test_convolution_shared_by_two_norms_stays():
+    reason = "conv runs 2 times, and only 1 of its outputs goes through this norm"
+    expect(lively(Shared(2)), randn(2, 4, 6, 6), [], {"norms.0": reason, "norms.1": reason})
+
+
+def test_pair_called_twice_is_folded_once():
+    expect(lively(Shared(1)), randn(2, 4, 6, 6), ["norms.0→conv"])
+
+
+def test_convolution_called_more_often_than_the_norm_stays():
+    class Net(TwoReaders):
+        def forward(self, x):
+            return self.bn(self.conv(x)).sum() + self.conv(x).sum()
+
+    expect(lively(Net()), randn(2, 3, 6, 6), [], {"bn": "conv runs 2 times, and only 1"})
+
+
+def test_norm_shared_by_two_convolutions_is_folded_into_both():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.bn = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn(self.a(x)) * self.bn(self.b(x))
+
+    expect(lively(Net()), randn(2, 3, 6, 6), ["bn→a, b"])
+
+
+def test_norm_that_follows_something_else_once_stays():
+    class Net(TwoReaders):
+        def forward(self, x):
+            return self.bn(torch.relu(self.bn(self.conv(x))))
+
+    expect(lively(Net()), randn(2, 3, 6, 6), [], {"bn": "reads the output of relu"})
+
+
+def test_tied_weights_stay():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.bn = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.bn(self.a(x)))
+
+    expect(lively(Net()), randn(2, 4, 6, 6), [], {"bn": "weight a.weight is shared with b.weight"})
+
+
+def test_tied_bias_stays():
+    net = lively(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4)))
+    net[3].bias = net[0].bias
+    expect(net, randn(5, 4), [], {"1": "bias 0.bias is shared with 3.bias"})
+
+
+def test_tied_norm_parameters_are_only_read():
+    net = lively(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4)))
+    net[3].weight, net[3].bias = net[1].weight, net[1].bias
+    result = expect(net, randn(5, 4), ["1→0"], {"3": "reads the output of relu"})
+    assert torch.equal(result.model[3].weight, net[1].weight)
+
+
+def test_module_registered_in_two_places_is_replaced_in_both():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+            self.alias, self.conv = self.block[1], self.block[0]
+
+        def forward(self, x):
+            return self.alias(self.conv(x))
+
+    result = expect(lively(Net()), randn(2, 3, 6, 6), ["block.1→block.0"])
+    assert result.model.alias is result.model.block[1]
+    assert type(result.model.alias) is nn.Identity
+
+
+def test_norm_held_by_a_plain_list_is_found_out():
+    class Net(TwoReaders):
+        def __init__(self):
+            super().__init__()
+            self.unregistered = [self.bn]
+
+        def forward(self, x):
+            return self.unregistered[0](self.conv(x))
+
+    expect(lively(Net()), randn(2, 3, 6, 6), [], {"bn": "still calls the norm"})
+
+
+def test_closure_over_the_original_is_found_out():
+    """A copied closure still calls the original's modules: folding the copy would change nothing, or too much."""
+    net = lively(TwoReaders())
+    closure = lambda x: net.bn(net.conv(x))  # noqa: E731
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.call = net, closure
+
+        def forward(self, x):
+            return self.call(x)
+
+    result = fold(Net().eval(), randn(2, 3, 6, 6))
+    assert not result.folded
+
+
+# -- weights that are computed ---------------------------------------------------------------------------------------
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Padded(nn.Conv2d):
+    """A convolution subclass that only pads more: the operator and its parameters are the module's own."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 0, 1, 0), value=2.0))
+
+
+class Ignores(nn.Conv2d):
+    """Registers a bias that its forward does not read while it is None."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, None)
+
+
+@pytest.mark.parametrize(("conv", "reason"), [
+    (lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), "weight of conv2d is computed by"),
+    (lambda: parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), "weight of conv2d is computed by"),
+    (lambda: nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), "weight of conv2d is computed by"),
+    (lambda: Standardized(3, 4, 3), "is computed by sub"),
+    (lambda: Ignores(3, 4, 3, bias=False), "does not use its parameter 'bias'"),
+    (lambda: Padded(3, 4, 3, bias=False), None),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights(conv, reason):
+    net = lively(nn.Sequential(conv(), nn.BatchNorm2d(4)))
+    expect(net, randn(2, 3, 6, 6), [] if reason else ["1→0"], {"1": reason} if reason else {})
+
+
+def test_parametrized_bias_stays():
+    class Double(nn.Module):
+        def forward(self, b):
+            return b * 2
+
+    net = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    nn.utils.parametrize.register_parametrization(net[0], "bias", Double())
+    expect(net, randn(2, 3, 6, 6), [], {"1": "parametrized"})
+
+
+def test_buffer_as_weight_stays():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.randn(4, 3, 3, 3))
+
+        def forward(self, x):
+            return F.conv2d(x, self.weight)
+
+    expect(lively(nn.Sequential(Fixed(), nn.BatchNorm2d(4))), randn(2, 3, 6, 6), [], {"1": "not an ordinary parameter"})
+
+
+def test_parameters_of_other_names_fold():
+    class Kernel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel, self.offset = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            return F.linear(x, self.kernel, self.offset)
+
+    expect(lively(nn.Sequential(Kernel(), nn.BatchNorm1d(4))), randn(5, 3), ["1→0"])
+
+
+def test_no_place_for_a_bias():
+    class Kernel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x):
+            return F.linear(x, self.kernel)
+
+    expect(lively(nn.Sequential(Kernel(), nn.BatchNorm1d(4))), randn(5, 3), [], {"1": "no place for one"})
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_python_control_flow_and_dict_outputs():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(3)])
+
+        def forward(self, image, depth=3):
+            x = self.stem(image)
+            features = []
+            for block in list(self.blocks)[:depth]:
+                if float(x.detach().mean()) > -1e6:
+                    x = torch.tanh(block(x))
+                features.append(x)
+            return {"features": features, "score": x.mean((1, 2, 3)), "count": len(features)}
+
+    net = lively(Net())
+    expect_inputs = {"image": randn(2, 3, 6, 6)}
+    result = fold(net, expect_inputs)
+    assert [f.norm for f in result.folded] == ["stem.1", "blocks.0.1", "blocks.1.1", "blocks.2.1"]
+    a, b = net(**expect_inputs), result.model(**expect_inputs)
+    assert b["count"] == 3
+    assert torch.allclose(a["score"], b["score"], rtol=0, atol=WRONG)
+    partly = fold(net, (randn(2, 3, 6, 6), 1))
+    assert [item.norm for item in partly.left] == ["blocks.1.1", "blocks.2.1"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+def test_scripted_parts_stay_and_the_rest_folds():
+    scripted = torch.jit.script(lively(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))))
+    net = nn.Sequential(lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), scripted)
+    expect(net, randn(2, 3, 6, 6), ["0.1→0.0"], {"1.1": "scripted"})
+
+
+def test_graph_module_keeps_its_code():
+    net = torch.fx.symbolic_trace(lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())))
+    result = fold(net, randn(2, 3, 6, 6))
+    assert [f.into for f in result.folded] == ["0"]
+    assert torch.allclose(result.model(randn(2, 3, 6, 6)), net(randn(2, 3, 6, 6)), rtol=0, atol=WRONG)
+
+
+def test_checkpointed_block_folds():
+    class Net(TwoReaders):
+        def forward(self, x):
+            block = lambda x: self.bn(self.conv(x))  # noqa: E731
+            return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+
+    expect(lively(Net()), randn(2, 3, 6, 6), ["bn→conv"])
+
+
+def test_agrees_with_an_independent_implementation():
+    net = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    theirs = fuse_conv_bn_eval(copy.deepcopy(net[0]), net[1])
+    ours = fold(net, randn(2, 3, 6, 6)).model[0]
+    assert torch.allclose(ours.weight, theirs.weight, rtol=1e-14)
+    assert torch.allclose(ours.bias, theirs.bias, rtol=1e-13)
+
+
+# -- random graphs ---------------------------------------------------------------------------------------------------
+
+
+class RandomNet(nn.Module):
+    """A random program over a pool of values: its steps pick their operands, so anything may be read or run twice."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+        self.convs = nn.ModuleList([
+            nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 3, padding=1, groups=2),
+            nn.Conv2d(4, 4, 3, padding="same", padding_mode="circular"),
+            nn.ConvTranspose2d(4, 4, 3, padding=1, groups=2),
+        ])  # fmt: skip
+        self.norms = nn.ModuleList(
+            [nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), Functional(4), NormAct(4, nn.ReLU())]
+        )
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x):
+        pool = [x]
+        for kind, which, where in self.steps:
+            value = pool[-1 - where % len(pool)]
+            if kind == "conv":
+                value = self.convs[which](value)
+            elif kind == "norm":
+                value = self.norms[which](value)
+            elif kind == "pair":
+                value = self.norms[where % 4](self.convs[which](value))
+            elif kind == "add":
+                value = value + pool[-1]
+            elif kind == "inplace":
+                value = value.tanh_() if which % 2 and value is not x else value.mul(0.5)
+            elif kind == "linear":
+                value = self.linear(value)
+            else:
+                value = F.dropout(value, 0.5, False)
+            pool.append(value)
+        return torch.tanh(pool[-1]), pool[len(pool) // 2] * 1.0
+
+
+STEP = st.tuples(
+    st.sampled_from(["conv", "norm", "pair", "pair", "conv", "norm", "add", "inplace", "linear", "drop"]),
+    st.integers(0, 3),
+    st.integers(0, 3),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(STEP, min_size=2, max_size=8), st.integers(0, 99))
+def test_random_graphs_compute_the_same(steps, seed):
+    net = lively(RandomNet(steps), seed)
+    x = randn(2, 4, 5, 5, seed=seed)
+    result = fold(net, x)
+    with torch.no_grad():
+        expected, other = net(x.clone()), randn(3, 4, 5, 5, seed=seed + 1)
+        for a, b in zip(expected, result.model(x.clone()), strict=True):
+            assert float((a - b).abs().max()) < WRONG * max(1.0, float(a.abs().max()))
+        for a, b in zip(net(other.clone()), result.model(other.clone()), strict=True):
+            assert float((a - b).abs().max()) < WRONG * max(1.0, float(a.abs().max()))
+    assert len(result.folded) + len(result.left) >= 3
