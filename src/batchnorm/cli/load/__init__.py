@@ -1,0 +1,7 @@
+"""From what the command line names to a model, its weights, batches and example inputs."""
+
+from batchnorm.cli.load.batches import load_batches
+from batchnorm.cli.load.example import load_example
+from batchnorm.cli.load.model import load_model
+
+__all__ = ["load_batches", "load_example", "load_model"]

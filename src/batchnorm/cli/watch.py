@@ -1,0 +1,110 @@
+"""``batchnorm watch``: is the data that the model meets still the data it was trained on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from batchnorm.cli.errors import reason
+from batchnorm.cli.options import (
+    NORMS,
+    BatchSize,
+    Debug,
+    Html,
+    Json,
+    Model,
+    Names,
+    RequiredData,
+    Seed,
+    Weights,
+    examples,
+)
+from batchnorm.errors import BatchError, BatchNormError
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from batchnorm.monitor.watch import WatchResult
+
+__all__ = ["EPILOG", "watch"]
+
+EPILOG = examples(
+    "batchnorm watch -m net:build -w net.pt -d images.npz",
+    "batchnorm watch -m net:build -w net.pt -d net:batches --html drift.html",
+)
+
+
+def watch(
+    model: Model,
+    data: RequiredData,
+    weights: Weights = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    names: Names = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance",
+            metavar="D",
+            rich_help_panel=NORMS,
+            help="Distance that is no drift, in stored standard deviations of the typical channel.",
+        ),
+    ] = 0.1,
+    level: Annotated[
+        float,
+        typer.Option(
+            "--level",
+            metavar="P",
+            rich_help_panel=NORMS,
+            help="Probability of a false alarm, for all norms together.",
+        ),
+    ] = 0.01,
+    html: Html = None,
+    json_: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Compare what each norm meets in your data with what it has stored.
+
+    The model is run in eval mode over all batches and is not changed. Per
+    norm: the distance from the stored statistics with its noise taken off, and
+    the channel that moved most. Beside it, saturated units behind sigmoid and
+    tanh, and dead ones behind ReLU. Exits with 1 when a norm has drifted.
+    """
+    from batchnorm.cli.output import check_destinations, only_result_on_stdout, page, publish
+
+    check_destinations(None, html)
+    with only_result_on_stdout():
+        from batchnorm.cli.load import load_batches, load_model
+
+        network = load_model(model, weights, seed=seed).eval()
+        batches = load_batches(data, network, batch_size=batch_size)
+        result = _watch(network, batches, names=names or None, tolerance=tolerance, level=level)
+        with page(result, html):
+            pass
+    publish(result, json_=json_, html=html)
+    return 1 if result.drifted else 0
+
+
+def _watch(network: Module, batches: Any, **options: Any) -> WatchResult:
+    import torch
+
+    from batchnorm.monitor.watch import watch as run
+    from batchnorm.nn.calling import call_on_batch
+    from batchnorm.report.progress import progress_bar
+    from batchnorm.statistics.stream import length_of, numbered
+
+    with (
+        torch.no_grad(),
+        run(network, **options) as watching,
+        progress_bar("Watching", length_of(batches), None) as advance,
+    ):
+        for index, batch in numbered("watch", batches):
+            try:
+                call_on_batch(network, batch)
+            except BatchNormError:
+                raise
+            except Exception as error:
+                raise BatchError(f"watch: the model failed on batch {index}, {reason(error)}.") from error
+            advance()
+    return watching.result()

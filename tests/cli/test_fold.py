@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from batchnorm.cli.load import load_model
+from batchnorm.graph.fold import fold
+
+SHAPE = "4,3,32,32"
+
+
+def x(size: int = 4) -> torch.Tensor:
+    return torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+
+
+def test_the_program_it_writes_gives_the_outputs_of_the_original(
+    command: Callable[..., Any], here: Path, weights: Path
+) -> None:
+    done = command("fold", "-m", "net:build", "-w", weights, "-i", SHAPE, "-o", "folded.pt2")
+    assert done.code == 0
+    assert "wrote folded.pt2." in done.err
+    program = torch.export.load(here / "folded.pt2")
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+    original = load_model("net:build", weights).eval()
+    with torch.no_grad():
+        for size in (1, 4, 7):
+            torch.testing.assert_close(program.module()(x(size)), original(x(size)))
+
+
+@pytest.mark.parametrize("name", ["folded.safetensors", "folded.pt"])
+def test_the_state_dict_it_writes_is_that_of_the_folded_model(
+    command: Callable[..., Any], here: Path, weights: Path, name: str
+) -> None:
+    done = command("fold", "-m", "net:build", "-w", weights, "-d", "images.npz", "-o", name, "--json")
+    assert json.loads(done.out)["output"] == name
+    state = load_file(here / name) if name.endswith("safetensors") else torch.load(here / name, weights_only=True)
+    original = load_model("net:build", weights).eval()
+    folded = fold(load_model("net:build").eval(), x()).model
+    folded.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x()), original(x()))
+
+
+def test_the_report_names_every_norm(command: Callable[..., Any], here: Path) -> None:
+    done = command("fold", "-m", "net:build", "-i", SHAPE, "--html", "fold.html")
+    assert done.code == 0
+    assert "bn2" in done.out
+    assert "<html" in (here / "fold.html").read_text()
+    assert sorted(p.name for p in here.iterdir()) == ["fold.html", "images.npz", "net.py"]
+
+
+def test_a_page_is_not_left_behind_when_the_model_cannot_be_written(command: Callable[..., Any], here: Path) -> None:
+    (here / "fold.html").write_text("old")
+    (here / "odd.py").write_text(ODD)
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    done = command("fold", "-m", "odd:build", "-i", SHAPE, "--html", "fold.html", "-o", "folded.pt2")
+    assert "torch.export cannot export Odd" in done.sentence
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+
+
+# what depends on values cannot be exported, though it runs
+ODD = """
+from torch import nn
+class Odd(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) if float(x.abs().sum()) > 0 else x
+def build():
+    return Odd(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+"""
+
+
+LEFT = """
+from torch import nn
+def build():
+    return nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))
+"""
+
+
+def test_strict_exits_with_1_when_a_norm_is_left(command: Callable[..., Any], here: Path) -> None:
+    (here / "left.py").write_text(LEFT)
+    done = command("fold", "-m", "left:build", "-i", SHAPE, "--json")
+    assert done.code == 0
+    assert len(json.loads(done.out)["left"]) == 1
+    assert command("fold", "-m", "left:build", "-i", SHAPE, "--strict").code == 1
+    assert command("fold", "-m", "net:build", "-i", SHAPE, "--strict").code == 0
+
+
+def test_what_the_users_code_prints_does_not_spoil_the_json(command: Callable[..., Any], here: Path) -> None:
+    done = command("fold", "-m", "net:chatty", "-i", SHAPE, "--json")
+    assert json.loads(done.out)["folded"]
+    assert "building the network" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-m", "nothing:build", "-i", SHAPE], "no module 'nothing'"),
+        (["-m", "net:bild", "-i", SHAPE], "did you mean 'build'?"),
+        (["-m", "net:broken", "-i", SHAPE], "raised ValueError: no such checkpoint"),
+        (["-m", "net:wants", "-i", SHAPE], "it needs arguments (width, depth)"),
+        (["-m", "net:number", "-i", SHAPE], "expected a torch.nn.Module"),
+        (["-m", "net:build", "-w", "none.pt", "-i", SHAPE], "none.pt: no such file"),
+        (["-m", "net:build", "-w", "net.py", "-i", SHAPE], "got .py"),
+        (["-m", "net:build", "-w", "cut.pt", "-i", SHAPE], "it may be cut short"),
+        (["-m", "net:build", "-w", "pickled.pt", "-i", SHAPE], "can run any code"),
+        (["-m", "net:build", "-i", "4,three"], "expected sizes between commas"),
+        (["-m", "net:build", "-i", "4,5,32,32"], "5"),
+        (["-m", "net:build"], "--input or --data is needed"),
+        (["-m", "net:build", "-i", SHAPE, "-d", "images.npz"], "give one of them"),
+        (["-m", "net:build", "-d", "cut.npz"], "it may be cut short"),
+        (["-m", "net:build", "-d", "net:empty"], "no batch in it"),
+        (["-m", "net:build", "-i", SHAPE, "-o", "none/folded.pt"], "no directory none"),
+        (["-m", "net:build", "-i", SHAPE, "-o", "folded.onnx"], "got .onnx"),
+        (["-m", "net:build", "-i", SHAPE, "--html", "page.pdf"], "got .pdf"),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence_and_no_file_changes(
+    command: Callable[..., Any], here: Path, arguments: list[str], said: str
+) -> None:
+    torch.save(load_model("net:build").state_dict(), here / "whole.pt")
+    torch.save(load_model("net:build"), here / "pickled.pt")
+    (here / "cut.pt").write_bytes((here / "whole.pt").read_bytes()[:500])
+    (here / "cut.npz").write_bytes((here / "images.npz").read_bytes()[:5000])
+    (here / "folded.pt").write_bytes(b"old")
+    before = {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()}
+    if "-o" not in arguments:
+        arguments = [*arguments, "-o", "folded.pt"]
+    assert said in command("fold", *arguments, "--json").sentence
+    assert {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()} == before
+
+
+def test_debug_shows_the_traceback_too(command: Callable[..., Any], here: Path) -> None:
+    done = command("fold", "-m", "net:broken", "-i", SHAPE, "--debug")
+    assert done.code == 2
+    assert done.out == ""
+    assert "Traceback" in done.err
+    assert 'raise ValueError("no such checkpoint' in done.err
+    assert done.err.splitlines()[-1].startswith("error: --model net:broken")

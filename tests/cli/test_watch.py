@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from batchnorm.cli.load import load_model
+from batchnorm.statistics.recalibrate import recalibrate
+
+MODEL = ("-m", "net:build", "-w", "net.pt")
+
+
+@pytest.fixture(autouse=True)
+def trained(here: Path) -> None:
+    """Weights with the statistics of pictures drawn like those in images.npz, which it has not seen."""
+    model = load_model("net:build", seed=3)
+    pictures = torch.randn(400, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 + 1
+    recalibrate(model, [pictures])
+    torch.save(model.state_dict(), here / "net.pt")
+
+
+def shifted(here: Path, name: str = "shifted.npz") -> str:
+    np.savez(here / name, x=np.load(here / "images.npz")["x"] + 1.0)
+    return name
+
+
+def test_the_data_it_was_trained_on_exits_with_0(command: Callable[..., Any]) -> None:
+    done = command("watch", *MODEL, "-d", "images.npz", "-b", 20)
+    assert done.code == 0, done.out
+    assert "bn2" in done.out
+
+
+def test_other_data_exits_with_1_and_names_the_norms(command: Callable[..., Any], here: Path) -> None:
+    done = command("watch", *MODEL, "-d", shifted(here), "-b", 20, "--json")
+    assert done.code == 1
+    assert json.loads(done.out)["drifted"]
+    assert '"bn"' in done.out
+
+
+def test_nan_in_the_data_is_told_and_exits_with_1(command: Callable[..., Any]) -> None:
+    done = command("watch", *MODEL, "-d", "net:poisoned")
+    assert done.code == 1
+    assert "non-finite" in done.out.lower()
+
+
+def test_statistics_that_were_never_measured_are_an_error(command: Callable[..., Any]) -> None:
+    assert "never been updated" in command("watch", "-m", "net:build", "-d", "images.npz").sentence
+
+
+def test_what_counts_as_drift_can_be_set(command: Callable[..., Any], here: Path) -> None:
+    assert command("watch", *MODEL, "-d", shifted(here), "-b", 20, "--tolerance", 10).code == 0
+    found = json.loads(command("watch", *MODEL, "-d", "images.npz", "--names", "bn2", "--json").out)
+    assert '"bn"' not in json.dumps(found)
+    assert '"bn2"' in json.dumps(found)
+
+
+def test_the_report_is_written_too(command: Callable[..., Any], here: Path) -> None:
+    assert command("watch", *MODEL, "-d", shifted(here), "--html", "drift.html").code == 1
+    assert "<html" in (here / "drift.html").read_text()
+
+
+@pytest.mark.parametrize("loader", ["net:labelled", "net:mapped"])
+def test_batches_may_be_tuples_or_dicts(command: Callable[..., Any], loader: str) -> None:
+    assert command("watch", *MODEL, "-d", loader).code in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-d", "none.npz"], "no such file"),
+        (["-d", "cut.npz"], "it may be cut short"),
+        (["-d", "net:empty"], "at least one batch"),
+        (["-d", "net:failing"], "disk on fire"),
+        (["-d", "net:strings"], "str"),
+        (["-d", "wrong.npz"], "the model failed on batch 0"),
+        (["-d", "images.npz", "--tolerance", "-1"], "tolerance=-1"),
+        (["-d", "images.npz", "--names", "bm2"], "did you mean"),
+        (["-d", "images.npz", "--html", "none/page.html"], "no directory none"),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence(
+    command: Callable[..., Any], here: Path, arguments: list[str], said: str
+) -> None:
+    (here / "cut.npz").write_bytes((here / "images.npz").read_bytes()[:5000])
+    np.savez(here / "wrong.npz", x=np.zeros((10, 2, 32, 32)))
+    before = {path.name for path in here.iterdir()}
+    assert said in command("watch", *MODEL, "--json", *arguments).sentence
+    assert {path.name for path in here.iterdir()} == before
