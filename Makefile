@@ -21,7 +21,7 @@ demo: $(VENV)/.demo.stamp ## the tour on real data; prints where the report is
 	$(BIN)/batchnorm demo
 
 test: $(VENV)/.test.stamp ## the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev.stamp ## ruff: style and formatting
 	$(BIN)/ruff check
