@@ -9,7 +9,7 @@ from torch import Tensor
 from batchnorm.demo.result import DemoResult
 from batchnorm.demo.training import PERCENTILES, Probe, Run
 from batchnorm.report import Document, Facts, Paragraph, Plot, Section, Series, Table
-from batchnorm.report.document import Tone
+from batchnorm.report.document import Block, Tone
 
 __all__ = ["tell"]
 
@@ -275,7 +275,7 @@ def _watch(tour: DemoResult) -> Section:
     )
 
 
-def _blocks(document: Document) -> list[Paragraph | Facts | Table | Plot]:
+def _blocks(document: Document) -> list[Block]:
     """Return what another verb's report says, without its title."""
     blocks = [block for section in document.sections for block in section.blocks]
     return [Paragraph(document.summary, document.tone), *blocks] if document.summary else blocks

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_map
 from batchnorm.errors import InputError, VerificationError
 from batchnorm.graph.outputs import NamedTensor, difference, named_tensors, scale_of
 from batchnorm.graph.trace import fresh_inputs
-from batchnorm.nn.calling import call_on_example
+from batchnorm.nn.calling import call_on_example, compiled_modules_eager
 from batchnorm.nn.snapshot import untouched
 
 __all__ = ["Agreement", "Reference", "run", "spacing", "verify", "verify_float64"]
@@ -53,7 +53,7 @@ def run(model: Module, example_inputs: Any) -> list[NamedTensor]:
     Raises:
         InputError: the model fails on the inputs.
     """
-    with untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with untouched(model), torch.no_grad(), compiled_modules_eager:
         try:
             return named_tensors(call_on_example(model, fresh_inputs(example_inputs)))
         except Exception as error:

@@ -1,6 +1,6 @@
-"""What a backend offers: the phases of batch normalization, split so that others can work between them.
+r"""What a backend offers: the phases of batch normalization, split so that others can work between them.
 
-Activations ``x`` are (N, C) or (N, C, *space) with any strides; a 2-D input is rows. Data are float32, bfloat16 or
+Activations ``x`` are (N, C) or (N, C, \*space) with any strides; a 2-D input is rows. Data are float32, bfloat16 or
 float16 with float32 parameters, or of one dtype throughout; statistics pass between the phases in float64, shape (C,).
 
 A masked norm, a norm synchronized across processes and recalibration all take :meth:`Backend.moments`, do something to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from torch.nn import Module
 
 from batchnorm.errors import ArgumentTypeError
 
-__all__ = ["Forward", "below_autograd", "call_on_batch", "call_on_example"]
+__all__ = ["Forward", "below_autograd", "call_on_batch", "call_on_example", "compiled_modules_eager"]
 
 Forward: TypeAlias = Callable[[Module, Any], Any]
 
@@ -53,7 +54,7 @@ def call_on_example(model: Module, example_inputs: Any) -> Any:
 @contextmanager
 def below_autograd() -> Iterator[None]:
     """Run operators without autograd, compiled modules eagerly, so that a dispatch mode meets each operator whole."""
-    with _compiled_modules_eager, torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+    with compiled_modules_eager, torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
         yield
 
 
@@ -70,7 +71,8 @@ class _EagerStance:
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._users == 0:
+            # what is not imported has compiled nothing, and takes a second to import
+            if self._users == 0 and "torch._dynamo" in sys.modules:
                 self._stance.enter_context(torch.compiler.set_stance("force_eager"))
             self._users += 1
 
@@ -81,4 +83,5 @@ class _EagerStance:
                 self._stance.close()
 
 
-_compiled_modules_eager = _EagerStance()
+compiled_modules_eager = _EagerStance()
+"""Enter it to run compiled modules eagerly; it may be entered by several threads at once."""
