@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.report import Document, Facts, Paragraph, Plot, Section, Series, Table
+from batchnorm.report import Document, Facts, Paragraph, Plot, Plots, Section, Series, Table
 from batchnorm.report.html import to_html, write_html
 
 DOCUMENT = Document(
@@ -22,6 +22,7 @@ DOCUMENT = Document(
             [
                 Plot("Loss & more", "step", "loss", [Series("a", [0, 1], [1.0, 2.0]), Series("b", [0, 1], [2.0, 1.0])]),
                 Plot("Bars", "layer", "size", [Series("s", ["x", "y"], [1.0, 2.0], "bar")], "caption", log_y=True),
+                Plots([Plot(t, "x", "y", [Series("s", [0, 1], [1, 2])]) for t in ("left", "right")], "both"),
             ],
         ),
     ],
@@ -35,7 +36,7 @@ def test_everything_is_on_the_page_and_escaped():
     for text in ("Layers &lt;b&gt;", "3 &amp; more", "1.25e-06", "yes", "–", "A &lt; B", "a[0]", "&lt;script&gt;"):
         assert text in page
     assert "<script" not in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 4
     assert 'aria-label="Loss &amp; more"' in page
 
 
@@ -53,7 +54,28 @@ def test_without_matplotlib_a_sentence_stands_for_the_plot(monkeypatch: pytest.M
     monkeypatch.setattr("batchnorm.report.html.find_spec", lambda name: None)
     page = to_html(DOCUMENT)
     assert "<svg" not in page
-    assert page.count("pip install") == 2
+    assert page.count("pip install") == 4
+    assert page.count("<details") == 0
+    assert '<th scope="col" class="number">b</th>' in page
+
+
+def test_the_numbers_of_a_plot_are_on_the_page():
+    pytest.importorskip("matplotlib", reason="plots are drawn by matplotlib")
+    plot = Plot("t", "step", "y", [Series("a", range(1000), range(1000)), Series("b", [0, 999], [0.5, float("nan")])])
+    page = to_html(Document("t", "", [Section("s", [plot])]))
+    rows = re.findall(r"<tr class=\"plain\">(.*?)</tr>", page)
+    assert len(rows) <= 25  # every n-th, and the last
+    assert [re.sub(r"<[^>]+>", " ", row).split() for row in (rows[0], rows[1], rows[-1])] == [
+        ["0", "0", "0.5"],
+        ["42", "42", "–"],
+        ["999", "999", "nan"],
+    ]
+
+
+def test_numbers_with_a_unit_are_set_flush_right():
+    row = ["0", "97.6 %", "1.52 ×", "1,450 steps", "-1.5e-06", "layer1.0", "3 of 3 norms", None]
+    page = to_html(Document("t", "", [Section("", [Table([f"c{i}" for i in range(8)], [row])])]))
+    assert re.findall(r'<th scope="col"( class="number")?>', page) == ["", *[' class="number"'] * 4, "", "", ""]
 
 
 def test_a_failure_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -85,8 +107,8 @@ def test_a_browser_has_nothing_to_complain_about(tmp_path: Path, width: int, sch
     if chromium is None:
         pytest.skip("no chromium on this machine")
     api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    wide = Table([f"column number {i}" for i in range(20)], [[1.5] * 20])
-    document = Document("Wide", "", [*DOCUMENT.sections, Section("Wide", [wide])])
+    wide = Table([f"column number {i}" for i in range(20)], [["a.very.long.name." * 9, *[1.5] * 19]])
+    document = Document("Wide" * 30, "unbroken_" * 40, [*DOCUMENT.sections, Section("Wide", [wide])])
     path = write_html(document, tmp_path / "report.html")
     with api.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
@@ -103,5 +125,5 @@ def test_a_browser_has_nothing_to_complain_about(tmp_path: Path, width: int, sch
     assert said == []
     assert [url for url in requested if not url.startswith("data:")] == [path.as_uri()]
     assert overflow <= 0
-    assert len(drawn) == 2
+    assert len(drawn) == 4
     assert min(drawn) > 150

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-__all__ = ["Block", "Cell", "Document", "Facts", "Paragraph", "Plot", "Section", "Series", "Table"]
+__all__ = ["Block", "Cell", "Document", "Facts", "Paragraph", "Plot", "Plots", "Section", "Series", "Table", "Tone"]
 
 Cell: TypeAlias = str | int | float | bool | None
 Tone: TypeAlias = Literal["plain", "good", "bad"]
@@ -51,7 +51,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """Lines or bars over one pair of axes, as data; drawn when a page is made."""
+    """Lines or bars over one pair of axes, as data; drawn when a page is made.
+
+    ``y_range`` holds the y axis fixed, so that several plots can be compared; None fits it to the values.
+    """
 
     title: str
     x_label: str
@@ -59,9 +62,18 @@ class Plot:
     series: Sequence[Series]
     caption: str = ""
     log_y: bool = False
+    y_range: tuple[float, float] | None = None
 
 
-Block: TypeAlias = Paragraph | Facts | Table | Plot
+@dataclass(frozen=True)
+class Plots:
+    """Several plots to be compared: side by side where there is room, else one below the other."""
+
+    plots: Sequence[Plot]
+    caption: str = ""
+
+
+Block: TypeAlias = Paragraph | Facts | Table | Plot | Plots
 
 
 @dataclass(frozen=True)

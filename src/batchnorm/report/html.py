@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,16 +13,19 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from batchnorm.report.document import Block, Document, Plot, Table
+from batchnorm.report.document import Block, Cell, Document, Plot, Table
 from batchnorm.report.text import format_cell, is_numeric
 
 __all__ = ["to_html", "write_html"]
 
-_NO_PLOT = Markup('<p class="summary">The plot is missing: pip install &quot;batchnorm[demo]&quot; draws it.</p>')
+_MOST_ROWS = 24
 
 
 def to_html(document: Document) -> str:
-    """Return the document as a page. Plots are drawn where matplotlib is installed, else a sentence stands there."""
+    """Return the document as a page.
+
+    Plots are drawn where matplotlib is installed; without it their numbers are shown, and how to get the drawing.
+    """
     environment = Environment(
         loader=PackageLoader("batchnorm.report"),
         autoescape=True,
@@ -28,19 +33,14 @@ def to_html(document: Document) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    drawn = 0
-
-    def draw(plot: Plot) -> Markup:
-        nonlocal drawn
-        if find_spec("matplotlib") is None:
-            return _NO_PLOT
-        from batchnorm.report.plots import to_svg
-
-        drawn += 1
-        return Markup(to_svg(plot, prefix=f"plot{drawn}-"))
-
     return environment.get_template("page.html.j2").render(
-        document=document, kind_of=_kind, cell=format_cell, numeric=_numeric, draw=draw, version=version("batchnorm")
+        document=document,
+        kind_of=_kind,
+        cell=format_cell,
+        numeric=_numeric,
+        numbers=_numbers,
+        draw=_drawing(),
+        version=version("batchnorm"),
     )
 
 
@@ -48,8 +48,47 @@ def _kind(block: Block) -> str:
     return type(block).__name__
 
 
+def _drawing() -> Callable[[Plot], Markup | None]:
+    """Return a function that draws the plots of one page one after the other, or gives None without matplotlib."""
+    drawn = 0
+
+    def draw(plot: Plot) -> Markup | None:
+        nonlocal drawn
+        if find_spec("matplotlib") is None:
+            return None
+        from batchnorm.report.plots import to_svg
+
+        drawn += 1
+        return Markup(to_svg(plot, prefix=f"plot{drawn}-"))
+
+    return draw
+
+
+_NUMBER_WITH_UNIT = re.compile(r"[-+−]?\d[\d.,]*(e[-+]?\d+)?( \S+)?")
+
+
 def _numeric(table: Table, column: int) -> bool:
-    return is_numeric(row[column] for row in table.rows)
+    """Return whether a column is set flush right: numbers, also with a unit (97.6 %, 1.52 ×, 150 steps).
+
+    Digits alone that come as text are no number but a name, of a layer called ``"0"`` for example.
+    """
+    cells = [row[column] for row in table.rows]
+    if is_numeric(cells):
+        return True
+    texts = [cell for cell in cells if isinstance(cell, str)]
+    return bool(texts) and all(_NUMBER_WITH_UNIT.fullmatch(text) and not text.isdigit() for text in texts)
+
+
+def _numbers(plot: Plot) -> Table:
+    """Return what a plot shows as a table: one row a point of the x axis, every n-th if there are many."""
+    along: dict[Cell, list[Cell]] = {}
+    for i, series in enumerate(plot.series):
+        for x, y in zip(series.x, series.y, strict=True):
+            along.setdefault(x, [None] * len(plot.series))[i] = float(y)
+    step = -(-len(along) // _MOST_ROWS) if not any(isinstance(x, str) for x in along) else 1
+    rows = [[x, *values] for x, values in along.items()]
+    shown = rows[::step] + (rows[-1:] if (len(rows) - 1) % max(step, 1) else [])
+    return Table([plot.x_label, *(series.name for series in plot.series)], shown)
 
 
 def write_html(document: Document, path: str | Path) -> Path:

@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from batchnorm.report.document import Block, Cell, Document, Facts, Paragraph, Plot, Table
+from batchnorm.report.document import Block, Cell, Document, Facts, Paragraph, Plot, Plots, Table
 
 __all__ = ["format_cell", "is_numeric", "render", "to_text"]
 
@@ -61,6 +61,8 @@ def _block(block: Block) -> RenderableType:
         return _table(block)
     if isinstance(block, Plot):
         return Text(f"[plot: {block.title}]", style="dim")
+    if isinstance(block, Plots):
+        return Group(*(_block(plot) for plot in block.plots))
     raise TypeError(f"no text for a block of type {type(block).__name__}")
 
 

@@ -1,0 +1,228 @@
+"""How far a stream is from the stored statistics, and whether that is more than chance and more than a trifle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from batchnorm.moments import Moments
+from batchnorm.monitor.stream import LayerStream, SampleMoments
+from batchnorm.monitor.student import critical_t
+
+__all__ = ["MIN_SAMPLES", "REFERENCE_SAMPLES", "ChannelDrift", "LayerDrift", "Status", "judge"]
+
+MIN_SAMPLES = 16
+"""Fewer samples than groups leave the noise itself unknown: nothing is said about drift then."""
+
+REFERENCE_SAMPLES = 608
+"""Stored statistics are taken to be as noisy as those of so many samples: a moving average with momentum 0.1 has the
+variance of a mean over (2 − 0.1)/0.1 = 19 batches, here of 32."""
+
+_CONSTANT = 1e-12
+"""A variance met below this share of the stored one is rounding."""
+
+Status: TypeAlias = Literal["as stored", "drifted", "non-finite values", "too few samples", "not called"]
+
+
+@dataclass(frozen=True)
+class ChannelDrift:
+    """One channel: mean shift in stored standard deviations and in standard errors, and the variance ratio."""
+
+    channel: int
+    shift: float
+    standard_errors: float
+    variance_ratio: float
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    r"""What one norm met, beside what it has stored.
+
+    Attributes:
+        name: of the norm.
+        status: the verdict in words.
+        samples: number of independent samples seen.
+        nonfinite: how many samples held NaN or infinity somewhere; they count in no moment of their channel.
+        effective: number of independent values that would give the mean of a channel the same standard error, median
+            over the channels: between the number of samples (positions all alike) and of values (all independent).
+        distance: √(mean over channels of d² + (√r − 1)²), corrected for the noise of stream and store.
+        bound: what of the distance chance cannot explain, its lower confidence bound.
+        detectable: about the smallest distance that this stream would have been flagged for.
+        shift: d, mean shift of each channel in stored standard deviations, float64, shape (C,).
+        standard_errors: the same in standard errors of the difference.
+        variance_ratio: r, unbiased variance met over variance stored (each plus eps), float64, shape (C,).
+    """
+
+    name: str
+    status: Status
+    samples: int
+    nonfinite: int
+    effective: float | None
+    distance: float | None
+    bound: float | None
+    detectable: float | None
+    shift: Tensor
+    standard_errors: Tensor
+    variance_ratio: Tensor
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the layer is flagged: for a distance beyond the tolerance, or for values that are not finite."""
+        return self.status in ("drifted", "non-finite values")
+
+    def worst(self, count: int = 3) -> list[ChannelDrift]:
+        """Return the channels that contribute most to the distance, the worst first."""
+        size = _squared_distance(self.shift, self.variance_ratio).nan_to_num(nan=-1.0, posinf=math.inf)
+        order = [int(c) for c in size.argsort(descending=True, stable=True)[:count] if size[c] >= 0]
+        return [
+            ChannelDrift(c, float(self.shift[c]), float(self.standard_errors[c]), float(self.variance_ratio[c]))
+            for c in order
+        ]
+
+
+def judge(stream: LayerStream, *, tolerance: float, level: float) -> LayerDrift:
+    r"""Compare what a stream met with what is stored.
+
+    Per channel, with M and s² the mean and the unbiased variance met, μ and σ² the stored ones (the divisor of σ² is
+    that of whoever stored it; PyTorch's is m − 1):
+
+    .. math::
+
+        d = \frac{M - \mu}{\sqrt{\sigma^2 + \epsilon}} \qquad r = \frac{s^2 + \epsilon}{\sigma^2 + \epsilon} \qquad
+        D^2 = \frac1C \sum_c d_c^2 + (\sqrt{r_c} - 1)^2
+
+    D² is the squared Fréchet (2-Wasserstein) distance between the normal distributions N(M, s²) and N(μ, σ²), in units
+    of the stored variance, averaged over channels: how many stored standard deviations the typical channel is off.
+
+    **Noise.** From a finite stream D² comes out too large by the variance of d and √r, and by an amount that scatters.
+    Both are estimated by the jackknife over 16 groups of samples: D² is computed anew without each group in turn, which
+    gives the bias b and the standard error e whatever the correlation between positions and between channels. Stored
+    statistics are estimates too; theirs is taken to be the noise of 608 samples, b·n/608.
+
+    .. math::
+
+        \hat D^2 = D^2 - b - b\,\tfrac{n}{608} \qquad \text{bound}^2 = \hat D^2 - t\,e
+
+    The layer has drifted if the bound exceeds the tolerance: a test of the hypothesis "the distance is at most the
+    tolerance" at the given level. It is one test a layer, not one a channel, so that the number of channels does not
+    multiply false alarms; the caller divides the level by the number of layers.
+
+    A channel that did not vary at all counts with its shift only, unless none varied.
+
+    Args:
+        stream: what one norm has met.
+        tolerance: the distance that is no drift, in stored standard deviations.
+        level: probability of a false alarm.
+
+    Sources: Dowson & Landau 1982, "The Fréchet distance between multivariate normal distributions"; Heusel et al. 2017
+    (arXiv 1706.08500), which compares features by it; Efron & Tibshirani 1993, "An Introduction to the Bootstrap",
+    ch. 11 (jackknife).
+    """
+    subsets, filled = _subsets(stream.moments)
+    shift, ratio, between = (rows[0] for rows in _channels(subsets, stream))
+    errors, effective = _standard_errors(stream, shift, ratio, between)
+    nonfinite = stream.nonfinite
+    distance = bound = detectable = None
+    status: Status = "not called" if stream.calls == 0 else "too few samples"
+    if filled >= MIN_SAMPLES:
+        squared, error = _jackknife(subsets, stream)
+        margin = critical_t(level, filled - 1) * error
+        distance, bound = _root(squared), _root(squared - margin)
+        detectable = math.sqrt(tolerance**2 + margin)
+        status = "drifted" if bound > tolerance else "as stored"
+    if nonfinite or (distance is not None and not math.isfinite(distance)):  # values beyond 1e150 overflow D²
+        status = "non-finite values"
+    return LayerDrift(
+        stream.name,
+        status,
+        stream.samples,
+        nonfinite,
+        effective,
+        distance,
+        bound,
+        detectable,
+        shift.cpu(),
+        errors.cpu(),
+        ratio.cpu(),
+    )
+
+
+def _subsets(moments: SampleMoments) -> tuple[SampleMoments, int]:
+    """Return the moments of all samples, then of all but each group's, and how many groups hold any.
+
+    They are the groups of what is returned.
+    """
+    groups = moments.by_group()
+    filled = torch.tensor([bool((a.count > 0).any()) for a, _ in groups])
+    member = torch.cat([torch.ones(1, len(groups)), 1 - torch.eye(len(groups))[filled]]).double()
+    channels = groups[0][0].num_features
+
+    def total(parts: Sequence[Moments]) -> Moments:
+        merged = Moments.zero(len(member) * channels, parts[0].count.device)
+        for part, inside in zip(parts, member.T.to(merged.count.device), strict=True):
+            # a part with count 0 and M2 0 is no part
+            count, m2 = (torch.outer(inside, t).flatten() for t in (part.count, part.m2))
+            merged = merged.merge(Moments(count, part.mean.repeat(len(member)), m2))
+        return merged
+
+    each = [total(parts) for parts in zip(*groups, strict=True)]
+    return SampleMoments(each[0], each[1], len(member)), int(filled.sum())
+
+
+def _channels(subsets: SampleMoments, stream: LayerStream) -> tuple[Tensor, Tensor, Tensor]:
+    """Return d, r and the unbiased variance of a between samples, one row a subset; NaN where samples are missing."""
+    a, b = subsets.means, subsets.variances
+    between = a.variance(correction=1)
+    rows = (subsets.groups, -1)
+    # Within + between: E[b] + Var[a] is the variance of one value, whatever the correlation inside a sample.
+    ratio = (b.mean + between).reshape(rows) + stream.reference.eps / stream.reference.std.square()
+    return torch.where(a.count > 0, a.mean, math.nan).reshape(rows), ratio, between.reshape(rows)
+
+
+def _standard_errors(stream: LayerStream, shift: Tensor, ratio: Tensor, between: Tensor) -> tuple[Tensor, float | None]:
+    """Return d in standard errors, per channel, and the median number of independent values behind a channel's mean.
+
+    The variance of d is Var[a] (1/n + 1/608) with n samples; the correlation of positions is contained in Var[a].
+    """
+    if stream.samples < 2:
+        return torch.full_like(shift, math.nan), None
+    error = (between * (1 / stream.samples + 1 / REFERENCE_SAMPLES)).sqrt()
+    errors = torch.where(shift == 0, 0.0, shift / error)
+    variance = ratio - stream.reference.eps / stream.reference.std.square()
+    values = (variance / between * stream.samples)[between > 0]
+    return errors, float(values.nanmedian()) if values.numel() else None
+
+
+def _root(squared: float) -> float:
+    return math.sqrt(squared) if not squared <= 0 else 0.0  # NaN stays NaN
+
+
+def _squared_distance(shift: Tensor, ratio: Tensor) -> Tensor:
+    return shift.square() + (ratio.clamp(min=0).sqrt() - 1).square()
+
+
+def _mean_squared_distances(subsets: SampleMoments, stream: LayerStream) -> Tensor:
+    """Return D² of each subset.
+
+    A channel that did not vary at all enters with its shift only: where values are rare (a one-hot feature, a sparse
+    activation) a short stream may hold none. When no channel varied, though, that is not chance but a constant input.
+    """
+    shift, ratio, _ = _channels(subsets, stream)
+    constant = ratio - stream.reference.eps / stream.reference.std.square() < _CONSTANT
+    ratio = torch.where(constant & ~constant.all(1, keepdim=True), 1.0, ratio)
+    return _squared_distance(shift, ratio).nanmean(1)
+
+
+def _jackknife(subsets: SampleMoments, stream: LayerStream) -> tuple[float, float]:
+    """Return D² without the noise's share, and its standard error."""
+    distances = _mean_squared_distances(subsets, stream)
+    whole, without = float(distances[0]), distances[1:]
+    others = len(without) - 1
+    bias = max(others * (float(without.mean()) - whole), 0.0)
+    error = math.sqrt(others * float(without.var(correction=0)))
+    return whole - bias * (1 + stream.samples / REFERENCE_SAMPLES), error

@@ -1,0 +1,199 @@
+"""What a watch has seen, as a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from batchnorm.monitor.drift import MIN_SAMPLES, ChannelDrift, LayerDrift
+from batchnorm.monitor.saturation import SLOPE, ActivationUse
+from batchnorm.report import Document, Plot, Result, Section, Series, Table
+from batchnorm.report.document import Tone
+
+__all__ = ["WatchResult"]
+
+
+@dataclass(frozen=True)
+class WatchResult(Result):
+    """What every norm and activation met.
+
+    Attributes:
+        layers: one entry a norm, in the order in which they were called; those never called come last.
+        saturation: one entry an activation (sigmoid, tanh, ReLU and their hard versions), in the order of their calls.
+        tolerance: the distance that is no drift, in stored standard deviations.
+        level: probability that anything is flagged though the data is what it was.
+    """
+
+    layers: tuple[LayerDrift, ...]
+    saturation: tuple[ActivationUse, ...]
+    tolerance: float
+    level: float
+
+    @property
+    def drifted(self) -> bool:
+        """Whether any norm is flagged."""
+        return any(layer.drifted for layer in self.layers)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples that passed through the model."""
+        return max((layer.samples for layer in self.layers), default=0)
+
+    def document(self) -> Document:
+        """Return the report as data."""
+        summary, tone = self._summary()
+        blocks: list[Any] = [self._layer_table()]
+        judged = [layer for layer in self.layers if layer.distance is not None]
+        if len(judged) > 1:
+            blocks.append(self._plot(judged))
+        sections = [Section("Norms", blocks)]
+        if self.saturation:
+            sections.append(Section("Activations", [_activation_table(self.saturation)]))
+        return Document("Watch", summary, sections, tone)
+
+    def _summary(self) -> tuple[str, Tone]:
+        flagged = [layer for layer in self.layers if layer.status == "drifted"]
+        broken = [layer.name or "the model" for layer in self.layers if layer.nonfinite]
+        if flagged or broken:
+            drift = f"Drift: {_of(len(flagged), self.layers)} met data that the stored statistics do not describe."
+            nan = f"Non-finite values in {_some(broken)}; samples that hold them are left out there."
+            return " ".join([drift] * bool(flagged) + [nan] * bool(broken)), "bad"
+        judged = [layer for layer in self.layers if layer.status == "as stored"]
+        if judged:
+            rest = "" if len(judged) == len(self.layers) else f" ({_of(len(judged), self.layers)} could be judged)"
+            return f"No drift: every norm met what it has stored{rest}, in {self.samples:,} samples.", "good"
+        if self.samples:
+            seen = f"{self.samples} sample{'s' * (self.samples > 1)} seen"
+            return f"Not enough samples to judge: {seen}, at least {MIN_SAMPLES} needed.", "plain"
+        return "Nothing to compare: the model was not called while it was watched.", "plain"
+
+    def _layer_table(self) -> Table:
+        rows = [
+            [
+                layer.name or "(the model)",
+                layer.status,
+                layer.samples,
+                None if layer.effective is None else round(layer.effective),
+                layer.distance,
+                layer.bound,
+                layer.detectable,
+                _words(layer.worst(1)),
+            ]
+            for layer in self.layers
+        ]
+        return Table(
+            ["norm", "verdict", "samples", "effective", "distance", "lower bound", "detectable", "worst channel"],
+            rows,
+            caption="Distance: how far the typical channel is from the stored statistics, in stored standard "
+            f"deviations σ, noise taken off. Flagged where its lower bound exceeds {self.tolerance:g}. Effective: "
+            "number of independent values behind a channel's mean. Detectable: about the smallest distance that this "
+            "stream would have been flagged for.",
+            tones={i: "bad" for i, layer in enumerate(self.layers) if layer.drifted},
+        )
+
+    def _plot(self, judged: Sequence[LayerDrift]) -> Plot:
+        names = [layer.name for layer in judged]
+        return Plot(
+            "Distance from the stored statistics",
+            "norm",
+            "stored standard deviations",
+            [
+                Series("distance", names, [_number(layer.distance) or 0.0 for layer in judged], "bar"),
+                Series("tolerance", names, [self.tolerance] * len(judged), "dashed"),
+            ],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as numbers, strings, lists and dicts only; what is not known or not finite is None."""
+        return {
+            "drifted": self.drifted,
+            "samples": self.samples,
+            "tolerance": self.tolerance,
+            "level": self.level,
+            "summary": self._summary()[0],
+            "layers": [
+                {
+                    "name": layer.name,
+                    "status": layer.status,
+                    "drifted": layer.drifted,
+                    "samples": layer.samples,
+                    "nonfinite_samples": layer.nonfinite,
+                    "effective_values": _number(layer.effective),
+                    "distance": _number(layer.distance),
+                    "lower_bound": _number(layer.bound),
+                    "detectable": _number(layer.detectable),
+                    "worst_channels": [
+                        {
+                            "channel": worst.channel,
+                            "shift": _number(worst.shift),
+                            "standard_errors": _number(worst.standard_errors),
+                            "variance_ratio": _number(worst.variance_ratio),
+                        }
+                        for worst in layer.worst()
+                    ],
+                }
+                for layer in self.layers
+            ],
+            "activations": [
+                {
+                    "name": use.name,
+                    "kind": use.kind,
+                    "units": use.units,
+                    "values": use.values,
+                    "saturated": use.saturated,
+                    "stuck_units": None if use.stuck is None else list(use.stuck),
+                    "dead_units": None if use.dead is None else list(use.dead),
+                }
+                for use in self.saturation
+            ],
+        }
+
+
+def _activation_table(uses: Sequence[ActivationUse]) -> Table:
+    rows = [
+        [
+            use.name or "(the model)",
+            use.kind,
+            use.units,
+            None if use.saturated is None else f"{100 * use.saturated:.1f} %",
+            None if use.stuck is None else len(use.stuck),
+            None if use.dead is None else len(use.dead),
+        ]
+        for use in uses
+    ]
+    return Table(
+        ["called in", "function", "units", "saturated values", "always saturated units", "dead units"],
+        rows,
+        caption=f"Saturated: slope below {100 * SLOPE:g} % of its maximum. Dead: a unit (channel, feature) that fired "
+        "at no sample and no position.",
+        tones={i: "bad" for i, use in enumerate(uses) if _mostly_lost(use)},
+    )
+
+
+def _mostly_lost(use: ActivationUse) -> bool:
+    return (use.saturated or 0) > 0.5 or 2 * len(use.dead or ()) > use.units
+
+
+def _words(worst: Sequence[ChannelDrift]) -> str | None:
+    """Return e.g. ``"41: +0.15 σ (2.4 s.e.), variance × 0.99"``."""
+    if not worst:
+        return None
+    w = worst[0]
+    errors = f" ({abs(w.standard_errors):.3g} s.e.)" if math.isfinite(w.standard_errors) else ""
+    ratio = f", variance × {w.variance_ratio:.3g}" if math.isfinite(w.variance_ratio) else ""
+    return f"{w.channel}: {w.shift:+.2g} σ{errors}{ratio}".replace("-", "−")
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _of(count: int, layers: Sequence[LayerDrift]) -> str:
+    return f"{count} of {len(layers)} norm{'s' * (len(layers) != 1)}"
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,152 @@
+"""Units that no longer learn: saturated behind a sigmoid or tanh, dead behind a ReLU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from batchnorm.monitor.stream import float64_device
+
+__all__ = ["SLOPE", "Activation", "ActivationStream", "ActivationUse", "activation_of"]
+
+SLOPE = 0.05
+"""A sigmoid or tanh unit is saturated where its derivative is below this share of the derivative's maximum."""
+
+# tanh′(z) = 1 − tanh²(z) with maximum 1 at 0, and sigmoid(z) = (1 + tanh(z/2))/2.
+_TANH_LIMIT = math.atanh(math.sqrt(1 - SLOPE))
+
+Kind: TypeAlias = Literal["sigmoid", "tanh", "hardsigmoid", "hardtanh", "relu", "relu6"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    r"""A call of an activation function, by what leaves its units without gradient.
+
+    A unit of kind ``sigmoid``, ``tanh``, ``hardsigmoid`` or ``hardtanh`` is saturated at a pre-activation z outside
+    [low, high]. For the smooth two the derivative is there below 5 % of its maximum:
+
+    .. math::
+
+        |z| > \operatorname{artanh}\sqrt{1 - 0.05} = 2.178 \;\text{(tanh)} \qquad |z| > 4.357 \;\text{(sigmoid)}
+
+    and for the hard two it is 0 (beyond −3 and 3, or beyond the bounds of the call). A unit of kind ``relu`` or
+    ``relu6`` fires at z > 0.
+    """
+
+    kind: Kind
+    low: float = 0.0
+    high: float = math.inf
+
+    @property
+    def rectifies(self) -> bool:
+        """Whether units die here (ReLU) rather than saturate."""
+        return self.kind in ("relu", "relu6")
+
+
+_FIXED = {
+    "sigmoid": Activation("sigmoid", -2 * _TANH_LIMIT, 2 * _TANH_LIMIT),
+    "tanh": Activation("tanh", -_TANH_LIMIT, _TANH_LIMIT),
+    "hardsigmoid": Activation("hardsigmoid", -3.0, 3.0),
+    "relu": Activation("relu"),
+    "relu6": Activation("relu6"),
+}
+
+
+def activation_of(operator: str, arguments: Mapping[str, Any]) -> Activation | None:
+    """Return which activation a call of an operator is, or None.
+
+    ReLU has several spellings: ``relu``, ``clamp(min=0)``, ``clamp_min(0)``, ``threshold(0, 0)``, ``hardtanh(0, 6)``.
+
+    Args:
+        operator: name without namespace and without the underscore of an in-place version.
+        arguments: its arguments by name.
+    """
+    if operator in _FIXED:
+        return _FIXED[operator]
+    low, high = arguments.get("min"), arguments.get("max")
+    if operator == "hardtanh":
+        low, high = arguments.get("min_val", -1), arguments.get("max_val", 1)
+        if low != 0:
+            return Activation("hardtanh", float(low), float(high))
+    elif operator == "threshold":
+        low = 0 if arguments.get("threshold") == arguments.get("value") == 0 else None
+    elif operator not in ("clamp", "clamp_min"):
+        return None
+    if isinstance(low, Tensor) or isinstance(high, Tensor) or low != 0:
+        return None
+    return Activation("relu") if high is None else Activation("relu6")
+
+
+@dataclass(frozen=True)
+class ActivationUse:
+    """What one activation met.
+
+    Attributes:
+        name: of the module that called it; with ``#2`` when it is not that module's first call of the function.
+        kind: which function.
+        units: number of channels, or of features.
+        values: number of pre-activations seen.
+        saturated: share of them in the saturated range; None behind a ReLU.
+        stuck: units that were saturated at every value; None behind a ReLU.
+        dead: units that never fired, at no sample and no position; None behind others than a ReLU.
+    """
+
+    name: str
+    kind: Kind
+    units: int
+    values: int
+    saturated: float | None
+    stuck: tuple[int, ...] | None
+    dead: tuple[int, ...] | None
+
+
+class ActivationStream:
+    """Everything that one activation has met since the watch began."""
+
+    def __init__(self, name: str, activation: Activation, units: int, device: torch.device) -> None:
+        self.name = name
+        self.activation = activation
+        self.units = units
+        self.values_per_unit = 0
+        # float64 counts exactly up to 2^53; behind a ReLU whether the unit has fired
+        count_type = torch.bool if activation.rectifies else torch.float64
+        self.count = torch.zeros(units, dtype=count_type, device=float64_device(device))
+
+    def add(self, z: Tensor, unit_dim: int) -> None:
+        """Add the pre-activations of one call. A value that is NaN counts as fired, and as not saturated."""
+        others = [d for d in range(z.dim()) if d != unit_dim % z.dim()]
+        self.values_per_unit += z.numel() // max(self.units, 1)
+        if z.numel() == 0:
+            return
+        if self.activation.rectifies:
+            fired = ~((z.amax(others) if others else z) <= 0)
+            self.count = self.count | fired.to(self.count.device)
+        else:
+            self.count = self.count + self._saturated(z, others).to(self.count.device).double()
+
+    def _saturated(self, z: Tensor, others: list[int]) -> Tensor:
+        """Return the number of saturated values of each unit."""
+        low, high, hard = self.activation.low, self.activation.high, self.activation.kind.startswith("hard")
+        if low == -high:
+            size = z.abs()
+            outside = size.ge_(high) if hard else size.gt_(high)
+        else:
+            outside = ((z <= low) | (z >= high)).to(z.dtype)
+        # Ones add up exactly in float32 as far as 2^24, and several times faster than in float64.
+        few = z.numel() <= self.units * 2**24
+        return outside.sum(others, dtype=torch.float32 if few else torch.float64) if others else outside
+
+    def result(self) -> ActivationUse:
+        """Return what has been counted."""
+        values = self.values_per_unit * self.units
+        if self.activation.rectifies:
+            dead = tuple((~self.count).nonzero().flatten().tolist()) if values else ()
+            return ActivationUse(self.name, self.activation.kind, self.units, values, None, None, dead)
+        stuck = tuple((self.count == self.values_per_unit).nonzero().flatten().tolist()) if values else ()
+        share = float(self.count.sum()) / values if values else None
+        return ActivationUse(self.name, self.activation.kind, self.units, values, share, stuck, None)

@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchnorm.monitor.stream import GROUPS, LayerStream, Reference, SampleMoments, sample_statistics
+
+SHAPES = [(7, 3), (5, 3, 4), (5, 3, 4, 2), (4, 3, 2, 3, 2)]
+
+
+def reference(channels: int = 3, eps: float = 1e-5) -> Reference:
+    return Reference.of(torch.arange(channels) * 0.5, torch.linspace(0.5, 2.0, channels), eps)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_sample_statistics_are_those_of_each_sample(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
+    mean, variance = sample_statistics(x)
+    values = x.double().numpy().reshape(shape[0], shape[1], -1)
+    eps = torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype).eps
+    assert mean.dtype == variance.dtype == torch.float64
+    np.testing.assert_allclose(mean.numpy(), values.mean(2), rtol=8 * eps)
+    np.testing.assert_allclose(variance.numpy(), values.var(2), rtol=0, atol=64 * eps)
+
+
+def test_memory_layout_does_not_matter() -> None:
+    x = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for plain, last in zip(
+        sample_statistics(x), sample_statistics(x.to(memory_format=torch.channels_last)), strict=True
+    ):
+        torch.testing.assert_close(plain, last)
+
+
+def test_a_mean_far_above_the_spread_costs_no_digits() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(4, 2, 4096, generator=g, dtype=torch.float64) * 0.1 + 1e4).float()
+    _, variance = sample_statistics(x)
+    torch.testing.assert_close(variance, x.double().var(2, correction=0), rtol=1e-3, atol=0)
+
+
+def test_masked_positions_do_not_count_even_if_nan() -> None:
+    x = torch.tensor([[[1.0, 3.0, torch.nan]], [[5.0, torch.inf, torch.nan]], [[torch.nan] * 3]])
+    mask = torch.tensor([[True, True, False], [True, False, False], [False] * 3])
+    mean, variance = sample_statistics(x, mask)
+    assert mean.tolist() == [[2.0], [5.0]]  # the third sample has no valid position
+    assert variance.tolist() == [[1.0], [0.0]]
+
+
+def test_rows_of_one_sample_are_taken_together() -> None:
+    x = torch.tensor([[1.0], [3.0], [10.0], [10.0]])  # two samples of two steps each
+    mean, variance = sample_statistics(x, samples=2)
+    assert mean.tolist() == [[2.0], [10.0]]
+    assert variance.tolist() == [[1.0], [0.0]]
+    assert len(sample_statistics(x, samples=3)[0]) == 4  # 4 rows do not belong to 3 samples
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 10**6))
+def test_the_cut_into_batches_does_not_matter(sizes: list[int], seed: int) -> None:
+    x = torch.randn(sum(sizes), 3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cut, whole = LayerStream("n", reference()), LayerStream("n", reference())
+    for part in x.split(sizes):
+        cut.add(part)
+        _ = cut.moments  # summed up after each batch, not all at the end
+    whole.add(x)
+    assert cut.samples == whole.samples == len(x)
+    for a, b in zip(cut.moments.by_group(), whole.moments.by_group(), strict=True):
+        for one, other in zip(a, b, strict=True):
+            assert torch.equal(one.count, other.count)
+            torch.testing.assert_close(one.mean, other.mean)
+            torch.testing.assert_close(one.m2, other.m2)
+
+
+def test_groups_are_every_sixteenth_sample_in_stored_units() -> None:
+    x = torch.randn(40, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    r = reference()
+    stream = LayerStream("n", r)
+    stream.add(x)
+    for g, (a, b) in enumerate(stream.moments.by_group()):
+        part = x[g::GROUPS]
+        torch.testing.assert_close(a.mean, ((part.mean(2) - r.mean) / r.std).mean(0))
+        torch.testing.assert_close(b.mean, (part.var(2, correction=0) / r.std**2).mean(0))
+        assert a.count.tolist() == [len(part)] * 3
+
+
+def test_a_sample_that_is_not_finite_counts_in_no_moment_of_its_channel() -> None:
+    x = torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(1))
+    x[3, 1, 2], x[5, 1, 0], x[5, 2, 0] = torch.nan, torch.inf, torch.nan
+    stream = LayerStream("n", reference())
+    stream.add(x)
+    assert stream.nonfinite == 2
+    counts = torch.stack([a.count for a, _ in stream.moments.by_group()]).sum(0)
+    assert counts.tolist() == [20, 18, 19]
+    assert all(bool(a.isfinite().all() and b.isfinite().all()) for a, b in stream.moments.by_group())
+
+
+def test_a_second_call_in_one_forward_brings_no_new_samples() -> None:
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
+    stream = LayerStream("n", reference())
+    stream.add(x)
+    stream.add(x + 1, again=True)
+    stream.add(x)
+    assert (stream.samples, stream.calls) == (40, 3)
+    counts = [a.count[0].item() for a, _ in stream.moments.by_group()]
+    # samples 0 to 19 twice, 20 to 39 once
+    assert counts == [2 * 2 + 1] * 4 + [2 * 1 + 2] * 4 + [2 * 1 + 1] * 8
+
+
+def test_reference_is_a_copy() -> None:
+    mean, variance = torch.zeros(2), torch.ones(2)
+    r = Reference.of(mean, variance, 1.0)
+    mean += 1
+    variance += 1
+    assert r.mean.tolist() == [0, 0]
+    assert r.std.tolist() == [2**0.5] * 2
+
+
+def test_moments_merge_like_sets() -> None:
+    a, b = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    number = torch.arange(9)
+    both = SampleMoments.of(torch.cat([a, b]), torch.cat([b, a]), torch.cat([number, number]))
+    sum_ = SampleMoments.of(a, b, number) + SampleMoments.of(b, a, number)
+    torch.testing.assert_close(both.means.m2, sum_.means.m2)
+    torch.testing.assert_close(both.variances.mean, sum_.variances.mean)

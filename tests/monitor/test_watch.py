@@ -1,0 +1,205 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from batchnorm.errors import ArgumentTypeError, BatchNormError, ShapeError, StateError, UnknownNameError
+from batchnorm.monitor import WatchResult, watch
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[nn.Module, torch.Tensor]:
+    """A small convolutional network trained on real pictures, and pictures it has not seen."""
+    bunch = pytest.importorskip("sklearn.datasets").load_digits()
+    x, y = torch.tensor(bunch.images / 16).float()[:, None], torch.tensor(bunch.target).long()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1347], order[1347:]
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 12, 3, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 24, 3, stride=2, bias=False),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(96, 64, bias=False),
+        nn.BatchNorm1d(64),
+        nn.Sigmoid(),
+        nn.Linear(64, 10),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    g = torch.Generator().manual_seed(1)
+    for _ in range(250):
+        batch = train[torch.randint(len(train), (60,), generator=g)]
+        loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), x[test]
+
+
+def seen(model: nn.Module, x: torch.Tensor, batch: int = 60, **options) -> WatchResult:
+    with torch.no_grad(), watch(model, **options) as w:
+        for part in x.split(batch):
+            model(part)
+    return w.result()
+
+
+def test_new_pictures_of_the_same_kind_are_no_drift(digits) -> None:
+    model, x = digits
+    assert not seen(model, x).drifted
+    for seed in range(20):
+        part = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: 16 + 8 * seed]
+        assert not seen(model, x[part]).drifted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: 1 - x,
+        lambda x: x.rot90(1, (-2, -1)),
+        lambda x: x + 0.2,
+        lambda x: 0.5 * x,
+        lambda x: (x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1),
+    ],
+    ids=["inversion", "quarter turn", "brighter", "paler", "noise"],
+)
+def test_changed_pictures_are_drift(digits, change) -> None:
+    model, x = digits
+    assert seen(model, change(x)).drifted
+
+
+@pytest.mark.parametrize("change", [lambda x: x, lambda x: 1 - x])
+def test_the_batch_size_does_not_matter(digits, change) -> None:
+    model, x = digits
+    results = [seen(model, change(x), batch) for batch in (2, 33, 450)]
+    for result in results[1:]:
+        assert result.drifted == results[0].drifted
+        for a, b in zip(result.layers, results[0].layers, strict=True):
+            assert a.samples == b.samples == 450
+            # the forward pass itself rounds differently for other batch sizes
+            torch.testing.assert_close(a.shift, b.shift, rtol=1e-3, atol=1e-5)
+
+
+def test_one_sample_is_not_enough(digits) -> None:
+    model, x = digits
+    result = seen(model, x[:1])
+    assert not result.drifted
+    assert {layer.status for layer in result.layers} == {"too few samples"}
+    assert "Not enough samples to judge: 1 sample seen, at least 16 needed." in str(result)
+
+
+def test_nothing_called(digits) -> None:
+    with watch(digits[0]) as w:
+        pass
+    assert not w.result().drifted
+    assert "was not called" in str(w.result())
+
+
+def test_names(digits) -> None:
+    model, x = digits
+    assert [layer.name for layer in seen(model, x, names="4").layers] == ["4"]
+    with pytest.raises(UnknownNameError, match="'9'"):
+        watch(model, names="9")
+
+
+def test_nan_batches_are_flagged_and_the_rest_still_compared(digits) -> None:
+    model, x = digits
+    x = x.clone()
+    x[7] = torch.nan
+    result = seen(model, x)
+    assert result.drifted
+    assert result.document().tone == "bad"
+    assert "Non-finite values in 1, 4, 8" in str(result)
+    assert all(layer.nonfinite == 1 and layer.distance < 0.1 for layer in result.layers)
+
+
+def test_result_inside_the_block_and_going_on_later(digits) -> None:
+    model, x = digits
+    w = watch(model)
+    with torch.no_grad():
+        with w:
+            model(x[:100])
+            assert w.result().samples == 100
+        with w:
+            model(x[100:])
+    whole = w.result()
+    assert whole.samples == 450
+    assert whole.layers[0].distance == pytest.approx(seen(model, x).layers[0].distance, abs=1e-4)
+    with w, pytest.raises(StateError, match="running already"), w:
+        pass
+
+
+def test_report(digits) -> None:
+    model, x = digits
+    for pictures in (x, 1 - x, x[:1], x * torch.nan):
+        result = seen(model, pictures)
+        data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+        assert data["drifted"] is result.drifted
+        assert [layer["name"] for layer in data["layers"]] == ["1", "4", "8"]
+        assert [use["kind"] for use in data["activations"]] == ["relu", "relu", "sigmoid"]
+        table = result.document().sections[0].blocks[0]
+        assert table.tones == {i: "bad" for i, layer in enumerate(result.layers) if layer.drifted}
+        text = str(result)
+        assert all(name in text for name in ("norm", "sigmoid", "worst channel"))
+
+
+def test_false_alarm_level_is_shared_among_the_norms() -> None:
+    # 10 norms, each at the edge of its tolerance: were each tested at the full level, up to 40 % of the streams would
+    # raise an alarm. With the level shared, 7 or more of 40 at level 0.05 have probability below 0.01.
+    norms = nn.Sequential(*(nn.BatchNorm1d(16) for _ in range(10))).eval()
+    for norm in norms:
+        norm.running_mean.copy_(torch.where(torch.arange(16) % 2 == 0, 0.1, -0.1))
+
+    class Side(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = norms
+
+        def forward(self, x: torch.Tensor) -> None:
+            for norm, part in zip(self.norms, x.unbind(2), strict=True):
+                norm(part)
+
+    alarms = 0
+    for seed in range(40):
+        g = torch.Generator().manual_seed(seed)
+        alarms += seen(Side(), torch.randn(48, 16, 10, generator=g), level=0.05).drifted
+    assert alarms < 7
+
+
+def test_models_without_stored_statistics_are_refused() -> None:
+    with pytest.raises(StateError, match=r"Linear has no batch norm with stored statistics"):
+        watch(nn.Linear(3, 3))
+    with pytest.raises(StateError, match="track_running_stats=True"):
+        watch(nn.BatchNorm1d(3, track_running_stats=False))
+    with pytest.raises(StateError, match="never been updated"):
+        watch(nn.Sequential(nn.BatchNorm1d(3)))
+    norm = nn.BatchNorm1d(3)
+    norm(torch.randn(9, 3))
+    watch(norm)
+    watch(nn.Sequential(nn.BatchNorm1d(3), norm))  # one of them will do
+    # a model with buffers may call a batch norm function with them; this one does not
+    buffer_only = nn.Linear(3, 3)
+    buffer_only.register_buffer("scale", torch.ones(3))
+    with watch(buffer_only) as w:
+        buffer_only(torch.randn(2, 3))
+    with pytest.raises(StateError, match="no batch norm"):
+        w.result()
+
+
+def test_bad_arguments_are_refused_in_words() -> None:
+    norm = nn.BatchNorm1d(3)
+    norm(torch.randn(9, 3))
+    for error, arguments in (
+        (ShapeError, {"tolerance": 0}),
+        (ShapeError, {"tolerance": float("nan")}),
+        (ShapeError, {"level": 0.5}),
+        (ShapeError, {"level": 0}),
+    ):
+        with pytest.raises(error, match=f"watch: {next(iter(arguments))}="):
+            watch(norm, **arguments)
+    with pytest.raises(ArgumentTypeError, match=r"expected a torch\.nn\.Module; got str"):
+        watch("model")
+    assert issubclass(StateError, BatchNormError)
