@@ -50,12 +50,9 @@ def watch(
     It costs two passes over the input of each norm and one over that of each activation, and about 0.25 ms a call: a
     forward of 5 convolutions of 64 channels over 16 pictures of 112×112 took 15 % longer on one CPU thread.
 
-    On networks trained on 8×8 digits, D on 450 held-out ones was at most 0.06 and its lower bound at most 0.04 (fully
-    connected and convolutional; trained with batches of 60 and of 8), and none of 1,200 random subsets of 16 to 128 was
-    flagged. Inversion and a quarter turn gave 0.16 to 2.0 and were flagged from 16 pictures on; noise of σ = 0.3 gave
-    0.08 to 0.24, and was flagged from 128 pictures on in the fully connected network. Features that are hardly ever
-    other than 0, or that have very heavy tails, need 100 samples or so: on fewer, up to 9 % of their streams were
-    flagged at the level 0.05.
+    Features that are hardly ever other than 0, or that have very heavy tails, need 100 samples or so: on fewer, streams
+    are flagged more often than ``level`` says. What it finds on real pictures, and how often it is wrong, is measured
+    by ``benchmarks/watch/digits.py``.
 
     Args:
         model: any model with stored statistics.
