@@ -1,4 +1,11 @@
+from __future__ import annotations
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
 from batchnorm import __version__
+from batchnorm.checks import RULES
 
 project = "batchnorm"
 author = "the batchnorm authors"
@@ -26,3 +33,20 @@ html_theme = "furo"
 html_title = f"batchnorm {version}"
 exclude_patterns = ["_build"]
 suppress_warnings = ["misc.highlighting_failure"]
+
+
+class RulePages(SphinxDirective):
+    """Every rule under its code and name: the sections of its docstring."""
+
+    def run(self) -> list[nodes.Node]:
+        lines = []
+        for rule in RULES:
+            title = f"{rule.code}: {rule.name}"
+            lines += [f".. _{rule.code}:", "", title, "-" * len(title), "", rule.summary(), ""]
+            for heading, text in rule.sections().items():
+                lines += [f".. rubric:: {heading}", "", text, ""]
+        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+
+def setup(app: Sphinx) -> None:
+    app.add_directive("rule-pages", RulePages)

@@ -1,7 +1,49 @@
-"""One thread for torch: tensors in tests are small, and tests may run side by side."""
+"""One thread for torch: tensors in tests are small, and tests may run side by side. And a browser for the reports."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A page in a browser: what the console said, what was requested, and how it is laid out, in pixels."""
+
+    said: list[str]
+    requested: list[str]
+    overflow: float
+    plot_heights: list[float]
+
+
+@pytest.fixture
+def open_page() -> Callable[..., Opened]:
+    """Return a function that opens a file in headless Chromium; the test is skipped where there is none."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+
+    def opened(path: Path, *, width: int, scheme: str = "light") -> Opened:
+        said: list[str] = []
+        requested: list[str] = []
+        with api.sync_playwright() as play:
+            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            page.on("console", lambda message: said.append(message.text))
+            page.on("pageerror", lambda error: said.append(str(error)))
+            page.on("request", lambda request: requested.append(request.url))
+            page.goto(path.as_uri())
+            overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+            heights = page.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height)")
+            browser.close()
+        return Opened(said, [url for url in requested if not url.startswith("data:")], overflow, heights)
+
+    return opened

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchnorm.errors import InputError, ShapeError
+from batchnorm.errors import ArgumentTypeError, InputError, ShapeError
 from batchnorm.moments import Moments, expand_mask
 
 EPS = torch.finfo(torch.float64).eps
@@ -237,3 +237,16 @@ def test_expand_mask_does_not_copy():
     assert full.shape == (4, 3, 5)
     assert full.stride(1) == 0
     assert full.data_ptr() == mask.data_ptr()
+
+
+def test_equality_is_of_the_numbers():
+    x = torch.randn(4, 3)
+    assert Moments.of(x) == Moments.of(x.clone())
+    assert Moments.of(x) != Moments.of(x + 1)
+    assert Moments.zero(2) != Moments.zero(3)
+    assert Moments.zero(2) != 0
+
+
+def test_what_is_no_tensor_is_refused():
+    with pytest.raises(ArgumentTypeError, match="expected a tensor; got list"):
+        Moments.of([1.0, 2.0])

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchnorm.errors import InputError, ShapeError
+from batchnorm.errors import ArgumentTypeError, InputError, ShapeError
 
 __all__ = ["Moments"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
     r"""The first two moments of a set of values, per channel.
 
@@ -80,7 +80,10 @@ class Moments:
         Raises:
             ShapeError: ``x`` has no such dimension, or the mask does not fit.
             InputError: ``x`` is not floating point, or the mask is not boolean.
+            ArgumentTypeError: ``x`` is no tensor.
         """
+        if not isinstance(x, Tensor):
+            raise ArgumentTypeError(f"Moments.of: expected a tensor; got {type(x).__name__}.")
         if not x.is_floating_point():
             raise InputError(f"Moments.of: expected a floating-point tensor; got {x.dtype}. Convert it with x.float().")
         if not -x.dim() <= channel_dim < x.dim():
@@ -129,6 +132,14 @@ class Moments:
         )
 
     __add__ = merge
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same numbers, exactly. Rounding depends on the order of merging."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in ("count", "mean", "m2"))
+
+    __hash__ = None  # type: ignore[assignment]  # tensors have no hash of their values
 
     def variance(self, correction: float = 0) -> Tensor:
         """Return M2 / (count − correction), float64, shape (C,).

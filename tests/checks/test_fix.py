@@ -187,5 +187,5 @@ def test_the_result_is_text_and_data() -> None:
     assert [entry["code"] for entry in data["applied"]] == ["BN001"]
     assert data["left"][0]["reason"].startswith("Its fix is unsafe")
     assert data["dropped"] == ["3.bias"]
-    assert "1 findings fixed, 1 left" in str(fixed)
+    assert "1 finding fixed, 1 left" in str(fixed)
     assert F.relu(fixed.model(X)).shape == (8, 4, 4, 4)

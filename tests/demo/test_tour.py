@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import struct
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from batchnorm.demo import run_demo
+from batchnorm.demo.datasets import load_digits
 from batchnorm.errors import InputError
 
 pytest.importorskip("sklearn", reason="scikit-learn holds the digits")
@@ -71,10 +74,36 @@ def test_the_report_is_one_file_with_its_plots(tour):
     assert page.count("<svg") == 5
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_report_opens_in_a_browser_without_a_word_or_a_request(tour, open_page, width: int):
+    opened = open_page(tour.report, width=width)
+    assert opened.said == []
+    assert opened.requested == [tour.report.absolute().as_uri()]
+    assert opened.overflow <= 0
+    assert len(opened.plot_heights) == 5
+    assert min(opened.plot_heights) > 150
+
+
 def test_the_figures_are_json(tour):
     figures = json.loads(json.dumps(tour.to_dict(), allow_nan=False))
     assert figures["steps"] == 600
     assert figures["freeze"]["statistics_kept_after_train"] is True
+
+
+def write_idx(path: Path, values: torch.Tensor) -> None:
+    header = struct.pack(f">BBBB{values.dim()}I", 0, 0, 8, values.dim(), *values.shape)
+    path.write_bytes(header + values.to(torch.uint8).numpy().tobytes())
+
+
+def test_the_tour_runs_on_mnist_files(tmp_path: Path):
+    digits = load_digits()
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        write_idx(tmp_path / f"{stem}-images-idx3-ubyte", getattr(digits, f"{split}_images").squeeze(1) * 255)
+        write_idx(tmp_path / f"{stem}-labels-idx1-ubyte", getattr(digits, f"{split}_labels"))
+    tour = run_demo(tmp_path / "report", dataset="mnist", root=tmp_path, steps=20, progress=False)
+    assert tour.pictures == (len(digits.train_images), len(digits.test_images))
+    assert tour.report.read_text(encoding="utf-8").count("mnist")
+    assert not tour.folded.left
 
 
 def test_unknown_dataset_and_no_steps(tmp_path: Path):

@@ -43,6 +43,7 @@ BAD = {
     "a list of statistics": ({"running_mean": [0.0]}, "running_mean must be a tensor; got list"),
     "negative eps": ({"eps": -1.0}, "eps must be .*; got -1.0"),
     "eps of zero": ({"eps": 0.0, "training": True}, "eps must be positive during training; got 0.0"),
+    "eps of a wrong type": ({"eps": "small"}, "eps must be a number; got str"),
     "momentum None": ({"momentum": None}, "momentum must be a number; got NoneType"),
     "one value": (
         {"input": X[:1], "training": True},

@@ -194,9 +194,9 @@ def test_model_that_fails_names_itself():
 
 
 def test_wrong_type_and_lazy_parameters():
-    with pytest.raises(ArgumentTypeError, match=r"expected a torch\.nn\.Module, got function"):
+    with pytest.raises(ArgumentTypeError, match=r"expected a torch\.nn\.Module; got function"):
         fold(make, X)  # type: ignore[arg-type]
-    with pytest.raises(StateError, match="run the model once"):
+    with pytest.raises(StateError, match="Run the model once"):
         fold(nn.Sequential(nn.LazyConv2d(3, 3), nn.BatchNorm2d(3)).eval(), X)
 
 
@@ -302,4 +302,6 @@ def test_two_threads_fold_two_models():
         thread.join()
     for i, net in enumerate(nets):
         assert [f.norm for f in results[i].folded] == ["stem.1"]
-        assert torch.allclose(results[i].model(X)["logits"], net(X)["logits"], atol=1e-5)
+        with torch.no_grad():
+            gap = (results[i].model(X)["logits"] - net(X)["logits"]).abs().max()
+        assert float(gap) <= results[i].bound

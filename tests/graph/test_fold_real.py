@@ -18,14 +18,6 @@ def efficientnet():
     return package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_every_norm_folds(efficientnet, capsys):
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     before = {k: v.clone() for k, v in efficientnet.state_dict().items()}

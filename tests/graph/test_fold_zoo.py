@@ -726,3 +726,19 @@ def test_random_graphs_compute_the_same(steps, seed):
         for a, b in zip(net(other.clone()), result.model(other.clone()), strict=True):
             assert float((a - b).abs().max()) < WRONG * max(1.0, float(a.abs().max()))
     assert len(result.folded) + len(result.left) >= 3
+
+
+class Synchronized(nn.Module):
+    """Overwrites its buffers before every forward, as a wrapper for several processes does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        self.bn.running_mean.copy_(self.bn.running_mean * 1)
+        return self.bn(self.conv(x))
+
+
+def test_a_buffer_that_the_forward_writes_is_named_with_the_writer():
+    expect(lively(Synchronized()), randn(2, 3, 6, 6), left={"bn": "running_mean is written to by copy_"})

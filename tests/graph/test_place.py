@@ -451,3 +451,8 @@ def test_a_placed_model_can_be_copied_and_saved() -> None:
     result = place(convnet(), torch.randn(2, 3, 8, 8))
     again = copy.deepcopy(result.model)
     again.load_state_dict(result.model.state_dict())
+
+
+def test_a_model_in_a_parallel_wrapper_gets_its_norms() -> None:
+    result = place(nn.DataParallel(mlp()), torch.randn(4, 6))
+    assert layers(result) == ["module.0", "module.2"]

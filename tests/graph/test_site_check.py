@@ -7,7 +7,6 @@ from torch import nn
 from batchnorm.graph import merge as merge_module
 from batchnorm.graph.affine import LINEAR_OPERATORS, Affine
 from batchnorm.graph.fold import fold
-from batchnorm.graph.site_check import float64_gamma
 
 LAYERS = [
     (lambda: nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d, (2, 4, 5, 5)),
@@ -25,10 +24,6 @@ def make(layer, norm, dtype=torch.float32):
     nn.init.normal_(net[1].weight)
     nn.init.normal_(net[1].bias)
     return net.to(dtype)
-
-
-def test_gamma():
-    assert float64_gamma(100) == pytest.approx(100 * 2**-53, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -187,13 +187,23 @@ def test_buffers_modes_and_generators_are_restored():
     assert net.training
 
 
-def test_failure_names_the_model_and_leaves_nothing_behind():
-    net = Net()
-    global_hooks = nn.modules.module._global_forward_hooks
-    count = len(global_hooks)
+def hooks_of_all_modules():
+    kinds = vars(nn.modules.module).items()
+    return {
+        kind: len(hooks)
+        for kind, hooks in kinds
+        if kind.startswith("_global") and kind.endswith(("hooks", "called", "kwargs"))
+    }
+
+
+def test_nothing_is_left_behind_and_a_failure_names_the_model():
+    before = hooks_of_all_modules()
+    assert len(before) >= 4
+    trace(Net(), randn(2, 3, 6, 6))
+    assert hooks_of_all_modules() == before
     with pytest.raises(InputError, match=r"Net fails on the example inputs: RuntimeError"):
-        trace(net, randn(2, 5, 6, 6))
-    assert len(global_hooks) == count
+        trace(Net(), randn(2, 5, 6, 6))
+    assert hooks_of_all_modules() == before
 
 
 def test_error_caught_by_the_model_does_not_confuse_the_modules():
@@ -256,3 +266,9 @@ def test_observer_sees_the_real_tensors():
     trace(net, randn(2, 3, 6, 6), observer=observer)
     assert ("conv2d", True) in seen
     assert [name for name, _ in seen] == ["conv2d", "batch_norm", "relu", "mean", "linear"]
+
+
+def test_time_marks_of_a_parallel_wrapper_are_no_calls():
+    net = Net().eval()
+    x = randn(2, 3, 6, 6)
+    assert [name for _, name in ops(trace(nn.DataParallel(net), x))] == [name for _, name in ops(trace(net, x))]

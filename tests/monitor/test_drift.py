@@ -10,11 +10,6 @@ from batchnorm.monitor.stream import LayerStream, Reference
 CHANNELS = 32
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def run(x: Tensor, mean: Tensor | float = 0.0, variance: Tensor | float = 1.0, **options: float) -> LayerDrift:
     channels = x.shape[1]
     stored = (torch.as_tensor(v, dtype=torch.float64).expand(channels) for v in (mean, variance))

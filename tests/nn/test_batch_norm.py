@@ -160,13 +160,15 @@ def test_torchs_error_inputs_raise_torchs_errors(module_db, dim, backend):
             layer(x)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("dim", DIMS)
-def test_gradients_of_torchs_inputs(module_db, dim, backend):
-    for constructor, x in inputs_of(module_db, dim, torch.float64, True):
+def test_gradients_of_torchs_inputs(module_db, dim, backend, training):
+    for constructor, x in inputs_of(module_db, dim, torch.float64, training):
         if x.numel() > 100:  # the larger ones differ in their size only
             x = x.detach()[:, :, :2].contiguous()
         layer = randomize(classes(dim)[0](*constructor.args, **constructor.kwargs, dtype=torch.float64))
+        layer.train(training)
         names = [name for name, _ in layer.named_parameters()]
 
         def function(x, *values, layer=layer, names=names):

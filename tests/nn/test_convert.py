@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import threading
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import batchnorm.nn as ours
-from batchnorm.errors import InputError, ShapeError, StateError
+from batchnorm.errors import ShapeError, StateError
 from batchnorm.nn.convert import convert, revert
 
 KINDS = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
@@ -246,8 +247,8 @@ def test_a_failure_midway_puts_everything_back(monkeypatch):
 
 def test_a_model_that_cannot_be_copied_is_explained():
     model = block()
-    model.cache = (torch.ones(1, requires_grad=True) * 2,)  # deepcopy takes leaves only
-    with pytest.raises(InputError, match=r"convert: Sequential cannot be copied .*Pass inplace=True"):
+    model.lock = threading.Lock()
+    with pytest.raises(StateError, match=r"convert: Sequential cannot be copied .*Pass inplace=True"):
         convert(model)
     assert convert(model, inplace=True).converted == ("1", "2.1")
 
@@ -265,3 +266,10 @@ def test_the_result_prints_and_is_plain_data():
     }
     assert "The model holds no batch norm." in str(convert(nn.Linear(2, 2)))
     assert repr(revert(result.model)) == "<ConvertResult: 1 of 2 norms reverted.>"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_converted_model_can_be_scripted():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(torch.jit.script(convert(model).model)(x), model(x))

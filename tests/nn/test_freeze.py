@@ -402,3 +402,18 @@ def test_the_result_prints_and_serializes() -> None:
         "layers": [{"name": "1", "kind": "BatchNorm2d", "statistics": True, "affine": False}],
     }
     assert "No norm was frozen." in str(unfreeze(model, "4"))
+
+
+def test_no_names_at_all_is_not_no_norm() -> None:
+    with pytest.raises(StateError, match="names is empty"):
+        freeze(network(), [])
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, OurBatchNorm2d])
+def test_torch_fx_keeps_a_frozen_norm_whole(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4))
+    freeze(model)
+    graph = torch.fx.symbolic_trace(model.train())
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(graph(x), model(x))

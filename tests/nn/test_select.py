@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.errors import UnknownNameError
+from batchnorm.errors import ArgumentTypeError, UnknownNameError
 from batchnorm.nn import BatchNorm2d
 from batchnorm.nn.select import named_norms, select_norms
 
@@ -76,3 +76,22 @@ def test_a_model_without_norms_has_none():
     assert named_norms(torch.nn.Linear(2, 2)) == {}
     with pytest.raises(UnknownNameError, match="which has 0 norms"):
         select_norms(torch.nn.Linear(2, 2), "bn")
+
+
+def test_a_hint_ends_its_sentence_itself(model):
+    with pytest.raises(UnknownNameError) as caught:
+        select_norms(model, "layer1.bm1")
+    assert str(caught.value).endswith("did you mean 'layer1.bn1'?")
+
+
+@pytest.mark.parametrize("names", [3, [3], [nn.BatchNorm2d(2)], nn.BatchNorm2d(2)])
+def test_what_is_no_name_is_refused(model, names):
+    with pytest.raises(ArgumentTypeError, match="expected the names of norms"):
+        select_norms(model, names)
+
+
+@pytest.mark.parametrize("names", ["target", "target.1", "targ*", ["target"]])
+def test_a_second_name_of_a_module_means_the_norms_in_it(names):
+    encoder = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    siamese = nn.ModuleDict({"online": encoder, "target": encoder, "head": nn.BatchNorm1d(2)})
+    assert list(select_norms(siamese, names)) == ["online.1"]

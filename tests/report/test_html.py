@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,29 +102,16 @@ def test_a_folder_is_no_page(tmp_path: Path):
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_has_nothing_to_complain_about(tmp_path: Path, width: int, scheme: str):
+def test_a_browser_has_nothing_to_complain_about(
+    tmp_path: Path, open_page: Callable[..., Any], width: int, scheme: str
+):
     pytest.importorskip("matplotlib", reason="plots are drawn by matplotlib")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
     wide = Table([f"column number {i}" for i in range(20)], [["a.very.long.name." * 9, *[1.5] * 19]])
     document = Document("Wide" * 30, "unbroken_" * 40, [*DOCUMENT.sections, Section("Wide", [wide])])
     path = write_html(document, tmp_path / "report.html")
-    with api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        said: list[str] = []
-        requested: list[str] = []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: requested.append(request.url))
-        page.goto(path.as_uri())
-        overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-        drawn = page.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height)")
-        browser.close()
-    assert said == []
-    assert [url for url in requested if not url.startswith("data:")] == [path.as_uri()]
-    assert overflow <= 0
-    assert len(drawn) == 4
-    assert min(drawn) > 150
+    opened = open_page(path, width=width, scheme=scheme)
+    assert opened.said == []
+    assert opened.requested == [path.as_uri()]
+    assert opened.overflow <= 0
+    assert len(opened.plot_heights) == 4
+    assert min(opened.plot_heights) > 150

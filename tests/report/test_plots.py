@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -153,3 +154,11 @@ def test_range_is_shared_when_given() -> None:
 
     assert marks(0.1, (0, 1)) == marks(1.0, (0, 1)) == marks(9.0, (0, 1))
     assert marks(0.1, (0, 1)) != marks(0.1, (0, 3))
+
+
+def test_a_logarithmic_x_axis_leaves_out_what_is_not_positive() -> None:
+    steps = [0.0, 1.0, 10.0, 100.0, 1000.0]
+    plot = Plot("log", "step", "y", [Series("s", steps, [1.0, 2.0, 3.0, 4.0, 5.0])])
+    linear, logarithmic = to_svg(plot), to_svg(replace(plot, log_x=True))
+    assert linear != logarithmic
+    assert to_svg(replace(plot, series=[Series("s", [0.0, -1.0], [1.0, 2.0])], log_x=True))

@@ -91,8 +91,12 @@ FAILURES: dict[str, tuple[Any, dict[str, Any], type[BaseException], str]] = {
         r"in one batch for estimator='within'; channel 0 met 2 in 2 calls",
     ),
     "no values": (lambda: [batch()[:0]], {}, ShapeError, r"channel 0 met 0 in 0 calls"),
+    "batch of another form": (lambda: [{"image": batch()}], {}, BatchError, r"unexpected keyword .* forward=lambda"),
     "estimator": (lambda: [batch()], {"estimator": "poled"}, UnknownNameError, "did you mean 'pooled'"),
+    "estimator of a wrong type": (lambda: [batch()], {"estimator": ["pooled"]}, UnknownNameError, "expected one of"),
     "name": (lambda: [batch()], {"names": "bn"}, UnknownNameError, "'bn': no norm of that name"),
+    "no names": (lambda: [batch()], {"names": []}, StateError, "names is empty"),
+    "module for a name": (lambda: [batch()], {"names": nn.ReLU()}, ArgumentTypeError, "expected the names of norms"),
 }
 
 

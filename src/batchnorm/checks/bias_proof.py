@@ -32,7 +32,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.checks.rule import Proof
 from batchnorm.graph.dataflow import Call
 from batchnorm.graph.families import family
-from batchnorm.graph.trace import named_arguments
+from batchnorm.graph.rounding import float64_gamma, to_float64
+from batchnorm.nn.operators import named_arguments
 
 __all__ = ["BiasProof"]
 
@@ -50,20 +51,20 @@ class BiasProof(Proof):
         assert bias is not None
         assert isinstance(old, _BatchNorm)
         assert isinstance(new, _BatchNorm)
-        self._bias = _wide(bias)
+        self._bias = to_float64(bias)
         self._weight = after.get_submodule(layer)._parameters["weight"]
         self._norm = new
         self._mean_type = torch.float64 if new.running_mean is None else new.running_mean.dtype
         # cloned, for the run that is watched may update them
-        self._means = [None if n.running_mean is None else _wide(n.running_mean).clone() for n in (old, new)]
-        self._var = None if new.running_var is None else _wide(new.running_var).clone()
+        self._means = [None if n.running_mean is None else to_float64(n.running_mean).clone() for n in (old, new)]
+        self._var = None if new.running_var is None else to_float64(new.running_var).clone()
 
     def __call__(self, call: Call, args: Any, kwargs: Any, result: Any) -> None:
         """Compare, if this is the call of the layer in question."""
         given = named_arguments(call.op._schema, args, kwargs)
         if given.get("weight") is not self._weight:
             return
-        x, weight = _wide(given["input"][:_SAMPLES]), _wide(given["weight"])
+        x, weight = to_float64(given["input"][:_SAMPLES]), to_float64(given["weight"])
 
         def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             out = call.op(**{**given, "input": x, "weight": weight, "bias": bias})
@@ -92,11 +93,11 @@ class BiasProof(Proof):
         info = torch.finfo(self._mean_type)
         rounded = info.eps / 2 * (before - self._bias[:, None]).abs() + info.smallest_normal * info.eps
         whole = s.abs() * (magnitude + before.abs() + after.abs()) + beta.abs()
-        return gap, s.abs() * rounded + 2 * _gamma(n) * whole
+        return gap, s.abs() * rounded + 2 * float64_gamma(n) * whole
 
     def _by_batch(self, sides: tuple[Tensor, Tensor], magnitude: Tensor, n: int) -> tuple[Tensor, Tensor]:
         gamma, beta = self._affine(sides[0])
-        growth = _gamma(n + sides[0].shape[1])
+        growth = float64_gamma(n + sides[0].shape[1])
         normalized = []
         for side in sides:
             deviation = side - side.mean(1, keepdim=True)
@@ -109,16 +110,6 @@ class BiasProof(Proof):
 
     def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
         weight, bias = self._norm.weight, self._norm.bias
-        gamma = like.new_ones(like.shape[0]) if weight is None else _wide(weight)
-        beta = like.new_zeros(like.shape[0]) if bias is None else _wide(bias)
+        gamma = like.new_ones(like.shape[0]) if weight is None else to_float64(weight)
+        beta = like.new_zeros(like.shape[0]) if bias is None else to_float64(bias)
         return gamma[:, None], beta[:, None]
-
-
-def _gamma(n: int) -> float:
-    v = torch.finfo(torch.float64).eps / 2
-    return n * v / (1 - n * v)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # Apple's GPUs have no float64

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +11,10 @@ from torch.nn import Module
 from batchnorm.checks.rule import Finding, Rule
 from batchnorm.checks.selection import find
 from batchnorm.checks.verify import Comparison, trace_in_mode
-from batchnorm.errors import BatchNormError, StateError, VerificationError
+from batchnorm.errors import BatchNormError, VerificationError
 from batchnorm.graph.trace import trace
 from batchnorm.graph.verify import Agreement
+from batchnorm.nn.copying import copy_model
 from batchnorm.report import Document, Result, Section, Table
 
 __all__ = ["FixResult", "LeftFinding", "apply_fixes"]
@@ -64,7 +64,7 @@ class FixResult(Result):
             sections.append(Section("Left", [Table(("rule", "layer", "reason"), kept)]))
         if self.notes:
             sections.append(Section("Notes", [Table(("note",), [(note,) for note in self.notes])]))
-        summary = f"{len(self.applied)} findings fixed, {len(self.left)} left."
+        summary = f"{len(self.applied)} finding{'s' * (len(self.applied) != 1)} fixed, {len(self.left)} left."
         if self.error is not None:
             summary += (
                 f" The safe fixes moved the output by {self.error:.3g} at most; rounding allows {self.bound:.3g}."
@@ -86,7 +86,7 @@ class FixResult(Result):
 
 def apply_fixes(model: Module, inputs: Any, rules: Sequence[type[Rule]], *, unsafe: bool) -> FixResult:
     """Fix a copy of ``model`` until no rule finds anything that could still be fixed."""
-    fixer = _Fixer(_copy_of(model), inputs, rules)
+    fixer = _Fixer(_copy(model), inputs, rules)
     while True:
         findings = find(fixer.model, inputs, rules)
         todo = [f for f in findings if f.fix is not None and (f.fix.safe or unsafe) and _key(f) not in fixer.tried]
@@ -111,13 +111,8 @@ def _reason(finding: Finding) -> str:
     return "Its fix is unsafe: it changes what the model computes. Pass unsafe=True to apply it."
 
 
-def _copy_of(model: Module) -> Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise StateError(
-            f"{type(model).__name__} cannot be copied, and fixes are applied to a copy. {type(error).__name__}: {error}"
-        ) from error
+def _copy(model: Module) -> Module:
+    return copy_model("fix", model, "Fixes are applied to a copy: take off the model what cannot be copied.")
 
 
 class _Fixer:
@@ -147,7 +142,7 @@ class _Fixer:
 
     def _apply(self, findings: Sequence[Finding]) -> str | None:
         """Apply the fixes to a copy and keep it if they hold; return why they do not."""
-        candidate = _copy_of(self.model)
+        candidate = _copy(self.model)
         fixes = [finding.fix for finding in findings if finding.fix is not None]
         try:
             changes = [fix.apply(candidate) for fix in fixes]

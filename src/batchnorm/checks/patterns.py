@@ -23,11 +23,8 @@ def norm_module(model: Module, norm: Call) -> _BatchNorm | None:
 
 def layer_name(call: Call) -> str:
     """Return the name of the module that holds the call's weight, or else of the one whose forward made it."""
-    weight = call.args.get("weight")
-    if isinstance(weight, Value) and weight.names:
-        owners = [name.rpartition(".")[0] for name in weight.names]
-        return call.module if call.module in owners else owners[0]
-    return call.module
+    holder = call.holder("weight")
+    return call.module if holder is None else holder
 
 
 def source(value: Value) -> Call | None:

@@ -13,6 +13,7 @@ from batchnorm.checks.fix import FixResult, apply_fixes
 from batchnorm.checks.rule import Finding, Rule
 from batchnorm.checks.sarif import sarif_log
 from batchnorm.checks.selection import find, select_rules
+from batchnorm.nn.require import require_readable
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 
 __all__ = ["CheckResult", "check"]
@@ -45,6 +46,7 @@ def check(
     Raises:
         UnknownNameError: a rule of that code or name does not exist.
         InputError: the model fails on the inputs.
+        StateError: the model is scripted, or lazy and not yet initialized.
 
     Example:
         >>> import torch
@@ -57,6 +59,7 @@ def check(
         >>> fixed.model[0].bias is None, len(check(fixed.model, torch.randn(2, 3, 8, 8)).findings)
         (True, 0)
     """
+    require_readable("check", model)
     rules = select_rules(select, ignore)
     return CheckResult(find(model, example_inputs, rules), rules, model, example_inputs)
 
@@ -112,10 +115,11 @@ class CheckResult(Result):
             Section("What to do", [Table(("rule", "name", "advice"), list(advice))]),
         ]
         if fixable or unsafe:
-            text = f"{fixable} findings can be fixed safely, {unsafe} with unsafe fixes."
+            text = f"Of {len(self.findings)}, {fixable} can be fixed safely and {unsafe} with unsafe fixes."
             sections.append(Section("", [Paragraph(text)]))
         found = ", ".join(f"{code}: {count}" for code, count in sorted(counts.items()))
-        return Document("Check", f"{len(self.findings)} findings ({found}).", sections, "bad")
+        summary = f"{len(self.findings)} finding{'s' * (len(self.findings) != 1)} ({found})."
+        return Document("Check", summary, sections, "bad")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings and the codes of the rules that ran."""

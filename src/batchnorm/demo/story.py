@@ -106,6 +106,7 @@ def _training(tour: DemoResult) -> Section:
                 "training steps",
                 "share classified right",
                 _curves(tour.runs, lambda probe: probe.accuracy),
+                log_x=True,
             ),
             Table(
                 ["run", "final accuracy", "best accuracy", "steps to 90 %", "mean training loss"],
@@ -138,6 +139,7 @@ def _inside(tour: DemoResult) -> Section:
                 "training steps",
                 "pre-activation",
                 series,
+                log_x=True,
                 caption="The 15th, 50th and 85th percentile over the test pictures, as in the paper's figure 1.",
             ),
             Plot(
@@ -145,6 +147,7 @@ def _inside(tour: DemoResult) -> Section:
                 "training steps",
                 "share of units",
                 _curves(tour.runs, lambda probe: probe.saturated),
+                log_x=True,
                 caption="Over the three hidden layers and all test pictures: the slope of the sigmoid is below 5 % of "
                 "its maximum.",
             ),

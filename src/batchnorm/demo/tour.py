@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +21,7 @@ from batchnorm.errors import InputError
 from batchnorm.graph.fold import fold
 from batchnorm.graph.fold_result import FoldResult
 from batchnorm.graph.place import PlaceResult, place
+from batchnorm.graph.threads import one_thread
 from batchnorm.monitor import watch
 from batchnorm.nn.freeze import freeze, unfreeze
 from batchnorm.report.progress import progress_bar
@@ -70,7 +69,7 @@ def run_demo(
     steps = STEPS[dataset] if steps is None else steps
     if steps < 1:
         raise InputError(f"steps={steps}: expected at least 1 step of training.")
-    with _one_thread():
+    with one_thread():  # layers of 100 units are too small to share out
         best, losses, runs = _race(data, steps, seed, progress)
         winner = min((run for run in runs if run.norm), key=lambda run: run.loss)
         network = winner.network
@@ -112,17 +111,6 @@ def _load(dataset: str, root: str | Path | None, seed: int) -> Dataset:
     if dataset == "mnist":
         return load_mnist(root)
     raise InputError(f"dataset {dataset!r}: expected 'digits' or 'mnist'.")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch on one thread: layers of 100 units are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _race(data: Dataset, steps: int, seed: int, progress: bool | None) -> tuple[float, dict[float, float], list[Run]]:

@@ -205,6 +205,6 @@ def _known(name: str) -> Candidate:
     if name not in _candidates:
         raise UnknownNameError(
             f"{name!r}: no backend of that name; there are {', '.join(map(repr, _candidates))}"
-            f"{closest(name, _candidates)}."
+            f"{closest(name, _candidates) or '.'}"
         )
     return _candidates[name]

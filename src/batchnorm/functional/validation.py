@@ -62,6 +62,8 @@ def _problems(
             f"{where}: momentum must be a number; got {type(momentum).__name__}. The cumulative average that a layer "
             "with momentum=None keeps is momentum=1/(number of batches)."
         )
+    if not isinstance(eps, float | int):
+        yield ArgumentTypeError(f"{where}: eps must be a number; got {type(eps).__name__}.")
     if input.dim() < 2 and not (input.dim() == 1 and input.numel() == 0):
         yield InputError(
             f"{where}: expected an input of shape (N, C) or (N, C, *space); got {_shape(input)}. "
@@ -189,7 +191,7 @@ def check_activation(where: str, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise UnknownNameError(
             f"{where}: activation {activation!r} is unknown; there are {', '.join(ACTIVATIONS)}"
-            f"{closest(activation, ACTIVATIONS)}."
+            f"{closest(activation, ACTIVATIONS) or '.'}"
         )
 
 

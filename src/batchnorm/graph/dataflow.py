@@ -65,6 +65,17 @@ class Call:
         (value,) = self.outputs
         return value
 
+    def holder(self, argument: str) -> str | None:
+        """Return the module that holds a parameter or buffer read by the call, the running one if it does.
+
+        None where the argument is no tensor of the model.
+        """
+        value = self.args.get(argument)
+        if not isinstance(value, Value) or not value.names:
+            return None
+        owners = [name.rpartition(".")[0] for name in value.names]
+        return self.module if self.module in owners else owners[0]
+
     def tensor_args(self) -> Iterator[Value]:
         """Yield every tensor that the call reads, those inside lists too."""
         yield from (leaf for leaf in tree_leaves(dict(self.args)) if isinstance(leaf, Value))

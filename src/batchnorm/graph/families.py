@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+from batchnorm.graph.affine import LINEAR_OPERATORS
 from batchnorm.graph.dataflow import Call, Value
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
 
 Kind: TypeAlias = Literal["rectifying", "saturating"]
 
-LAYERS = frozenset({"linear", *(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))})
+LAYERS = frozenset(LINEAR_OPERATORS)
 """Operators x ↦ W x + b that a norm can follow."""
 
 BATCH_NORMS = frozenset({"batch_norm"})

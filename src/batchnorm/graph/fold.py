@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
-from batchnorm.errors import ArgumentTypeError, InputError, StateError, VerificationError
+from batchnorm.errors import InputError, VerificationError
 from batchnorm.graph.dataflow import Graph
 from batchnorm.graph.fold_result import FoldedNorm, FoldResult, LeftNorm
 from batchnorm.graph.merge import Merged, Rewrite, find_tensor, merge, norm_tensors
@@ -24,6 +21,8 @@ from batchnorm.graph.sites import Site, describe_source, find_site
 from batchnorm.graph.threads import threads_for_float64
 from batchnorm.graph.trace import trace
 from batchnorm.graph.verify import Agreement, Reference, run, spacing, verify, verify_float64
+from batchnorm.nn.copying import copy_model
+from batchnorm.nn.require import require_readable
 
 __all__ = ["fold"]
 
@@ -59,7 +58,7 @@ def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldRe
 
     Raises:
         InputError: the model fails on the inputs.
-        StateError: the model cannot be copied, or has lazy parameters that have not been initialized.
+        StateError: the model cannot be copied, is scripted, or has lazy parameters that have not been initialized.
         VerificationError: the outputs differ by more than rounding explains. As after every other exception, the model
             is as it was.
 
@@ -84,7 +83,7 @@ def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldRe
         >>> result.error <= result.bound
         True
     """
-    _require_initialized_module(model)
+    require_readable("fold", model)
     with torch.inference_mode(False):
         work = _copy(model)
         graph = trace(work, example_inputs)
@@ -114,25 +113,9 @@ def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldRe
     )
 
 
-def _require_initialized_module(model: Module) -> None:
-    if not isinstance(model, Module):
-        raise ArgumentTypeError(f"fold: expected a torch.nn.Module, got {type(model).__name__}.")
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if lazy:
-        raise StateError(f"{lazy[0]} has no value yet: run the model once on real inputs, then fold it.")
-
-
 def _copy(model: Module) -> Module:
-    # Tensors with a history cannot be copied: activations that a model keeps, weights that a hook computes before each
-    # forward. Their values can, and copy.deepcopy takes what the memo has for them.
-    kept = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise StateError(
-            f"{type(model).__name__} cannot be copied, and folding works on copies ({type(error).__name__}: {error})."
-        ) from error
+    remedy = "Folding is tried out on copies, with inplace=True too: take off the model what cannot be copied."
+    return copy_model("fold", model, remedy)
 
 
 def _find_sites(model: Module, graph: Graph) -> tuple[list[Site], list[LeftNorm], dict[str, int]]:

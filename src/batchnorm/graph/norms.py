@@ -7,22 +7,13 @@ from dataclasses import dataclass
 from torch.jit import ScriptModule
 from torch.nn import Module
 
-from batchnorm.graph.dataflow import Call, Graph, ModuleCall, Value
+from batchnorm.graph.dataflow import Call, Graph, ModuleCall
 from batchnorm.graph.refusal import Refusal
+from batchnorm.nn.operators import NORM_OPERATORS
 from batchnorm.nn.select import NormModule, named_norms
 
-__all__ = ["NORM_OPERATORS", "NormState", "NormUse", "check_norm", "norm_uses", "unreached_norms"]
+__all__ = ["NormState", "NormUse", "check_norm", "is_norm", "norm_uses", "unreached_norms"]
 
-NORM_OPERATORS = frozenset(
-    {
-        "batch_norm",
-        "native_batch_norm",
-        "_native_batch_norm_legit",
-        "_native_batch_norm_legit_no_training",
-        "cudnn_batch_norm",
-        "miopen_batch_norm",
-    }
-)
 _STATE = ("running_mean", "running_var", "weight", "bias")
 
 
@@ -52,12 +43,17 @@ class NormState:
     eps: float
 
 
+def is_norm(call: Call) -> bool:
+    """Whether the call is a batch norm, by whatever operator."""
+    return call.op._schema.name in NORM_OPERATORS
+
+
 def norm_uses(model: Module, graph: Graph) -> list[NormUse]:
     """Return the norms of a pass, in order of their first call; a functional call stands alone."""
     calls: dict[object, list[Call]] = {}
     found: dict[object, tuple[str, Module | None]] = {}
     for call in graph.calls:
-        if call.name not in NORM_OPERATORS:
+        if not is_norm(call):
             continue
         name = _owner_name(model, call)
         owner = None if name is None else model.get_submodule(name)
@@ -82,10 +78,9 @@ def _display(name: str, owner: Module | None) -> str:
 def _owner_name(model: Module, call: Call) -> str | None:
     """Return the module that holds the call's statistics (or γ, β where it has none): the running one if it does."""
     for key in _STATE:
-        value = call.args.get(key)
-        if isinstance(value, Value) and value.names:
-            parents = [name.rpartition(".")[0] for name in value.names]
-            return call.module if call.module in parents else parents[0]
+        holder = call.holder(key)
+        if holder is not None:
+            return holder
     # a norm without any state is known by its class alone
     return call.module if isinstance(model.get_submodule(call.module), NormModule) else None
 
@@ -167,6 +162,8 @@ def _state_of(use: NormUse) -> NormState:
     names: dict[str, str | None] = {}
     for key in _STATE:
         value = first[key]
+        if value is not None and value.names and value.producer is not None:
+            raise Refusal(f"Its {key} is written to by {value.producer.name} before it runs.")
         if value is not None and not (value.kind == "state" and value.names):
             raise Refusal(f"Its {key} is not a parameter or buffer of the model.")
         names[key] = None if value is None else value.names[0]

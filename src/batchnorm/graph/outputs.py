@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from batchnorm.graph.rounding import to_float64
+
 __all__ = ["Difference", "NamedTensor", "difference", "named_tensors", "scale_of"]
 
 
@@ -67,7 +69,7 @@ def difference(a: Tensor, b: Tensor) -> Difference:
         return Difference(float("inf"), 0)
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
-    a, b = _wide(a), _wide(b)
+    a, b = to_float64(a), to_float64(b)
     finite = torch.isfinite(a)
     if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()) or not torch.equal(
         torch.stack([a.isnan(), finite]), torch.stack([b.isnan(), torch.isfinite(b)])
@@ -75,11 +77,6 @@ def difference(a: Tensor, b: Tensor) -> Difference:
         return Difference(float("inf"), 0)
     gaps = (a[finite] - b[finite]).abs()
     return Difference(float(gaps.max()) if gaps.numel() else 0.0, gaps.numel())
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def scale_of(tensor: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,13 +9,15 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from batchnorm.errors import BatchNormError, StateError
+from batchnorm.errors import BatchNormError
 from batchnorm.graph.compare import difference
 from batchnorm.graph.dataflow import Graph
 from batchnorm.graph.families import family
 from batchnorm.graph.insertion import Insertion, KeyChanges, module_obstacle, owner_of
 from batchnorm.graph.placement import Site, find_sites, obstacle
 from batchnorm.graph.trace import trace
+from batchnorm.nn.copying import copy_model
+from batchnorm.nn.require import require_readable
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 
 __all__ = ["LeftSite", "PlaceResult", "PlacedNorm", "place"]
@@ -55,7 +56,7 @@ def place(model: Module, example_inputs: Any, *, inplace: bool = False) -> Place
 
     Raises:
         InputError: the model fails on the inputs as it is.
-        StateError: the model cannot be copied; pass ``inplace=True``.
+        StateError: the model cannot be copied (pass ``inplace=True``), is scripted, or lazy and not yet initialized.
 
     Example:
         >>> import torch
@@ -69,7 +70,8 @@ def place(model: Module, example_inputs: Any, *, inplace: bool = False) -> Place
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 3.2.
     """
-    work = model if inplace else _copy_of(model)
+    require_readable("place", model)
+    work = model if inplace else copy_model("place", model, "Pass inplace=True to rewrite the model itself.")
     before = trace(work, example_inputs)
     todo, left = _survey(work, before)
     editor = _Editor(work, example_inputs, before)
@@ -108,16 +110,6 @@ def _survey(model: Module, graph: Graph) -> tuple[list[tuple[Insertion, Site]], 
 def _left(model: Module, site: Site, reason: str) -> LeftSite:
     name = owner_of(model, site.layer.args["weight"])
     return LeftSite(site.layer.module if name is None else name, family(site.activation), reason)
-
-
-def _copy_of(model: Module) -> Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise StateError(
-            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. "
-            "Pass inplace=True to rewrite the model itself."
-        ) from error
 
 
 class _Editor:
@@ -269,7 +261,10 @@ class PlaceResult(Result):
         if self.left:
             left = Table(("layer", "before", "reason"), [(s.layer, s.activation, s.reason) for s in self.left])
             sections.append(Section("Left as they are", [left]))
-        summary = f"{len(self.placed)} norms placed, {len(self.left)} sites left."
+        summary = (
+            f"{len(self.placed)} norm{'s' * (len(self.placed) != 1)} placed, "
+            f"{len(self.left)} site{'s' * (len(self.left) != 1)} left."
+        )
         return Document("Place", summary, sections)
 
     def to_dict(self) -> dict[str, Any]:

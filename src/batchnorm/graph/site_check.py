@@ -6,7 +6,8 @@ dtype, v of float64, and K products a sum, element by element
 .. math::
 
     |\mathrm{folded} - \mathrm{original}| \le
-        (u + 2\gamma_{K+12})\,M + \eta\,(\mathbf 1 * |x| + 1), \qquad
+        (u + 2\gamma_{K+12})\,M + \eta\,(\mathbf 1 * |x| + 1)
+
     M = |s|\,(|W| * |x| + |b| + |\mathrm{mean}|) + |\beta|
 
 where :math:`\gamma_n = n v / (1 - n v)` (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., §3.1).
@@ -32,26 +33,17 @@ from torch.nn import functional as F
 
 from batchnorm.graph.dataflow import Call
 from batchnorm.graph.merge import Merged, find_tensor, norm_tensors
-from batchnorm.graph.norms import NORM_OPERATORS
+from batchnorm.graph.norms import is_norm
+from batchnorm.graph.rounding import float64_gamma, to_float64
 from batchnorm.graph.sites import Site
-from batchnorm.graph.trace import named_arguments
+from batchnorm.nn.operators import named_arguments
 
-__all__ = ["SiteCheck", "float64_gamma"]
+__all__ = ["SiteCheck"]
 
 _SAMPLES = 2
 """Entries of the batch that are checked: the operators treat every entry alike."""
 
 _SMALL_OPERATIONS = 12
-
-
-def float64_gamma(n: int) -> float:
-    """Return γ_n = n·v/(1 − n·v) for float64, v = 2⁻⁵³ (Higham §3.1).
-
-    >>> float64_gamma(1) == 2**-53 / (1 - 2**-53)
-    True
-    """
-    v = torch.finfo(torch.float64).eps / 2
-    return n * v / (1 - n * v)
 
 
 @dataclass(eq=False)
@@ -94,7 +86,7 @@ class SiteCheck:
         given = named_arguments(call.op._schema, args, kwargs)
         for key in ("weight", "running_mean"):
             site = self._replaced.get(id(given.get(key)))
-            if site is not None and (key == "weight" or call.name in NORM_OPERATORS):
+            if site is not None and (key == "weight" or is_norm(call)):
                 what = "the norm" if key == "running_mean" else f"{call.name} with the old weight"
                 self._still_used[site] = f"The model still calls {what}, by a reference of its own."
         host = self._hosts.get(id(given.get("weight")))
@@ -127,19 +119,19 @@ def _join(module: str, name: str) -> str:
 
 def _disagreement(call: Call, given: dict[str, Any], host: _Watched) -> str | None:
     """Compute both sides and the bound; return a reason if the bound is exceeded."""
-    x = _float64(given["input"][:_SAMPLES])
+    x = to_float64(given["input"][:_SAMPLES])
 
     def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = call.op(**{**given, "input": x, "weight": weight, "bias": bias})
         assert isinstance(out, Tensor)
         return out
 
-    mean, var, gamma, beta = (None if t is None else _float64(t) for t in host.norm)
+    mean, var, gamma, beta = (None if t is None else to_float64(t) for t in host.norm)
     assert mean is not None
     assert var is not None
-    weight, bias = _float64(host.weight), None if host.bias is None else _float64(host.bias)
+    weight, bias = to_float64(host.weight), None if host.bias is None else to_float64(host.bias)
     eps = host.site.state.eps
-    folded = apply(x, _float64(host.merged.weight), _float64(host.merged.bias))
+    folded = apply(x, to_float64(host.merged.weight), to_float64(host.merged.bias))
     original = F.batch_norm(apply(x, weight, bias), mean, var, gamma, beta, False, 0.0, eps)
     magnitude = apply(x.abs(), weight.abs(), None if bias is None else bias.abs())
     scale = torch.rsqrt(var + eps) if gamma is None else gamma.abs() / torch.sqrt(var + eps)
@@ -158,9 +150,3 @@ def _disagreement(call: Call, given: dict[str, Any], host: _Watched) -> str | No
     if worst <= 1:  # NaN is not
         return None
     return f"Folded, {host.merged.host.name} errs by {worst:.3g} times the bound of its rounding."
-
-
-def _float64(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    # Apple's GPUs have no float64
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -10,6 +10,7 @@ from torch.nn import Module, Parameter
 
 from batchnorm.graph.affine import LINEAR_OPERATORS, LinearOperator
 from batchnorm.graph.dataflow import Call, Graph, Value
+from batchnorm.graph.families import DROPOUTS, PASSING, family
 from batchnorm.graph.norms import NormState, NormUse, check_norm
 from batchnorm.graph.refusal import Refusal
 
@@ -125,13 +126,12 @@ def _passes_through(call: Call) -> bool:
     if call.name in _COPIES:
         (read,) = call.tensor_args()
         return read.dtype == call.output.dtype
-    if call.name.rstrip("_") in _DROPOUTS:
+    if family(call) in DROPOUTS:
         return not call.args["train"] or call.args["p"] == 0
     return False
 
 
-_COPIES = frozenset({"alias", "detach", "contiguous", "clone", "to", "_to_copy"})
-_DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
+_COPIES = PASSING | {"to", "_to_copy"}
 
 
 def _require_axis(source: Call, value: Value) -> None:

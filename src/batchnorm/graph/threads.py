@@ -1,4 +1,4 @@
-"""How many threads float64 convolutions are worth."""
+"""Work that is too small to share out among threads."""
 
 from __future__ import annotations
 
@@ -10,22 +10,15 @@ import torch
 
 from batchnorm.graph.dataflow import Graph
 
-__all__ = ["threads_for_float64"]
+__all__ = ["one_thread", "threads_for_float64"]
 
 _MANY_GROUPS = 8
 _LOCK = threading.RLock()  # the setting is the process's: what one thread puts back, another must not have changed
 
 
 @contextmanager
-def threads_for_float64(graph: Graph) -> Iterator[None]:
-    """Run the body on one thread if the pass has convolutions with many groups.
-
-    On a CPU, float64 convolutions are computed group by group, each in a parallel region of its own. Those of a
-    depthwise convolution are shorter than it takes to start the threads: one thread is up to ten times as fast.
-    """
-    if all(call.args.get("groups", 1) <= _MANY_GROUPS for call in graph.calls):
-        yield
-        return
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread while the context lasts."""
     with _LOCK:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -33,3 +26,17 @@ def threads_for_float64(graph: Graph) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def threads_for_float64(graph: Graph) -> Iterator[None]:
+    """Run the body on one thread if the pass has convolutions with many groups.
+
+    On a CPU, float64 convolutions are computed group by group, each in a parallel region of its own. Those of a
+    depthwise convolution are shorter than it takes to start the threads.
+    """
+    if all(call.args.get("groups", 1) <= _MANY_GROUPS for call in graph.calls):
+        yield
+        return
+    with one_thread():
+        yield

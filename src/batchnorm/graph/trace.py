@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
@@ -28,9 +29,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from batchnorm.errors import BatchNormError, InputError
 from batchnorm.graph.dataflow import Call, Graph, ModuleCall, Value
 from batchnorm.nn.calling import below_autograd, call_on_example
+from batchnorm.nn.operators import named_arguments
 from batchnorm.nn.snapshot import untouched
 
-__all__ = ["Observer", "fresh_inputs", "named_arguments", "trace"]
+__all__ = ["Observer", "fresh_inputs", "trace"]
 
 Observer: TypeAlias = Callable[[Call, Sequence[Any], dict[str, Any], Any], None]
 """Called after each operator with its record and with its real positional and keyword arguments and result."""
@@ -103,7 +105,7 @@ class _Tracer(TorchDispatchMode):
         given = named_arguments(func._schema, args, kwargs)
         read = {name: tree_map(self._as_value, value) for name, value in given.items()}
         result = func(*args, **kwargs)
-        if func._schema.name.startswith("prim::"):  # a question about a tensor (its device), not a computation
+        if func.namespace in ("prim", "profiler"):  # a question about a tensor, or a time mark: no computation
             return result
         call = Call(len(self.calls), func, read, (), self._running[-1].name if self._running else "")
         for tensor in _written(func._schema, given):
@@ -157,6 +159,8 @@ class _Tracer(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+                # torch's handle leaves the mark of with_kwargs behind, which torch.compile takes for a hook
+                _global_forward_hooks_with_kwargs.pop(handle.id, None)
 
     def _enter(self, module: Module, args: Any) -> None:
         if id(module) not in self._names or threading.get_ident() != self._thread:
@@ -230,13 +234,6 @@ def _storage(tensor: Tensor) -> int | None:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, ValueError):  # lazy and sparse tensors have none
         return None
-
-
-def named_arguments(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return every argument of a call by its name in the schema, defaults filled in."""
-    names = [argument.name for argument in schema.arguments]
-    defaults = {argument.name: argument.default_value for argument in schema.arguments}
-    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _written(schema: Any, given: dict[str, Any]) -> list[Tensor]:

@@ -27,6 +27,7 @@ from batchnorm.functional.observing import observing
 from batchnorm.monitor.saturation import ActivationStream, activation_of
 from batchnorm.monitor.stream import LayerStream, Reference
 from batchnorm.nn.calling import compiled_modules_eager
+from batchnorm.nn.operators import NORM_OPERATORS
 from batchnorm.nn.select import NormModule
 
 __all__ = ["Observations", "observed"]
@@ -105,13 +106,13 @@ def _signature(func: Any) -> _Signature:
     space, _, name = func._schema.name.partition("::")
     names = tuple(argument.name for argument in func._schema.arguments)
     operator = name.rstrip("_")
-    normalizes = "batch_norm" in name and "backward" not in name
+    normalizes = func._schema.name in NORM_OPERATORS
     spatial = normalizes or "conv" in name or name in ("native_group_norm", "group_norm", "instance_norm")
     return _Signature(
         operator,
         names,
         # our own operator reports itself, also above autograd, where a dispatch mode does not meet it whole
-        normalizes and space != "batchnorm" and {"input", "running_mean", "running_var"} <= set(names),
+        normalizes and space != "batchnorm",
         1 if spatial else -1 if operator in _FEATURES_LAST else None,
         space == "aten" and operator in _ACTIVATIONS,
     )

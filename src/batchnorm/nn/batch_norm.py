@@ -24,6 +24,8 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
     layer_name = None  # type: str | None
 
     __jit_unused_properties__ = ("center", "scale")
+    # for torch.jit.script: converted layers have it by their class only
+    __constants__ = [*torch.nn.BatchNorm2d.__constants__, "activation"]  # noqa: RUF012  as torch has it
 
     _dims = ()  # type: tuple[int, ...]
     _shapes = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,11 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from batchnorm.errors import InputError, StateError
+from batchnorm.errors import StateError
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.copying import copy_model
 from batchnorm.nn.frozen import THAWED, state_of
+from batchnorm.nn.require import require_module
 from batchnorm.nn.select import named_norms
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 
@@ -85,7 +86,7 @@ def convert(model: Module, *, inplace: bool = False) -> ConvertResult:
         A result whose ``model`` has the new layers; ``converted`` and ``left`` say which.
 
     Raises:
-        InputError: the model cannot be copied. Pass ``inplace=True``.
+        StateError: the model cannot be copied. Pass ``inplace=True``.
 
     Example:
         >>> import torch
@@ -97,6 +98,7 @@ def convert(model: Module, *, inplace: bool = False) -> ConvertResult:
         >>> type(result.model[1]).__module__, type(revert(result.model).model[1]).__module__
         ('batchnorm.nn.batch_norm', 'torch.nn.modules.batchnorm')
     """
+    require_module("convert", model)
     return _swap("convert", model, _OURS, inplace)
 
 
@@ -111,9 +113,20 @@ def revert(model: Module, *, inplace: bool = False) -> ConvertResult:
         A result whose ``model`` has torch's layers; ``converted`` and ``left`` say which.
 
     Raises:
-        StateError: a layer does what torch's cannot, or is frozen; the message lists them. Nothing is changed then.
-        InputError: the model cannot be copied. Pass ``inplace=True``.
+        StateError: a layer does what torch's cannot, or is frozen, and the message lists them; or the model cannot be
+            copied: pass ``inplace=True``. Nothing is changed then.
+
+    Example:
+        >>> from batchnorm.nn import BatchNorm1d, revert
+        >>> revert(BatchNorm1d(2)).model
+        BatchNorm1d(2, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        >>> revert(BatchNorm1d(2, activation="relu"))
+        Traceback (most recent call last):
+            ...
+        batchnorm.errors.StateError: revert: torch's layers cannot take the place of these.
+        BatchNorm1d: applies relu; torch's batch norm has no activation.
     """
+    require_module("revert", model)
     stuck = [
         f"{name or type(norm).__name__}: {reason}"
         for name, norm in named_norms(model).items()
@@ -125,7 +138,7 @@ def revert(model: Module, *, inplace: bool = False) -> ConvertResult:
 
 
 def _swap(verb: str, model: Module, classes: Mapping[type[Module], type[Module]], inplace: bool) -> ConvertResult:
-    target = model if inplace else _copy(verb, model)
+    target = model if inplace else copy_model(verb, model, "Pass inplace=True to change the model itself.")
     norms = named_norms(target)
     left = {name: why for name, norm in norms.items() if (why := _why_left(norm, classes)) is not None}
     todo = {name: norm for name, norm in norms.items() if name not in left}
@@ -149,16 +162,6 @@ def _put_back(before: Sequence[tuple[Module, type[Module], dict[str, Any]]]) -> 
         norm.__class__ = cls
         norm.__dict__.clear()
         norm.__dict__.update(attributes)
-
-
-def _copy(verb: str, model: Module) -> Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise InputError(
-            f"{verb}: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass inplace=True to "
-            "change the model itself."
-        ) from error
 
 
 def _why_left(norm: Module, classes: Mapping[type[Module], type[Module]]) -> str | None:

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.errors import StateError
 from batchnorm.nn.frozen import THAWED, Exact, State, move, state_of, thawed_class
+from batchnorm.nn.require import require_module
 from batchnorm.nn.select import NormModule, named_norms, select_norms
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 
@@ -88,7 +89,10 @@ def freeze(
             "freeze: stats=False and affine=False leave nothing to freeze. Pass stats=True to hold the running "
             "statistics, affine=True to hold weight and bias, or both."
         )
+    require_module("freeze", model)
     norms = select_norms(model, names)
+    if not norms and names is not None:
+        raise StateError("freeze: names is empty, so there is nothing to freeze. Leave it out to mean all norms.")
     if not norms:
         raise StateError(f"freeze: {type(model).__name__} holds no batch norm. Pass the model that does.")
     for name, norm in norms.items():
@@ -115,7 +119,17 @@ def unfreeze(model: Module, names: str | Sequence[str] | None = None) -> FreezeR
     Raises:
         StateError: a norm was parametrized since, or shares a parameter with a norm that stays frozen.
         UnknownNameError: a name means no norm.
+
+    Example:
+        >>> import torch
+        >>> from batchnorm.nn.freeze import freeze, unfreeze
+        >>> norm = torch.nn.BatchNorm1d(2).train()
+        >>> _ = freeze(norm)
+        >>> _ = unfreeze(norm)
+        >>> norm.training, norm.weight.requires_grad
+        (True, True)
     """
+    require_module("unfreeze", model)
     norms = {name: norm for name, norm in select_norms(model, names).items() if state_of(norm) != THAWED}
     for name, norm in norms.items():
         _require_own_class(name or type(norm).__name__, norm)

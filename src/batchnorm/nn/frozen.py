@@ -80,7 +80,9 @@ def _frozen_class(base: type) -> type:
     with _classes_lock:
         cls = _classes.get(base)
         if cls is None:
-            cls = type(f"Frozen{base.__name__}", (_Frozen, base), {"__module__": __name__, "__doc__": base.__doc__})
+            # the module of its base: torch.fx asks it whether a layer is to stay one node, as torch's own do
+            members = {"__module__": base.__module__, "__doc__": base.__doc__}
+            cls = type(f"Frozen{base.__name__}", (_Frozen, base), members)
             _classes[base] = cls
         return cls
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.errors import UnknownNameError, closest
+from batchnorm.errors import ArgumentTypeError, UnknownNameError, closest
 
-__all__ = ["NormModule", "named_norms", "select_norms"]
+__all__ = ["NormModule", "listed", "meant_by", "named_norms", "select_norms"]
 
 # torch's private base class is what BatchNorm1d, 2d, 3d, SyncBatchNorm, the lazy ones, timm's and ours all share.
 NormModule: TypeAlias = _BatchNorm
@@ -34,27 +34,46 @@ def select_norms(model: Module, names: str | Sequence[str] | None) -> dict[str, 
             norms (``"layer1"``), or a pattern (``"*.bn2"``).
 
     Raises:
+        ArgumentTypeError: a name is no text.
         UnknownNameError: a name means no norm at all.
     """
     norms = named_norms(model)
     if names is None:
         return norms
     chosen: set[str] = set()
-    for name in [names] if isinstance(names, str) else names:
-        found = {n for n in norms if n == name or n.startswith(f"{name}.") or fnmatchcase(n, name)}
-        if not found:
-            alias = _first_name_of_shared(model, name)
-            found = {alias} if alias is not None else set()
+    for name in listed(names):
+        found = {n for n in norms if meant_by(name, n)} or _shared_under(model, name)
         if not found:
             raise UnknownNameError(
                 f"{name!r}: no norm of that name in {type(model).__name__}, which has {len(norms)} "
-                f"norms{closest(name, norms)}."
+                f"norm{'s' * (len(norms) != 1)}{closest(name, norms) or '.'}"
             )
         chosen |= found
     return {name: norm for name, norm in norms.items() if name in chosen}
 
 
-def _first_name_of_shared(model: Module, name: str) -> str | None:
-    """Return the name under which ``named_norms`` lists the norm that ``name`` is a second name of."""
-    every = dict(model.named_modules(remove_duplicate=False))
-    return next((n for n, m in named_norms(model).items() if m is every.get(name)), None)
+def listed(names: str | Sequence[str]) -> list[str]:
+    """Return one name or several as a list.
+
+    Raises:
+        ArgumentTypeError: a name is no text.
+    """
+    several = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    for name in several:
+        if not isinstance(name, str):
+            raise ArgumentTypeError(
+                f"names: expected the names of norms, as model.named_modules() gives them; got {type(name).__name__}."
+            )
+    return several
+
+
+def meant_by(name: str, norm: str) -> bool:
+    """Return whether ``name`` means the norm called ``norm``: its own name, that of a module above it, or a pattern."""
+    return norm == name or norm.startswith(f"{name}.") or fnmatchcase(norm, name)
+
+
+def _shared_under(model: Module, name: str) -> set[str]:
+    """Return the norms that ``name`` means by a second name: theirs, or that of a shared module that holds them."""
+    every = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)]
+    chosen = {id(m) for n, m in every if meant_by(name, n)}
+    return {n for n, m in named_norms(model).items() if id(m) in chosen}

@@ -53,7 +53,8 @@ class Series:
 class Plot:
     """Lines or bars over one pair of axes, as data; drawn when a page is made.
 
-    ``y_range`` holds the y axis fixed, so that several plots can be compared; None fits it to the values.
+    A logarithmic axis leaves out what is not positive. ``y_range`` holds the y axis fixed, so that several plots can be
+    compared; None fits it to the values.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Plot:
     y_label: str
     series: Sequence[Series]
     caption: str = ""
+    log_x: bool = False
     log_y: bool = False
     y_range: tuple[float, float] | None = None
 

@@ -161,6 +161,8 @@ def _dress(axes: Axes, plot: Plot, lying: bool) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set(edgecolor=_INK, linewidth=0.6)
+    if plot.log_x and any(x > 0 for one in plot.series for x in one.x if not isinstance(x, str)):
+        axes.set_xscale("log", nonpositive="mask")
     if plot.log_y:
         (axes.set_xscale if lying else axes.set_yscale)("log", nonpositive="mask")
     axes.margins(x=0.05 if lying else 0.02, y=0.02 if lying else 0.05)
@@ -182,7 +184,8 @@ def _set_ticks(axes: Axes, plot: Plot, names: Sequence[str], lying: bool) -> Non
         along.set_major_formatter(FixedFormatter([names[i] for i in shown]))
     else:
         low, high = sorted(along.get_view_interval())
-        values = [v for v in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= v <= high]
+        locator = LogLocator(10, numticks=6) if plot.log_x and low > 0 else MaxNLocator(6, steps=[1, 2, 5, 10])
+        values = [v for v in locator.tick_values(low, high) if low <= v <= high]
         along.set_major_locator(FixedLocator(values))
         along.set_major_formatter(FixedFormatter([_number(v) for v in values]))
     for axis in (along, across):

@@ -8,34 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
+from batchnorm.nn.operators import NORM_OPERATORS, named_arguments
+
 __all__ = ["NormCall"]
-
-_OPERATORS = frozenset(
-    {
-        "aten::batch_norm",
-        "aten::native_batch_norm",
-        "aten::cudnn_batch_norm",
-        "aten::miopen_batch_norm",
-        "aten::_batch_norm_impl_index",
-        "aten::_batch_norm_no_update",
-        "aten::_batch_norm_with_update",
-        "aten::_batch_norm_with_update_functional",
-        "aten::_native_batch_norm_legit",
-        "aten::_native_batch_norm_legit_functional",
-        "aten::_native_batch_norm_legit_no_training",
-        "batchnorm::batch_norm",
-    }
-)
-"""Those that take an input with (N, C, ...) and running statistics, and return the normalized input first.
-
-Modules call ``aten::batch_norm`` or this library's own; the others come from exported programs.
-"""
 
 
 @cache
 def _schema(func: Any) -> Any | None:
     """Return the operator's schema if it is a batch norm that takes running statistics."""
-    if func._schema.name not in _OPERATORS:
+    if func._schema.name not in NORM_OPERATORS:
         return None
     return func._schema if any(a.name == "running_mean" for a in func._schema.arguments) else None
 
@@ -53,9 +34,7 @@ class NormCall:
         schema = _schema(func)
         if schema is None:
             return None
-        given = {a.name: a.default_value for a in schema.arguments}
-        given |= {a.name: value for a, value in zip(schema.arguments, args, strict=False)}
-        return cls(func, given | kwargs)
+        return cls(func, named_arguments(schema, args, kwargs))
 
     @property
     def input(self) -> Tensor:

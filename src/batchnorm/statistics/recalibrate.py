@@ -21,6 +21,7 @@ from batchnorm.errors import (
     closest,
 )
 from batchnorm.nn.calling import Forward, call_on_batch
+from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
 from batchnorm.report.progress import progress_bar
 from batchnorm.statistics.buffers import write_all
@@ -109,12 +110,11 @@ def recalibrate(
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 2, for ``"within"``; Wu & Johnson 2021, arXiv 2105.07576,
     section 3, for the pooled estimate and the number of samples; Chan, Golub & LeVeque 1979 for the sums.
     """
-    if not isinstance(model, Module):
-        raise ArgumentTypeError(f"recalibrate: expected a torch.nn.Module; got {type(model).__name__}.")
-    if estimator not in ESTIMATORS:
+    require_module("recalibrate", model)
+    if estimator not in list(ESTIMATORS):  # a list, for what is asked for may be no key at all
         raise UnknownNameError(
             f"recalibrate: estimator={estimator!r}; expected one of {', '.join(map(repr, ESTIMATORS))}"
-            f"{closest(str(estimator), ESTIMATORS)}."
+            f"{closest(str(estimator), ESTIMATORS) or '.'}"
         )
     require_stream("recalibrate", batches)
     sites = Sites(model, names)
@@ -144,13 +144,21 @@ def _collect(model: Module, batches: Iterable[Any], call: Forward, collector: Co
         except ArgumentTypeError as error:
             raise ArgumentTypeError(f"recalibrate: batch {index} (counting from 0): {error}") from error
         except Exception as error:
+            # most likely a batch that the model is not called on in the usual way
+            hint = f"{_CALLED} " if isinstance(error, TypeError) and call is call_on_batch else ""
             raise BatchError(
                 f"recalibrate: {type(model).__name__} failed on batch {index} (counting from 0): {in_one_line(error)} "
-                "The model is as it was."
+                f"{hint}The model is as it was."
             ) from error
         number = index + 1
         advance()
     return number
+
+
+_CALLED = (
+    "Of a tuple the first element is the input, of a dict every entry; forward=lambda model, batch: ... calls the "
+    "model in another way."
+)
 
 
 def _origin(batch: Any) -> str:

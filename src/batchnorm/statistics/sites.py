@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import StateError, UnknownNameError
 from batchnorm.nn.freeze import is_frozen
-from batchnorm.nn.select import select_norms
+from batchnorm.nn.select import listed, meant_by, select_norms
 
 __all__ = ["Left", "Site", "Sites"]
 
@@ -197,10 +196,12 @@ def _select(model: Module, names: str | Sequence[str] | None, loose: set[str]) -
     """Return the names of the chosen norms, and of the chosen functional norms (None: all there may be)."""
     if names is None:
         return set(select_norms(model, None)), None
+    if not listed(names):
+        raise StateError("recalibrate: names is empty, so there is nothing to recalibrate. Leave it out to mean all.")
     norms: set[str] = set()
     functional: set[str] = set()
-    for name in [names] if isinstance(names, str) else names:
-        found = {n for n in loose if n == name or n.startswith(f"{name}.") or fnmatchcase(n, name)}
+    for name in listed(names):
+        found = {n for n in loose if meant_by(name, n)}
         functional |= found
         try:
             norms |= set(select_norms(model, name))

@@ -92,6 +92,13 @@ def test_a_file_cut_short_is_told(tmp_path: Path, share: float, save: Any) -> No
         load_batches(str(path), MODEL)
 
 
+def test_a_file_of_something_else_is_not_said_to_hold_objects(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    path.write_text("label,width\n1,2\n" * 50)
+    with pytest.raises(CommandError, match="not a complete"):
+        load_batches(str(path), MODEL)
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_file_damaged_inside_is_told(tmp_path: Path, save: Any) -> None:
     path = tmp_path / "a.npz"

@@ -86,7 +86,8 @@ def _read_npz(path: Path) -> np.ndarray[Any, np.dtype[Any]]:
             name = _pick(path, list(archive.files))
             array: np.ndarray[Any, np.dtype[Any]] = archive[name]
     except ValueError as error:
-        if "allow_pickle" not in str(error):
+        # numpy takes whatever it does not know for a pickle
+        if "allow_pickle" not in str(error) or not zipfile.is_zipfile(path):
             raise CommandError(_damaged(path, error)) from error
         raise CommandError(
             f"--data {path}: it holds Python objects, which only unpickling would read, and that can run any code; "
