@@ -305,3 +305,15 @@ def test_two_threads_fold_two_models():
         with torch.no_grad():
             gap = (results[i].model(X)["logits"] - net(X)["logits"]).abs().max()
         assert float(gap) <= results[i].bound
+
+
+def test_a_distributed_wrapper_is_to_be_taken_off(tmp_path):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval())
+        with pytest.raises(StateError, match=r"Fold model\.module"):
+            fold(wrapped.eval(), torch.randn(1, 3, 4, 4))
+        assert len(fold(wrapped.module.eval(), torch.randn(1, 3, 4, 4)).folded) == 1
+    finally:
+        dist.destroy_process_group()

@@ -255,7 +255,7 @@ def test_norm_that_is_not_reached_is_listed():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.bn, self.spare = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.conv, self.bn, self.spare = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm1d(5)
 
         def forward(self, x):
             y = self.bn(self.conv(x))
@@ -742,3 +742,62 @@ class Synchronized(nn.Module):
 
 def test_a_buffer_that_the_forward_writes_is_named_with_the_writer():
     expect(lively(Synchronized()), randn(2, 3, 6, 6), left={"bn": "running_mean is written to by copy_"})
+
+
+# -- norms that the example inputs do not reach ------------------------------------------------------------------------
+
+
+class Domains(nn.Module):
+    """One convolution, and a norm for each domain."""
+
+    def __init__(self, norms, pick):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norms = norms
+        self.pick = pick
+
+    def forward(self, x, domain=0):
+        return self.pick(self.norms, domain)(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("norms", "pick", "reached"),
+    [
+        (nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)]), lambda n, k: n[k], "norms.0"),
+        (
+            nn.ModuleDict({"a": nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), "b": nn.Sequential(nn.BatchNorm2d(4))}),
+            lambda n, k: n["ab"[k]],
+            "norms.a.0",
+        ),
+    ],
+)
+def test_a_norm_with_an_unreached_one_beside_it_is_left(norms, pick, reached):
+    model = lively(Domains(norms, pick))
+    other = reached.replace("a.0", "b.0") if "a" in reached else "norms.1"
+    unreached = {other: "do not reach it"}
+    result = expect(model, randn(2, 3, 6, 6), [], {reached: f"{re.escape(other)} stands beside it", **unreached})
+    for domain in (0, 1):
+        x = randn(2, 3, 6, 6, seed=5)
+        assert torch.equal(result.model(x, domain), model(x, domain))
+
+
+def test_an_unreached_block_with_layers_of_its_own_is_no_alternative():
+    class Early(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(3))
+
+        def forward(self, x):
+            return self.blocks[1](self.blocks[0](x))
+
+    expect(
+        lively(Early()),
+        randn(2, 3, 4, 4),
+        ["blocks.0.1→blocks.0.0", "blocks.1.1→blocks.1.0"],
+        {"blocks.2.1": "do not reach it"},
+    )
+
+
+def test_an_unreached_norm_of_another_size_is_no_alternative():
+    model = lively(Domains(nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(8)]), lambda n, k: n[k]))
+    expect(model, randn(2, 3, 6, 6), ["norms.0→conv"], {"norms.1": "do not reach it"})

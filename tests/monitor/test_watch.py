@@ -88,6 +88,8 @@ def test_one_sample_is_not_enough(digits) -> None:
     result = seen(model, x[:1])
     assert not result.drifted
     assert {layer.status for layer in result.layers} == {"too few samples"}
+    assert {layer.effective for layer in result.layers} == {None}
+    assert "σ (" not in str(result)  # no channel is named where none can be judged
     assert "Not enough samples to judge: 1 sample seen, at least 16 needed." in str(result)
 
 

@@ -115,7 +115,10 @@ class CheckResult(Result):
             Section("What to do", [Table(("rule", "name", "advice"), list(advice))]),
         ]
         if fixable or unsafe:
-            text = f"Of {len(self.findings)}, {fixable} can be fixed safely and {unsafe} with unsafe fixes."
+            text = f"{fixable} of {len(self.findings)} can be fixed safely" + f", {unsafe} by unsafe fixes." * bool(
+                unsafe
+            )
+            text = text.rstrip(".") + "."
             sections.append(Section("", [Paragraph(text)]))
         found = ", ".join(f"{code}: {count}" for code, count in sorted(counts.items()))
         summary = f"{len(self.findings)} finding{'s' * (len(self.findings) != 1)} ({found})."

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
 
-from batchnorm.errors import InputError, VerificationError
+from batchnorm.errors import InputError, StateError, VerificationError
 from batchnorm.graph.dataflow import Graph
 from batchnorm.graph.fold_result import FoldedNorm, FoldResult, LeftNorm
 from batchnorm.graph.merge import Merged, Rewrite, find_tensor, merge, norm_tensors
-from batchnorm.graph.norms import norm_uses, unreached_norms
+from batchnorm.graph.norms import norm_uses, require_no_alternative, unreached_norms
 from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.site_check import SiteCheck
 from batchnorm.graph.sites import Site, describe_source, find_site
@@ -43,8 +44,9 @@ def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldRe
     is listed with the reason.
 
     The model is run on copies, as it is: in the modes, dtypes and on the devices it is in. What is folded is what the
-    pass shows, so the inputs must take the way through the model that matters; a model that sends other inputs through
-    other norms must not be folded by one of them. Every site is proved in float64 on the input it meets, and the folded
+    pass shows, so the inputs must take the way through the model that matters. Where a norm that they do not reach
+    stands beside one that they do (``bns.0`` and ``bns.1``), neither is folded: other inputs may take the other. Every
+    site is proved in float64 on the input it meets, and the folded
     model is compared with the original end to end (about ten forward passes in all, two of them in float64).
 
     Args:
@@ -84,6 +86,8 @@ def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldRe
         True
     """
     require_readable("fold", model)
+    if isinstance(model, DistributedDataParallel):
+        raise StateError("fold: DistributedDataParallel writes into the buffers before each pass. Fold model.module.")
     with torch.inference_mode(False):
         work = _copy(model)
         graph = trace(work, example_inputs)
@@ -121,14 +125,15 @@ def _copy(model: Module) -> Module:
 def _find_sites(model: Module, graph: Graph) -> tuple[list[Site], list[LeftNorm], dict[str, int]]:
     """Return the norms that can be folded, those that cannot, and the order of all of them."""
     uses = norm_uses(model, graph)
+    unreached = unreached_norms(model, uses)
     sites: list[Site] = []
     left: list[LeftNorm] = []
     for use in uses:
         try:
+            require_no_alternative(model, use.owner, unreached)
             sites.append(find_site(model, graph, use))
         except Refusal as refusal:
             left.append(LeftNorm(use.name, describe_source(graph, use), str(refusal)))
-    unreached = unreached_norms(model, uses)
     left += [LeftNorm(name, None, "The example inputs do not reach it.") for name in unreached]
     order = {name: index for index, name in reversed(list(enumerate([*(use.name for use in uses), *unreached])))}
     return sites, left, order

@@ -56,7 +56,7 @@ def module_obstacle(model: Module, graph: Graph, layer: Call) -> str | None:
         if isinstance(tensor, Value) and not all(owner in slots for owner in map(_owner, tensor.names)):
             return "It shares its parameters with another module."
         if isinstance(tensor, Value) and len(graph.readers(tensor)) > 1:
-            return "It is called more than once."
+            return "It is called more than once, or its parameters are read elsewhere too."
     runs = graph.runs_of(name)
     if len(runs) != 1 or runs[0].outputs != (layer.output,):
         return f"The operator does not run as the forward of {name}: code calls it with that layer's parameters."

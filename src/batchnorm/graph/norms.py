@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch.jit import ScriptModule
-from torch.nn import Module
+from torch.nn import Linear, Module
+from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.graph.dataflow import Call, Graph, ModuleCall
 from batchnorm.graph.refusal import Refusal
 from batchnorm.nn.operators import NORM_OPERATORS
 from batchnorm.nn.select import NormModule, named_norms
 
-__all__ = ["NormState", "NormUse", "check_norm", "is_norm", "norm_uses", "unreached_norms"]
+__all__ = [
+    "NormState",
+    "NormUse",
+    "alternative_to",
+    "check_norm",
+    "is_norm",
+    "norm_uses",
+    "require_no_alternative",
+    "unreached_norms",
+]
 
 _STATE = ("running_mean", "running_var", "weight", "bias")
 
@@ -67,6 +78,46 @@ def unreached_norms(model: Module, uses: list[NormUse]) -> list[str]:
     """Return the names of the model's norm modules that the pass did not run."""
     reached = {id(use.owner) for use in uses}
     return [name for name, module in named_norms(model).items() if id(module) not in reached]
+
+
+def alternative_to(model: Module, norm: Module, unreached: Iterable[str]) -> str | None:
+    """Return a norm that may run in place of ``norm`` for other inputs, though not for the example's.
+
+    One for each domain, width or task stands beside another: of as many channels, under a name that differs in one part
+    (``bns.0`` and ``bns.1``, ``source.bn`` and ``target.bn``), with no layer of its own in front of it.
+
+    Args:
+        model: the model.
+        norm: one of its norms, which the pass ran.
+        unreached: names of the norms that it did not run.
+    """
+    norms = named_norms(model)
+    names = [name.split(".") for name, module in norms.items() if module is norm]
+    for other in unreached:
+        parts = other.split(".")
+        for name in names:
+            differing = [i for i, (a, b) in enumerate(zip(name, parts, strict=False)) if a != b]
+            if len(name) != len(parts) or len(differing) != 1:
+                continue
+            part = model.get_submodule(".".join(parts[: differing[0] + 1]))
+            has_layer = any(isinstance(m, _ConvNd | Linear) for m in part.modules())
+            if norms[other].num_features == norms[".".join(name)].num_features and not has_layer:
+                return other
+    return None
+
+
+def require_no_alternative(model: Module, norm: Module | None, unreached: Iterable[str]) -> None:
+    """Refuse a norm in whose place another may run.
+
+    Raises:
+        Refusal: there is one; says which.
+    """
+    other = None if norm is None else alternative_to(model, norm, unreached)
+    if other is not None:
+        raise Refusal(
+            f"{other} stands beside it and is not reached by the example inputs: other inputs may take that way, and "
+            f"the layer before it cannot absorb both. Remove {other} if nothing uses it."
+        )
 
 
 def _display(name: str, owner: Module | None) -> str:

@@ -135,6 +135,8 @@ def judge(stream: LayerStream, *, tolerance: float, level: float) -> LayerDrift:
         distance, bound = _root(squared), _root(squared - margin)
         detectable = math.sqrt(tolerance**2 + margin)
         status = "drifted" if bound > tolerance else "as stored"
+    else:
+        effective = None  # an estimate from so few would be anything
     if nonfinite or (distance is not None and not math.isfinite(distance)):  # values beyond 1e150 overflow D²
         status = "non-finite values"
     return LayerDrift(

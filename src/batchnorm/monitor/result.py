@@ -79,7 +79,7 @@ class WatchResult(Result):
                 layer.distance,
                 layer.bound,
                 layer.detectable,
-                _words(layer.worst(1)),
+                None if layer.status == "too few samples" else _words(layer.worst(1)),
             ]
             for layer in self.layers
         ]

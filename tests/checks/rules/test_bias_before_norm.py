@@ -133,3 +133,18 @@ def test_the_running_mean_takes_the_bias_over_in_its_own_precision() -> None:
     model[1].float()
     fixed = check(model.eval(), torch.randn(2, 3, 4, 4, dtype=torch.bfloat16), select="BN001").fix()
     assert torch.equal(fixed.model[1].running_mean, -model[0].bias.detach().float())
+
+
+def test_no_fix_where_another_norm_may_run_for_other_inputs() -> None:
+    class Domains(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+
+        def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+            return self.norms[domain](self.conv(x))
+
+    (finding,) = findings(Domains(), 2, 3, 4, 4)
+    assert finding.fix is None
+    assert "norms.1 stands beside the norm" in finding.advice

@@ -16,6 +16,7 @@ from batchnorm.errors import StateError
 from batchnorm.graph.dataflow import Call, Graph, Value
 from batchnorm.graph.families import BATCH_NORMS, LAYERS, PASSING, family
 from batchnorm.graph.insertion import KeyChanges, module_obstacle, slots_of
+from batchnorm.graph.norms import alternative_to, norm_uses, unreached_norms
 from batchnorm.nn.freeze import is_frozen
 
 __all__ = ["BiasBeforeNorm"]
@@ -131,7 +132,11 @@ def _obstacle(model: Module, graph: Graph, layer: Call, norm: Call) -> str | Non
     for value in (layer.output, norm.args["input"]):
         if value.held_by:
             return f"The layer's output is also read by {value.held_by[0]}."
-    return module_obstacle(model, graph, layer)
+    obstacle = module_obstacle(model, graph, layer)
+    other = alternative_to(model, module, unreached_norms(model, norm_uses(model, graph)))
+    if obstacle is None and other is not None:
+        return f"{other} stands beside the norm and is not reached by the example inputs: its mean would need the bias."
+    return obstacle
 
 
 def _fix(model: Module, layer: Call, norm: Call) -> Fix:
