@@ -197,7 +197,8 @@ def _standard_errors(stream: LayerStream, shift: Tensor, ratio: Tensor, between:
     errors = torch.where(shift == 0, 0.0, shift / error)
     variance = ratio - stream.reference.eps / stream.reference.std.square()
     values = (variance / between * stream.samples)[between > 0]
-    return errors, float(values.nanmedian()) if values.numel() else None
+    # an estimate, and for independent values as often above their number as below it
+    return errors, min(float(values.nanmedian()), float(stream.values)) if values.numel() else None
 
 
 def _root(squared: float) -> float:

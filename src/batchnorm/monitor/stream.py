@@ -159,6 +159,7 @@ class LayerStream:
         self.reference = reference
         self.samples = 0  # each counted once, also where the norm is called several times in one forward
         self.calls = 0
+        self.values = 0  # per channel, masked positions included
         self._moments = SampleMoments.zero(reference.mean.numel(), reference.mean.device)
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=reference.mean.device)
         self._first = 0
@@ -181,6 +182,7 @@ class LayerStream:
         number = torch.arange(self._first, self._first + len(mean), device=home)
         self._waiting.append((mean.to(home), variance.to(home), number))
         self.calls += 1
+        self.values += x.numel() // x.shape[1]
         self.samples = max(self.samples, self._first + len(mean))
         if sum(part[0].numel() for part in self._waiting) > _WAITING:
             self._settle()
