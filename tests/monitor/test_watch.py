@@ -205,3 +205,8 @@ def test_bad_arguments_are_refused_in_words() -> None:
     with pytest.raises(ArgumentTypeError, match=r"expected a torch\.nn\.Module; got str"):
         watch("model")
     assert issubclass(StateError, BatchNormError)
+
+
+def test_an_empty_list_of_names_means_no_norm() -> None:
+    with pytest.raises(StateError, match="names is empty"):
+        watch(torch.nn.BatchNorm1d(3), names=[])

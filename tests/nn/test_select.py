@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.errors import ArgumentTypeError, UnknownNameError
+from batchnorm.errors import ArgumentTypeError, StateError, UnknownNameError
 from batchnorm.nn import BatchNorm2d
 from batchnorm.nn.select import named_norms, select_norms
 
@@ -51,7 +51,6 @@ def test_the_model_itself_may_be_the_norm():
         (["layer10", "stem.1"], ["stem.1", "layer10.bn1", "layer10.bn2"]),  # in registration order
         ("again", ["layer1.bn1"]),  # the second name of a shared norm
         (("layer1.bn1", "again"), ["layer1.bn1"]),
-        ([], []),
     ],
 )
 def test_names_modules_and_patterns(model, names, expected):
@@ -95,3 +94,8 @@ def test_a_second_name_of_a_module_means_the_norms_in_it(names):
     encoder = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     siamese = nn.ModuleDict({"online": encoder, "target": encoder, "head": nn.BatchNorm1d(2)})
     assert list(select_norms(siamese, names)) == ["online.1"]
+
+
+def test_no_name_at_all_is_a_mistake() -> None:
+    with pytest.raises(StateError, match="names is empty"):
+        select_norms(nn.BatchNorm1d(2), [])

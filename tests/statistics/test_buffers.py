@@ -23,3 +23,11 @@ def test_a_write_that_fails_takes_back_those_before_it() -> None:
     with pytest.raises(RuntimeError):
         write_all([(a, torch.ones(2)), (b, torch.ones(2))])
     assert a.view(torch.int32).tolist() == bits
+
+
+def test_tensors_made_in_inference_mode_are_written_too() -> None:
+    with torch.inference_mode():
+        frozen = torch.zeros(2)
+    plain = torch.zeros(2)
+    write_all([(plain, torch.ones(2)), (frozen, torch.ones(2))])
+    assert plain.tolist() == frozen.tolist() == [1.0, 1.0]

@@ -88,7 +88,7 @@ FAILURES: dict[str, tuple[Any, dict[str, Any], type[BaseException], str]] = {
         lambda: [batch()[:1], batch()[:1]],
         {"estimator": "within"},
         ShapeError,
-        r"in one batch for estimator='within'; channel 0 met 2 in 2 calls",
+        r"in some batch; channel 0 met 2 in 2 calls",
     ),
     "no values": (lambda: [batch()[:0]], {}, ShapeError, r"channel 0 met 0 in 0 calls"),
     "batch of another form": (lambda: [{"image": batch()}], {}, BatchError, r"unexpected keyword .* forward=lambda"),

@@ -91,8 +91,6 @@ def freeze(
         )
     require_module("freeze", model)
     norms = select_norms(model, names)
-    if not norms and names is not None:
-        raise StateError("freeze: names is empty, so there is nothing to freeze. Leave it out to mean all norms.")
     if not norms:
         raise StateError(f"freeze: {type(model).__name__} holds no batch norm. Pass the model that does.")
     for name, norm in norms.items():

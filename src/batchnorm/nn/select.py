@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.errors import ArgumentTypeError, UnknownNameError, closest
+from batchnorm.errors import ArgumentTypeError, StateError, UnknownNameError, closest
 
 __all__ = ["NormModule", "listed", "meant_by", "named_norms", "select_norms"]
 
@@ -35,6 +35,7 @@ def select_norms(model: Module, names: str | Sequence[str] | None) -> dict[str, 
 
     Raises:
         ArgumentTypeError: a name is no text.
+        StateError: there is no name.
         UnknownNameError: a name means no norm at all.
     """
     norms = named_norms(model)
@@ -57,6 +58,7 @@ def listed(names: str | Sequence[str]) -> list[str]:
 
     Raises:
         ArgumentTypeError: a name is no text.
+        StateError: there is none.
     """
     several = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     for name in several:
@@ -64,6 +66,8 @@ def listed(names: str | Sequence[str]) -> list[str]:
             raise ArgumentTypeError(
                 f"names: expected the names of norms, as model.named_modules() gives them; got {type(name).__name__}."
             )
+    if not several:
+        raise StateError("names is empty, so that no norm is meant. Leave it out to mean all of them.")
     return several
 
 

@@ -12,7 +12,9 @@ __all__ = ["write_all"]
 
 def write_all(changes: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Copy each value into its tensor, in place; if one write fails, those before it are taken back bit for bit."""
-    with torch.no_grad():
+    # what was made in inference mode can be written only there
+    inference = any(tensor.is_inference() for tensor, _ in changes)
+    with torch.no_grad(), torch.inference_mode(inference):
         before = [(tensor, tensor.detach().clone()) for tensor, _ in changes]
         try:
             for tensor, value in changes:

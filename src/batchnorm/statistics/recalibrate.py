@@ -26,7 +26,7 @@ from batchnorm.nn.snapshot import untouched
 from batchnorm.report.progress import progress_bar
 from batchnorm.statistics.buffers import write_all
 from batchnorm.statistics.collect import Collector, Tally
-from batchnorm.statistics.estimators import ESTIMATORS
+from batchnorm.statistics.estimators import ESTIMATORS, Within
 from batchnorm.statistics.result import LayerStatistics, RecalibrateResult, Written
 from batchnorm.statistics.sites import Left, Site, Sites
 from batchnorm.statistics.stream import in_one_line, length_of, numbered, require_stream
@@ -204,10 +204,10 @@ def _new_values(site: Site, tally: Tally) -> dict[str, Tensor]:
     missing = variance.isnan().nonzero().flatten().tolist()
     if missing:
         met = int(tally.estimator.pooled.count[missing[0]])
+        scope = "in some batch" if isinstance(tally.estimator, Within) else "in all"
         raise ShapeError(
-            f"recalibrate: {name}: a variance needs at least 2 values per channel, in one batch for "
-            f"estimator='within'; channel {missing[0]} met {met} in {tally.calls} calls. Pass larger or more batches. "
-            "The model is as it was."
+            f"recalibrate: {name}: a variance needs at least 2 values per channel {scope}; channel {missing[0]} met "
+            f"{met} in {tally.calls} calls. Pass larger or more batches. The model is as it was."
         )
     mean_key, variance_key, batches_key = site.keys
     new = {}

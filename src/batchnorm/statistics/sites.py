@@ -136,8 +136,8 @@ class Sites:
         reasons = "; ".join(f"{left.name or model}: {left.reason}" for left in list(self.left.values())[:3])
         more = "; ..." if len(self.left) > 3 else ""
         raise StateError(
-            f"recalibrate: none of the norms can be recalibrated ({reasons}{more}). Frozen ones are if you name them: "
-            "names=[...]."
+            f"recalibrate: none of the norms can be recalibrated ({reasons}{more}). Name those that are frozen "
+            "to measure them all the same: names=[...]."
         )
 
     @property
@@ -196,8 +196,6 @@ def _select(model: Module, names: str | Sequence[str] | None, loose: set[str]) -
     """Return the names of the chosen norms, and of the chosen functional norms (None: all there may be)."""
     if names is None:
         return set(select_norms(model, None)), None
-    if not listed(names):
-        raise StateError("recalibrate: names is empty, so there is nothing to recalibrate. Leave it out to mean all.")
     norms: set[str] = set()
     functional: set[str] = set()
     for name in listed(names):
