@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.nn.calling import below_autograd
+from batchnorm.nn.calling import below_autograd, compiled_modules_eager
 
 
 class Seen(TorchDispatchMode):
@@ -66,4 +68,17 @@ def test_threads_that_overlap_leave_the_compiler_as_it_was() -> None:
     for thread in threads:
         thread.join()
     assert still_eager == [True]
+    assert compiles()
+
+
+def test_the_compiler_may_be_imported_while_another_use_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiles()
+    with monkeypatch.context() as before_the_import:
+        before_the_import.delitem(sys.modules, "torch._dynamo")
+        compiled_modules_eager.__enter__()
+    try:
+        with compiled_modules_eager:
+            assert not compiles()
+    finally:
+        compiled_modules_eager.__exit__()
     assert compiles()

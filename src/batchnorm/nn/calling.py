@@ -67,13 +67,15 @@ class _EagerStance:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
+        self._set = False
         self._stance = ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
             # what is not imported has compiled nothing, and takes a second to import
-            if self._users == 0 and "torch._dynamo" in sys.modules:
+            if not self._set and "torch._dynamo" in sys.modules:
                 self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+                self._set = True
             self._users += 1
 
     def __exit__(self, *exception: object) -> None:
@@ -81,6 +83,7 @@ class _EagerStance:
             self._users -= 1
             if self._users == 0:
                 self._stance.close()
+                self._set = False
 
 
 compiled_modules_eager = _EagerStance()
