@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.cli.errors import CommandError
-from batchnorm.report.result import Result
+from batchnorm.report import files
+from batchnorm.report.result import Result, finite_or_none
 
 __all__ = [
     "STATE_SUFFIXES",
@@ -83,21 +83,14 @@ def _check_file(option: str, path: Path, suffixes: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def replacing(option: str, path: Path) -> Iterator[Path]:
-    """Yield the path of a file to write; it takes the place of ``path`` at the end, all at once.
-
-    However the body ends, ``path`` holds the old content or the new one, and nothing else is left behind.
+    """Yield the path of a file to write in the place of ``path``; see :func:`batchnorm.report.files.replacing`.
 
     Raises:
         CommandError: the disk is full, or the system refuses otherwise.
     """
-    # in the same directory, since a rename across file systems is no single step; same suffix, which some writers check
-    fresh = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        try:
+        with files.replacing(path) as fresh:
             yield fresh
-            fresh.replace(path)
-        finally:
-            fresh.unlink(missing_ok=True)
     except OSError as error:
         raise CommandError(f"{option} {path}: cannot be written ({error.strerror or error}).") from error
 
@@ -148,7 +141,7 @@ def _name(path: Path | None) -> str | None:
 
 def _finite(data: Any) -> Any:
     if isinstance(data, float):
-        return data if math.isfinite(data) else None
+        return finite_or_none(data)
     if isinstance(data, dict):
         return {str(key): _finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):

@@ -13,6 +13,7 @@ from batchnorm.graph.place import PlaceResult
 from batchnorm.monitor import WatchResult
 from batchnorm.nn.freeze import FreezeResult
 from batchnorm.report import Document, Result
+from batchnorm.report.result import finite_or_none
 from batchnorm.statistics import RecalibrateResult
 
 __all__ = ["Contender", "DemoResult", "Frozen", "Inference", "Watched"]
@@ -91,14 +92,12 @@ class DemoResult(Result):
             "steps": self.steps,
             "seed": self.seed,
             "favourite_learning_rate": self.best_rate,
-            "training_loss_by_learning_rate": {
-                f"{rate:g}": loss if loss == loss else None for rate, loss in self.losses.items()
-            },
+            "training_loss_by_learning_rate": {f"{rate:g}": finite_or_none(loss) for rate, loss in self.losses.items()},
             "runs": [
                 {
                     "norm": run.norm,
                     "learning_rate": run.learning_rate,
-                    "training_loss": run.loss if run.loss == run.loss else None,
+                    "training_loss": finite_or_none(run.loss),
                     "probes": [asdict(probe) for probe in run.probes],
                 }
                 for run in self.runs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["float64_gamma", "to_float64"]
+__all__ = ["float64_device", "float64_gamma", "to_float64"]
 
 
 def float64_gamma(n: int) -> float:
@@ -18,7 +18,11 @@ def float64_gamma(n: int) -> float:
     return n * v / (1 - n * v)
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return where float64 is kept for tensors of a device: there, or on the CPU where it has none (Apple's GPUs)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def to_float64(tensor: Tensor) -> Tensor:
-    """Return the values in float64, without history; on the CPU where the device has no float64 (Apple's GPUs)."""
-    tensor = tensor.detach()
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+    """Return the values in float64, without history, on :func:`float64_device`."""
+    return tensor.detach().to(float64_device(tensor.device)).double()

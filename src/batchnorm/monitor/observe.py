@@ -27,7 +27,7 @@ from batchnorm.functional.observing import observing
 from batchnorm.monitor.saturation import ActivationStream, activation_of
 from batchnorm.monitor.stream import LayerStream, Reference
 from batchnorm.nn.calling import compiled_modules_eager
-from batchnorm.nn.operators import NORM_OPERATORS
+from batchnorm.nn.operators import NORM_OPERATORS, named_arguments
 from batchnorm.nn.select import NormModule
 
 __all__ = ["Observations", "observed"]
@@ -86,13 +86,10 @@ class _Signature:
     """What about an operator matters here."""
 
     operator: str
-    names: tuple[str, ...]
+    schema: Any
     is_norm: bool
     unit_dim: int | None  # where the units of its output are
     may_activate: bool
-
-    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
 _FEATURES_LAST = {"addmm", "mm", "bmm", "baddbmm", "linear", "matmul", "native_layer_norm", "layer_norm", "embedding"}
@@ -104,13 +101,12 @@ _ACTIVATIONS = {
 @cache
 def _signature(func: Any) -> _Signature:
     space, _, name = func._schema.name.partition("::")
-    names = tuple(argument.name for argument in func._schema.arguments)
     operator = name.rstrip("_")
     normalizes = func._schema.name in NORM_OPERATORS
     spatial = normalizes or "conv" in name or name in ("native_group_norm", "group_norm", "instance_norm")
     return _Signature(
         operator,
-        names,
+        func._schema,
         # our own operator reports itself, also above autograd, where a dispatch mode does not meet it whole
         normalizes and space != "batchnorm",
         1 if spatial else -1 if operator in _FEATURES_LAST else None,
@@ -157,7 +153,7 @@ class _Observer(TorchDispatchMode):
             self._busy = False
 
     def _operator(self, signature: _Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given = signature.arguments(args, kwargs)
+        given = named_arguments(signature.schema, args, kwargs)
         if signature.is_norm:
             eps = given.get("eps", given.get("epsilon", 1e-5))
             self._norm(given["input"], given.get("running_mean"), given.get("running_var"), eps)

@@ -11,6 +11,7 @@ from batchnorm.monitor.drift import MIN_SAMPLES, ChannelDrift, LayerDrift
 from batchnorm.monitor.saturation import SLOPE, ActivationUse
 from batchnorm.report import Document, Plot, Result, Section, Series, Table
 from batchnorm.report.document import Tone
+from batchnorm.report.result import finite_or_none
 
 __all__ = ["WatchResult"]
 
@@ -100,7 +101,7 @@ class WatchResult(Result):
             "norm",
             "stored standard deviations",
             [
-                Series("distance", names, [_number(layer.distance) or 0.0 for layer in judged], "bar"),
+                Series("distance", names, [finite_or_none(layer.distance) or 0.0 for layer in judged], "bar"),
                 Series("tolerance", names, [self.tolerance] * len(judged), "dashed"),
             ],
         )
@@ -120,16 +121,16 @@ class WatchResult(Result):
                     "drifted": layer.drifted,
                     "samples": layer.samples,
                     "nonfinite_samples": layer.nonfinite,
-                    "effective_values": _number(layer.effective),
-                    "distance": _number(layer.distance),
-                    "lower_bound": _number(layer.bound),
-                    "detectable": _number(layer.detectable),
+                    "effective_values": finite_or_none(layer.effective),
+                    "distance": finite_or_none(layer.distance),
+                    "lower_bound": finite_or_none(layer.bound),
+                    "detectable": finite_or_none(layer.detectable),
                     "worst_channels": [
                         {
                             "channel": worst.channel,
-                            "shift": _number(worst.shift),
-                            "standard_errors": _number(worst.standard_errors),
-                            "variance_ratio": _number(worst.variance_ratio),
+                            "shift": finite_or_none(worst.shift),
+                            "standard_errors": finite_or_none(worst.standard_errors),
+                            "variance_ratio": finite_or_none(worst.variance_ratio),
                         }
                         for worst in layer.worst()
                     ],
@@ -184,10 +185,6 @@ def _words(worst: Sequence[ChannelDrift]) -> str | None:
     errors = f" ({abs(w.standard_errors):.3g} s.e.)" if math.isfinite(w.standard_errors) else ""
     ratio = f", variance × {w.variance_ratio:.3g}" if math.isfinite(w.variance_ratio) else ""
     return f"{w.channel}: {w.shift:+.2g} σ{errors}{ratio}".replace("-", "−")
-
-
-def _number(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _of(count: int, layers: Sequence[LayerDrift]) -> str:

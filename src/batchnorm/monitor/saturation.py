@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from batchnorm.monitor.stream import float64_device
+from batchnorm.graph.rounding import float64_device
 
 __all__ = ["SLOPE", "Activation", "ActivationStream", "ActivationUse", "activation_of"]
 

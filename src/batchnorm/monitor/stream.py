@@ -13,20 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchnorm.graph.rounding import float64_device
 from batchnorm.moments import Moments, expand_mask
 
-__all__ = ["GROUPS", "LayerStream", "Reference", "SampleMoments", "float64_device", "sample_statistics"]
+__all__ = ["GROUPS", "LayerStream", "Reference", "SampleMoments", "sample_statistics"]
 
 GROUPS = 16
 """Sample i of a stream falls into group i mod 16, however the stream is cut into batches."""
 
 _WAITING = 2**17
 """How many numbers of a layer wait to be summed up together."""
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """Return where sums are kept for tensors of a device: there, or on the CPU where it has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from types import TracebackType
 
 from torch.nn import Module
 
-from batchnorm.errors import ArgumentTypeError, ShapeError, StateError
+from batchnorm.errors import ShapeError, StateError
 from batchnorm.monitor.drift import judge
 from batchnorm.monitor.observe import Observations, keeps_statistics, observed
 from batchnorm.monitor.result import WatchResult
 from batchnorm.monitor.stream import LayerStream
+from batchnorm.nn.require import require_module
 from batchnorm.nn.select import NormModule, select_norms
 
 __all__ = ["Watch", "WatchResult", "watch"]
@@ -102,8 +103,7 @@ class Watch:
         tolerance: float = TOLERANCE,
         level: float = LEVEL,
     ) -> None:
-        if not isinstance(model, Module):
-            raise ArgumentTypeError(f"watch: expected a torch.nn.Module; got {type(model).__name__}.")
+        require_module("watch", model)
         if not 0 < tolerance < float("inf"):
             raise ShapeError(f"watch: tolerance={tolerance}: expected a positive number of standard deviations.")
         if not 0 < level < 0.5:

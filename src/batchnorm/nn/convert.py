@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch.nn import Module
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.errors import StateError
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.frozen import THAWED, state_of
-from batchnorm.nn.require import require_module
+from batchnorm.nn.require import lazy_names, require_module
 from batchnorm.nn.select import named_norms
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 
@@ -180,7 +179,7 @@ def _why_left(norm: Module, classes: Mapping[type[Module], type[Module]]) -> str
         return "is parametrized: remove the parametrization first"
     if state_of(norm) != THAWED:
         return "is frozen: unfreeze it first"
-    if any(is_lazy(t) for t in (*norm._parameters.values(), *norm._buffers.values()) if t is not None):
+    if lazy_names(norm):
         return "is lazy: run the model once first"
     if isinstance(norm, torch.nn.SyncBatchNorm):
         return "is SyncBatchNorm, which synchronizes processes"

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch.nn import Module
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.errors import StateError
 from batchnorm.nn.frozen import THAWED, Exact, State, move, state_of, thawed_class
-from batchnorm.nn.require import require_module
+from batchnorm.nn.require import lazy_names, require_module
 from batchnorm.nn.select import NormModule, named_norms, select_norms
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 
@@ -138,7 +137,7 @@ def unfreeze(model: Module, names: str | Sequence[str] | None = None) -> FreezeR
 
 
 def _require_freezable(name: str, norm: NormModule, stats: bool) -> None:
-    if any(is_lazy(t) for t in (*norm._parameters.values(), *norm._buffers.values()) if t is not None):
+    if lazy_names(norm):
         raise StateError(
             f"{name}: a lazy norm that does not know its number of channels cannot be frozen. Run the model once first."
         )

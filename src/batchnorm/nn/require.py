@@ -10,7 +10,12 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import ArgumentTypeError, StateError
 
-__all__ = ["require_module", "require_readable"]
+__all__ = ["lazy_names", "require_module", "require_readable"]
+
+
+def lazy_names(module: Module) -> list[str]:
+    """Return the names of the parameters and buffers that have no value until the first forward."""
+    return [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
 
 
 def require_module(verb: str, model: Any) -> None:
@@ -32,7 +37,7 @@ def require_readable(verb: str, model: Any) -> None:
             apart or edited. (A scripted part of a model is no obstacle.)
     """
     require_module(verb, model)
-    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    lazy = lazy_names(model)
     if lazy:
         raise StateError(f"{verb}: {lazy[0]} has no value yet. Run the model once on real inputs first.")
     if isinstance(model, ScriptModule):

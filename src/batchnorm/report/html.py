@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from batchnorm.report.document import Block, Cell, Document, Plot, Table
+from batchnorm.report.files import replacing
 from batchnorm.report.text import format_cell, is_numeric
 
 __all__ = ["to_html", "write_html"]
@@ -100,20 +99,6 @@ def write_html(document: Document, path: str | Path) -> Path:
     path = Path(path)
     page = to_html(document)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as fresh:
+        fresh.write_text(page, encoding="utf-8")
     return path
-
-
-def _umask() -> int:
-    """Return the process's umask; mkstemp ignores it, and a report is no secret."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

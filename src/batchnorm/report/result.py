@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 from batchnorm.report.document import Document
 
-__all__ = ["Result"]
+__all__ = ["Result", "finite_or_none"]
 
 
 class Result(ABC):
@@ -39,3 +40,12 @@ class Result(ABC):
         from batchnorm.report.text import to_text
 
         return to_text(self.document())
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number as JSON takes it: None where there is none, and for NaN and infinity.
+
+    >>> finite_or_none(0.5), finite_or_none(float("nan"))
+    (0.5, None)
+    """
+    return value if value is not None and math.isfinite(value) else None

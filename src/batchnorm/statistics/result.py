@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn import Module
 from batchnorm.errors import StateError
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 from batchnorm.report.document import Block
+from batchnorm.report.result import finite_or_none
 from batchnorm.statistics.buffers import write_all
 from batchnorm.statistics.sites import Left
 
@@ -67,9 +67,9 @@ class LayerStatistics:
             "calls": self.calls,
             "values": self.values,
             "single_calls": self.single_calls,
-            "largest_mean_shift": _number(self.mean_shift.abs().max()),
-            "smallest_variance_ratio": _number(ratio.min()),
-            "largest_variance_ratio": _number(ratio.max()),
+            "largest_mean_shift": finite_or_none(float(self.mean_shift.abs().max())),
+            "smallest_variance_ratio": finite_or_none(float(ratio.min())),
+            "largest_variance_ratio": finite_or_none(float(ratio.max())),
         }
 
 
@@ -173,8 +173,3 @@ def _layer_table(rows: Sequence[dict[str, Any]]) -> Table:
     }
     caption = "Mean shift in standard deviations of the new statistics; variance ratio new to old; over the channels."
     return Table(tuple(columns.values()), [tuple(row[key] for key in columns) for row in rows], caption=caption)
-
-
-def _number(value: Tensor) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import StateError, UnknownNameError
 from batchnorm.nn.freeze import is_frozen
+from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import listed, meant_by, select_norms
 
 __all__ = ["Left", "Site", "Sites"]
@@ -117,7 +118,7 @@ class Sites:
         self._by_key.setdefault(_key(mean), Site(name, norm, keys) if measured else None)
 
     def _check_lazy(self, model: Module) -> None:
-        lazy = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
+        lazy = lazy_names(model)
         if lazy:
             raise StateError(
                 f"recalibrate: {lazy[0]} has no size yet, for a lazy layer learns it in its first forward pass. Run "
