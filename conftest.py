@@ -24,5 +24,6 @@ def example_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 pages = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["*.md"], fixtures=["example_folder"])
-docstrings = Sybil(parsers=[DocTestParser()], pattern="src/**/*.py")
+# a pattern without a folder matches at every depth; "**" would match one level only
+docstrings = Sybil(parsers=[DocTestParser()], path="src", pattern="*.py")
 pytest_collect_file = (pages + docstrings).pytest()

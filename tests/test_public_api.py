@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +35,13 @@ def test_help_does_not_wait_for_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("file", ["moments.py", "nn/batch_norm.py", "cli/load/example.py"])
+def test_docstring_examples_are_collected_at_every_depth(file: str):
+    path = Path(batchnorm.__file__).parent / file
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(path)]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "::line:" in done.stdout
