@@ -38,13 +38,14 @@ def fast():
 
 
 def test_torch_is_taken_where_it_can_be_and_the_reference_elsewhere():
-    assert backends() == ("torch", "reference")
+    assert backends()[-2:] == ("torch", "reference")
+    assert set(backends()) <= {"native", "torch", "reference"}
     assert active_backend(X) == active_backend(X, training=True, activation="relu", residual=X) == "torch"
     assert active_backend(X, mask=MASK) == active_backend(X, training=True, mask=MASK) == "reference"
 
 
 def test_a_registered_backend_serves_what_it_does_not_refuse(fast):
-    assert backends() == ("only_training", "torch", "reference")
+    assert backends()[0] == "only_training"
     assert active_backend(X, training=True) == "only_training"
     assert active_backend(X) == "torch"
     assert active_backend(X, training=True, mask=MASK) == "reference"
@@ -95,7 +96,7 @@ def test_the_context_ends_with_an_exception_too():
     with pytest.raises(KeyboardInterrupt), use_backend("reference"):
         raise KeyboardInterrupt
     assert active_backend(X) == "torch"
-    assert dispatch.plain()
+    assert dispatch.plain(X)
 
 
 def test_a_forced_backend_is_forced_in_its_thread_only():
@@ -115,7 +116,7 @@ def test_a_forced_backend_is_forced_in_its_thread_only():
     done.set()
     thread.join(10)
     assert seen == {"other": "reference", "here": "torch"}
-    assert dispatch.plain()
+    assert dispatch.plain(X)
 
 
 def test_nobody_left_to_serve_is_said_with_every_reason(monkeypatch):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputError
 from batchnorm.functional import dispatch
+from batchnorm.functional.fused import fused_batch_norm, is_direct
 from batchnorm.functional.operator import batch_norm_operator, composite
 from batchnorm.functional.validation import check_extras, check_valid_counts, first_problem
 from batchnorm.kernels.activation import ACTIVATIONS
@@ -36,6 +37,7 @@ def batch_norm(
     activation: str | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     r"""Normalize every channel, scale and shift it, add a residual, and apply an activation.
 
@@ -62,6 +64,11 @@ def batch_norm(
         mask: bool, True where a position is valid; shape (N, \*space), or one that broadcasts to the input's. What
             stands at the other positions, even NaN, has no influence: it enters no statistic, and output and gradients
             are exactly 0 there, in training and in evaluation.
+        inplace: the input may be overwritten, and must not be read afterwards. Where it saves memory it is: without
+            activation and with ``"leaky_relu"``, which can be inverted, y takes the place of x, and the backward pass
+            finds x̂ again from y; channels whose γ is too small beside β for that (|β| > 8·|γ|) keep their input. With
+            the other activations x is needed, and stays. Weights mean the same as without it. Gradients of gradients
+            cannot be taken then.
 
     Returns:
         y, of the shape, dtype and memory layout of the input.
@@ -102,6 +109,7 @@ def batch_norm(
         activation,
         residual,
         mask,
+        inplace,
     )
 
 
@@ -118,11 +126,12 @@ def normalize(
     activation: str | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """Do what :func:`batch_norm` does; messages open with ``where``."""
     if activation is not None or residual is not None or mask is not None:
         check_extras(_text(where), input, activation, residual, mask)
-    if mask is None and dispatch.plain():
+    if mask is None and dispatch.plain(input):
         backend = "torch"
     else:
         backend = dispatch.choose(Request(input, weight, bias, training, activation, residual, mask))
@@ -130,6 +139,20 @@ def normalize(
         _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
         if training and mask is not None:
             check_valid_counts(_text(where), input, mask)
+        if backend == "native" and is_direct(input, running_mean, running_var):
+            return fused_batch_norm(
+                input,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                training,
+                momentum,
+                eps,
+                activation,
+                residual,
+                inplace,
+            )
         return _operator()(
             input,
             running_mean,

@@ -1,8 +1,8 @@
 """Which backend serves a call: the first, in order of preference, that does not refuse.
 
-``"torch"`` is torch's own ``batch_norm`` with torch's operators for residual and activation: it is taken whenever it
-can serve a call and nothing faster is registered before it. ``"reference"`` serves the rest. A backend that pays joins
-with one call of :func:`register`.
+``"native"`` are this library's own CPU kernels, where they were built and the input is large enough for them to pay;
+``"torch"`` is torch's own ``batch_norm`` with torch's operators for residual and activation; ``"reference"`` serves the
+rest. Another backend joins with one call of :func:`register`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from batchnorm.errors import InputError, StateError, UnknownNameError, closest
 from batchnorm.kernels.contract import Backend, Request
+from batchnorm.kernels.native import NATIVE, missing
+from batchnorm.kernels.native.backend import SMALLEST
 from batchnorm.kernels.reference import REFERENCE
 
 __all__ = ["active_backend", "backend", "backends", "choose", "plain", "register", "use_backend"]
@@ -33,6 +35,9 @@ class Candidate(Protocol):
     def refusal(self, request: Request) -> str | None:
         """Return None to serve the call, else why not."""
 
+    def declines(self, request: Request) -> str | None:
+        """Return why another should serve it, or None; not asked of a backend that is forced."""
+
 
 class _Torch:
     """torch.nn.functional.batch_norm: the whole operation at once, without split phases and without a mask."""
@@ -42,8 +47,14 @@ class _Torch:
     def refusal(self, request: Request) -> str | None:
         return None if request.mask is None else "torch's own batch_norm takes no mask"
 
+    def declines(self, request: Request) -> str | None:
+        return None
 
-_candidates: dict[str, Candidate] = {"torch": _Torch(), "reference": REFERENCE}  # in order of preference
+
+_ALWAYS: dict[str, Candidate] = {"torch": _Torch(), "reference": REFERENCE}
+if missing is None:
+    _ALWAYS = {NATIVE.name: NATIVE, **_ALWAYS}
+_candidates = _ALWAYS  # in order of preference
 _forced: ContextVar[str | None] = ContextVar("batchnorm_backend", default=None)
 # The names of all use_backend contexts that are open, in all threads: while there is none, nobody pays for the look-up
 # above. A compiler cannot read a context variable, but it watches this tuple and compiles again when it changes.
@@ -51,8 +62,8 @@ _open: tuple[str, ...] = ()
 _lock = threading.Lock()
 
 
-def register(new: Backend, *, before: str = "torch") -> None:
-    """Let a backend join, preferred to the one called ``before``.
+def register(new: Backend, *, before: str | None = None) -> None:
+    """Let a backend join, preferred to the one called ``before``, or to all others.
 
     Raises:
         StateError: there is a backend of that name already.
@@ -61,6 +72,8 @@ def register(new: Backend, *, before: str = "torch") -> None:
     global _candidates
     if new.name in _candidates:
         raise StateError(f"register: there is a backend called {new.name!r} already; choose another name.")
+    if before is None:
+        before = next(iter(_candidates))
     _known(before)
     order: dict[str, Candidate] = {}
     for name, candidate in _candidates.items():
@@ -74,20 +87,21 @@ def unregister(name: str) -> None:
     """Take a backend out again.
 
     Raises:
-        StateError: it is one of the two that are always there.
+        StateError: it is one of those that are always there.
         UnknownNameError: there is none of that name.
     """
     global _candidates
     _known(name)
-    if name in ("torch", "reference"):
+    if name in _ALWAYS:
         raise StateError(f"unregister: {name!r} is always there; only registered backends can be taken out.")
-    _candidates = {n: c for n, c in _candidates.items() if n != name}
+    remaining = {n: c for n, c in _candidates.items() if n != name}
+    _candidates = _ALWAYS if remaining == _ALWAYS else remaining
 
 
 def backends() -> tuple[str, ...]:
     """Return the names of all backends, the preferred one first.
 
-    >>> backends()
+    >>> backends()[-2:]
     ('torch', 'reference')
     """
     return tuple(_candidates)
@@ -183,16 +197,20 @@ def choose(request: Request, *, split: bool = False) -> str:
     for name, candidate in _candidates.items():
         if split and not isinstance(candidate, Backend):
             continue
-        why = candidate.refusal(request)
+        why = candidate.refusal(request) or candidate.declines(request)
         if why is None:
             return name
         reasons.append(f"{name}: {why}")
     raise InputError(f"no backend can serve this call ({'; '.join(reasons)}). Move the tensors to another device.")
 
 
-def plain() -> bool:
+def plain(input: Tensor) -> bool:
     """Return whether a call without mask is certain to go to torch, so that nothing has to be asked."""
-    return not _open and next(iter(_candidates)) == "torch"
+    if _open or _candidates is not _ALWAYS:
+        return False
+    if missing is not None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return True
+    return not isinstance(input, Tensor) or input.numel() < SMALLEST
 
 
 def _forced_name() -> str | None:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Observer", "notify", "observing"]
+__all__ = ["Observer", "notify", "observed", "observing"]
 
 Observer: TypeAlias = Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor | None], None]
 """Called with input, running_mean, running_var, eps and mask before the call is served; it must not change them."""
@@ -40,3 +40,8 @@ def notify(x: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float, 
     """Tell the observers of this thread about a call."""
     for observer in _observers.all:
         observer(x, mean, variance, eps, mask)
+
+
+def observed() -> bool:
+    """Whether anybody watches this thread."""
+    return bool(_observers.all)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Activation"]
+__all__ = ["ACTIVATIONS", "LEAKY_SLOPE", "Activation"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,17 @@ class Activation:
     derivative: Callable[[Tensor], Tensor]
 
 
+LEAKY_SLOPE = 0.01
+"""Slope of ``leaky_relu`` below zero."""
+
+
 def _relu(z: Tensor) -> Tensor:
     return (z > 0).to(z.dtype)
 
 
 def _leaky_relu(z: Tensor) -> Tensor:
     # ones_like, not 1.0: of two Python numbers where() would make float32, and 0.01 is not the same there
-    return torch.where(z > 0, torch.ones_like(z), 0.01)
+    return torch.where(z > 0, torch.ones_like(z), LEAKY_SLOPE)
 
 
 def _relu6(z: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ def _gelu(z: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(F.relu, _relu),
-    "leaky_relu": Activation(F.leaky_relu, _leaky_relu),  # slope 0.01 below zero
+    "leaky_relu": Activation(F.leaky_relu, _leaky_relu),
     "relu6": Activation(F.relu6, _relu6),
     "hardswish": Activation(F.hardswish, _hardswish),
     "silu": Activation(F.silu, _silu),

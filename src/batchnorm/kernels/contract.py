@@ -95,6 +95,10 @@ class Backend(ABC):
     def refusal(self, request: Request) -> str | None:
         """Return None if this backend can serve the call, else why not, as the end of a sentence."""
 
+    def declines(self, request: Request) -> str | None:
+        """Return why a call that this backend could serve is better served by another, or None; a forced one serves it."""
+        return None
+
     @abstractmethod
     def moments(self, x: Tensor, mask: Tensor | None = None) -> Moments:
         """Return count, mean and M2 of the valid values, per channel."""

@@ -22,6 +22,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
     # torch.jit reads those of a module and does not understand postponed ones.
     activation = None  # type: str | None
     layer_name = None  # type: str | None
+    inplace = False  # type: bool
 
     __jit_unused_properties__ = ("center", "scale")
     # for torch.jit.script: converted layers have it by their class only
@@ -44,6 +45,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         center: bool = True,
         scale: bool = True,
         activation: str | None = None,
+        inplace: bool = False,
     ) -> None:
         if activation is not None:
             check_activation(type(self).__name__, activation)
@@ -55,6 +57,8 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         if affine and not (center and bias):
             self.bias = None  # type: ignore[assignment]
         self.activation = activation
+        if inplace:
+            self.inplace = True
 
     @property
     def center(self) -> bool:
@@ -79,6 +83,8 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             parts.append("center=True, scale=False")
         if self.activation is not None:
             parts.append(f"activation={self.activation!r}")
+        if self.inplace:
+            parts.append("inplace=True")
         return ", ".join(parts)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -142,6 +148,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             self.activation,
             residual,
             mask,
+            self.inplace,
         )
         if counter is not None:
             counter.add_(1)
@@ -193,6 +200,7 @@ class BatchNorm1d(_Layer, torch.nn.BatchNorm1d):
         center: learn a shift β, the parameter ``bias``.
         scale: learn a scale γ, the parameter ``weight``; the attribute ``affine`` says whether there is one.
         activation: applied last, see :func:`batchnorm.functional.batch_norm`.
+        inplace: the input may be overwritten, see there too.
 
     Raises:
         ShapeError: the input has another number of dimensions, or a single value per channel in training (a

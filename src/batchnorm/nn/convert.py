@@ -27,7 +27,7 @@ _OURS: dict[type[Module], type[Module]] = {
 }
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 # What our layers have beyond torch's: nothing of it stays behind.
-_EXTRA_ATTRIBUTES = ("activation", "layer_name")
+_EXTRA_ATTRIBUTES = ("activation", "inplace", "layer_name")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,38 @@
+// Where an output may take the place of its input.
+#include <cmath>
+
+#include "kernels.hpp"
+
+namespace batchnorm {
+
+namespace {
+
+// x̂ = (y − β)/γ, so the rounding of y, half an eps of |y| ≤ |γ·x̂| + |β|, becomes half an eps of |x̂| + |β/γ| in x̂. Up to
+// |β| = 8·|γ| that is the noise of a value 8 standard deviations from the mean, and nothing to fear.
+constexpr double largest_ratio = 8;
+
+template <class A>
+int64_t mark(int64_t channels, const A* weight, const A* bias, double smallest, uint8_t* marks) {
+    int64_t count = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+        const double w = weight ? std::fabs(double(weight[c])) : 1.0, b = bias ? std::fabs(double(bias[c])) : 0.0;
+        const bool safe = std::isfinite(w) && w >= smallest && b <= largest_ratio * w;  // NaN is not safe
+        marks[c] = safe ? 0 : 1;
+        count += marks[c];
+    }
+    return count;
+}
+
+}  // namespace
+
+int64_t mark_unrecoverable(const Shape& shape, const Affine& affine, uint8_t* marks) {
+    // far above the smallest normal number, so that y itself is not rounded off
+    if (shape.dtype == DType::float64)
+        return mark(shape.channels, static_cast<const double*>(affine.weight), static_cast<const double*>(affine.bias),
+                    1e-200, marks);
+    const double smallest = shape.dtype == DType::float16 ? 1e-2 : 1e-20;
+    return mark(shape.channels, static_cast<const float*>(affine.weight), static_cast<const float*>(affine.bias),
+                smallest, marks);
+}
+
+}  // namespace batchnorm

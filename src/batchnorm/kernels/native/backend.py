@@ -1,0 +1,117 @@
+"""The native kernels as a backend, with the contract's split and fused phases."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from batchnorm.kernels.contract import Backend, Gradients, Reduced, Request, Transform
+from batchnorm.kernels.native import operators
+from batchnorm.kernels.native.layout import DTYPES
+from batchnorm.kernels.native.library import library, missing
+from batchnorm.moments import Moments
+
+__all__ = ["NATIVE", "SMALLEST", "Native"]
+
+# Below so many values torch's own kernel is taken, whose calls are cheaper.
+SMALLEST = 65_536
+
+
+class Native(Backend):
+    """Batch normalization on the CPU, at the speed of memory."""
+
+    name = "native"
+
+    def refusal(self, request: Request) -> str | None:
+        """Serve unmasked calls on ordinary CPU tensors of the four dtypes."""
+        x = request.input
+        if library is None:
+            return missing
+        if x.device.type != "cpu":
+            return f"it runs on the CPU; the input is on {x.device}"
+        if x.dtype not in DTYPES:
+            return f"it has no {x.dtype}"
+        if request.mask is not None:
+            return "it takes no mask"
+        if x.dim() < 2 or x.numel() == 0:
+            return "there is nothing to normalize"
+        if torch.compiler.is_compiling():
+            exporting = torch.compiler.is_exporting()
+            return "an exported program holds only torch's own operators" if exporting else None
+        return None if _ordinary(x) else "it reads ordinary tensors only"
+
+    def declines(self, request: Request) -> str | None:
+        """Leave small inputs to torch."""
+        size = request.input.numel()
+        return f"with {size} values the call costs more than it saves" if size < SMALLEST else None
+
+    def moments(self, x: Tensor, mask: Tensor | None = None) -> Moments:
+        """Return count, mean and M2 per channel."""
+        return _moments(x, operators.moments(x, 0.0))
+
+    def normalize(self, x: Tensor, transform: Transform) -> Tensor:
+        """Return activation(weight · x̂ + bias + residual)."""
+        t = transform
+        y: Tensor = operators.normalize(x, t.weight, t.bias, t.residual, _statistics(t), t.activation)
+        return y
+
+    def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Reduced:
+        """Return the number of values, Σg and Σg·x̂."""
+        t = transform
+        sums = operators.backward_reduce(dy, x, t.weight, t.bias, t.residual, _statistics(t), t.activation)
+        return Reduced(_count(x), sums[0], sums[1])
+
+    def backward_input(self, dy: Tensor, x: Tensor, transform: Transform, reduced: Reduced | None) -> Gradients:
+        """Return the gradients of x and of the residual."""
+        t = transform
+        sums = None if reduced is None else torch.stack((reduced.sum_dy, reduced.sum_dy_xhat))
+        # the divisor is the count of whoever added the sums up, of all processes perhaps, and the same in all channels
+        count = 1.0 if reduced is None else float(reduced.count[0])
+        dx, dresidual = operators.backward_input(
+            dy, x, t.weight, t.bias, t.residual, _statistics(t), t.activation, sums, count
+        )
+        return Gradients(dx, _of_residual(dy, dresidual, t))
+
+    def train_forward(self, x: Tensor, transform: Transform, eps: float) -> tuple[Tensor, Moments]:
+        """Return y and the moments of x, in one trip through memory where a channel stays in the cache."""
+        t = transform
+        y, statistics = operators.train_forward(x, t.weight, t.bias, t.residual, eps, t.activation)
+        return y, _moments(x, statistics)
+
+    def train_backward(self, dy: Tensor, x: Tensor, transform: Transform) -> tuple[Gradients, Reduced]:
+        """Return the input gradients and the two sums, likewise."""
+        t = transform
+        dx, dresidual, sums = operators.train_backward(
+            dy, x, t.weight, t.bias, t.residual, _statistics(t), t.activation
+        )
+        return Gradients(dx, _of_residual(dy, dresidual, t)), Reduced(_count(x), sums[0], sums[1])
+
+
+def _ordinary(x: Tensor) -> bool:
+    """Whether the tensor's values lie where its address says: no subclass, no wrapper of a transform, no tracer."""
+    if type(x) not in (Tensor, Parameter) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    return not torch._C._are_functorch_transforms_active() and not (x.is_conj() or x.is_neg())
+
+
+def _count(x: Tensor) -> Tensor:
+    return torch.full((x.shape[1],), x.numel() // x.shape[1], dtype=torch.float64)
+
+
+def _moments(x: Tensor, statistics: Tensor) -> Moments:
+    return Moments(_count(x), statistics[0], statistics[1])
+
+
+def _statistics(transform: Transform) -> Tensor:
+    """Return mean, M2 (which nobody reads) and rstd as the kernels take them."""
+    return torch.stack((transform.mean, transform.mean, transform.rstd))
+
+
+def _of_residual(dy: Tensor, dresidual: Tensor, transform: Transform) -> Tensor | None:
+    if transform.residual is None:
+        return None
+    return dy if transform.activation is None else dresidual
+
+
+NATIVE = Native()

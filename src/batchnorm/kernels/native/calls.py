@@ -1,0 +1,333 @@
+"""One call of the kernels: tensors in, addresses to the extension, tensors out.
+
+Nothing here knows of autograd. Everything has been checked above; what the kernels cannot read as it lies is copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels.activation import ACTIVATIONS
+from batchnorm.kernels.native.layout import DTYPES, NOTHING, PLANES, Layout, View, is_dense, layout_of, like, view
+from batchnorm.kernels.native.library import library
+
+__all__ = [
+    "Forward",
+    "Saved",
+    "backward_input",
+    "backward_sums",
+    "compute_dtype",
+    "moments",
+    "normalize",
+    "stored_statistics",
+    "train_backward",
+    "train_forward",
+    "unpack_bits",
+]
+
+_ACTIVATIONS = {None: 0, **{name: 1 + i for i, name in enumerate(ACTIVATIONS)}}
+_BY_BITS = ("relu", "leaky_relu", "relu6")  # slope of two values: a bit tells which
+INVERTIBLE = (None, "leaky_relu")
+"""Activations whose input can be told from the output to the last digits.
+
+Sigmoid and tanh have inverses too, but where they saturate these multiply a rounding error without bound.
+"""
+
+# Fresh outputs of at least so many bytes are asked to lie on large pages; see docs/performance.md.
+_HUGE = 4 << 20
+
+
+@dataclass(slots=True)
+class Saved:
+    """What the backward pass needs of the forward pass.
+
+    Attributes:
+        x: the input; where ``in_place``, the output that has taken its place.
+        weight: γ or None.
+        bias: β or None.
+        residual: or None; only where the slope of the activation is computed from it.
+        bits: one bit an element, whether the activation passes the gradient; or None.
+        statistics: mean, M2 and rstd, float64, (3, C).
+        kept: in place, the input of the channels that cannot be recovered, (N, kept channels, inner); or None.
+        slot: int32, (C,), where in ``kept`` a channel is, −1 for those that are not; or None.
+        activation: a key of ``ACTIVATIONS``, or None.
+        in_place: whether ``x`` is the output.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    bits: Tensor | None
+    statistics: Tensor
+    kept: Tensor | None
+    slot: Tensor | None
+    activation: str | None
+    in_place: bool
+
+
+@dataclass(slots=True)
+class Forward:
+    """What the forward pass gives: y, and what its backward pass needs."""
+
+    y: Tensor
+    saved: Saved
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of parameters and running statistics beside data of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.detach().to(compute_dtype(x.dtype)).contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _readable(x: Tensor) -> tuple[Tensor, Layout]:
+    """Return ``x``, or a contiguous copy of it, and its layout."""
+    layout = layout_of(x)
+    if layout is None:
+        x = x.contiguous()
+        layout = layout_of(x)
+        assert layout is not None
+    return x, layout
+
+
+def _call(x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None, activation: str | None, statistics: Tensor) -> Any:
+    """Return the extension's view of a call; it holds addresses, so the tensors must outlive it."""
+    assert library is not None
+    return library.Call(
+        *layout[:1],
+        DTYPES[x.dtype],
+        *layout[1:],
+        _address(weight),
+        _address(bias),
+        _ACTIVATIONS[activation],
+        statistics.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def fresh_like(x: Tensor) -> Tensor:
+    """Return an uninitialized tensor that lies as ``x`` does, on large pages where that saves page faults."""
+    y = torch.empty_like(x)
+    if (size := y.numel() * y.element_size()) >= _HUGE:
+        assert library is not None
+        library.advise_huge_pages(y.data_ptr(), size)
+    return y
+
+
+def _statistics(x: Tensor) -> Tensor:
+    return torch.empty(3, x.shape[1], dtype=torch.float64)
+
+
+def moments(x: Tensor, eps: float = 0.0) -> Tensor:
+    """Return mean, M2 and rstd of every channel, float64, (3, C)."""
+    x, layout = _readable(x)
+    statistics = _statistics(x)
+    _call(x, layout, None, None, None, statistics).moments(view(x, layout), eps)
+    return statistics
+
+
+def stored_statistics(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """Return the running mean and 1/√(running variance + eps) as the kernels take them, float64, (3, C)."""
+    statistics = _statistics(x)
+    statistics[0].copy_(mean)
+    statistics[2].copy_(variance).add_(eps).rsqrt_()
+    return statistics
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    statistics: Tensor,
+    activation: str | None,
+    *,
+    inplace: bool = False,
+    backward: bool = False,
+) -> Forward:
+    """Normalize by given statistics; arguments as for :func:`train_forward`."""
+    return _forward(x, weight, bias, residual, statistics, activation, None, inplace, backward)
+
+
+def train_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    *,
+    inplace: bool = False,
+    backward: bool = False,
+) -> Forward:
+    """Normalize by the batch's own statistics, and move the running ones.
+
+    Args:
+        x: what to normalize.
+        weight: γ or None.
+        bias: β or None.
+        residual: or None.
+        running_mean: contiguous, of :func:`compute_dtype`; or None.
+        running_var: likewise.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+        activation: or None.
+        inplace: y may take the place of x.
+        backward: a backward pass will follow, so that what it needs is kept.
+    """
+    running = (eps, _address(running_mean), _address(running_var), momentum)
+    return _forward(x, weight, bias, residual, _statistics(x), activation, running, inplace, backward)
+
+
+def _forward(
+    given: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    statistics: Tensor,
+    activation: str | None,
+    running: tuple[float, int, int, float] | None,
+    inplace: bool,
+    backward: bool,
+) -> Forward:
+    x, layout = _readable(given)
+    weight, bias = _parameter(weight, x), _parameter(bias, x)
+    call = _call(x, layout, weight, bias, activation, statistics)
+    residual = None if residual is None else like(residual, x, layout)
+    kept = slot = None
+    in_place = inplace and x is given and is_dense(x)
+    if in_place and backward:
+        in_place, kept, slot = _recoverable(call, x, layout, residual, activation)
+    y = x if in_place else fresh_like(x)
+    bits = None
+    if backward and residual is not None and activation in _BY_BITS:
+        bits = torch.empty(call.bit_words(), dtype=torch.int16)
+    views = view(x, layout), view(residual, layout), view(y, layout), _address(bits)
+    if running is None:
+        call.normalize(*views)
+    else:
+        call.train_forward(views[0], *running, *views[1:])
+    if residual is not None and (activation is None or bits is not None):
+        residual = None  # its values do not matter to the gradients
+    saved = Saved(y if in_place else x, weight, bias, residual, bits, statistics, kept, slot, activation, in_place)
+    return Forward(y, saved)
+
+
+def _recoverable(
+    call: Any, x: Tensor, layout: Layout, residual: Tensor | None, activation: str | None
+) -> tuple[bool, Tensor | None, Tensor | None]:
+    """Return whether y may take the place of x, and what must be kept of x for that."""
+    if residual is not None or activation not in INVERTIBLE:
+        return False, None, None
+    marks = torch.empty(layout.channels, dtype=torch.uint8)
+    unsafe = call.mark_unrecoverable(marks.data_ptr())
+    if unsafe == 0:
+        return True, None, None
+    if layout.kind != PLANES or 2 * unsafe > layout.channels:
+        return False, None, None
+    where = marks.nonzero().reshape(-1)
+    slot = torch.full((layout.channels,), -1, dtype=torch.int32)
+    slot[where] = torch.arange(unsafe, dtype=torch.int32)
+    planes = x.as_strided((layout.outer, layout.channels, layout.inner), (*view(x, layout)[1:], 1))
+    return True, planes.index_select(1, where), slot
+
+
+def unpack_bits(bits: Tensor, x: Tensor) -> Tensor:
+    """Return the bits that a forward pass on ``x`` has kept as booleans of the shape of ``x``."""
+    layout = _readable(x)[1]
+    width = 8 if x.dtype == torch.float64 else 16
+    planes = layout.kind == PLANES
+    run = layout.inner if planes else layout.channels
+    words = bits.reshape(-1, (run + width - 1) // width, 1)
+    flat = ((words >> torch.arange(width, dtype=torch.int16)) & 1).bool().flatten(1)[:, :run]
+    if not planes:
+        return flat.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    by_column = layout.outer == 1 and x.shape[0] != 1
+    return flat.t() if by_column else flat.reshape(x.shape)
+
+
+class _Backward:
+    """What the backward phases share: the tensors as the kernels can read them, and the call."""
+
+    def __init__(self, dy: Tensor, saved: Saved) -> None:
+        self.x, self.layout = _readable(saved.x)
+        self.dy = like(dy, self.x, self.layout)
+        self.copied = self.dy is not dy
+        self._residual = None if saved.residual is None else like(saved.residual, self.x, self.layout)
+        self._parameters = _parameter(saved.weight, self.x), _parameter(saved.bias, self.x)
+        self.call = _call(self.x, self.layout, *self._parameters, saved.activation, saved.statistics)
+        kept = saved.kept
+        self.views = (
+            self.view(self.dy),
+            self.view(self.x),
+            _address(saved.bits),
+            self.view(self._residual),
+            saved.in_place,
+            NOTHING if kept is None else (kept.data_ptr(), kept.stride(0), kept.stride(1)),
+            _address(saved.slot),
+        )
+
+    def view(self, tensor: Tensor | None) -> View:
+        return view(tensor, self.layout)
+
+    def sums(self) -> Tensor:
+        return torch.empty(2, self.layout.channels, dtype=torch.float64)
+
+    def gradients(self, saved: Saved, residual: bool, over_dy: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the tensors for the gradients of x and of the residual."""
+        dx = self.dy if over_dy or self.copied else fresh_like(self.x)
+        return dx, fresh_like(self.x) if residual and saved.activation is not None else None
+
+
+def backward_sums(dy: Tensor, saved: Saved) -> Tensor:
+    """Return Σg and Σg·x̂, float64, (2, C)."""
+    b = _Backward(dy, saved)
+    sums = b.sums()
+    b.call.backward_reduce(*b.views, sums.data_ptr())
+    return sums
+
+
+def backward_input(
+    dy: Tensor, saved: Saved, sums: Tensor | None, count: float, *, residual: bool, over_dy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return dx and the residual's gradient; arguments as for :func:`train_backward`.
+
+    ``sums`` are those of :func:`backward_sums`, and ``count`` their divisor; None means that mean and rstd are constants.
+    """
+    b = _Backward(dy, saved)
+    sums = None if sums is None else sums.contiguous()
+    dx, dresidual = b.gradients(saved, residual, over_dy)
+    b.call.backward_input(*b.views, _address(sums), count, b.view(dx), b.view(dresidual))
+    return dx, dresidual
+
+
+def train_backward(
+    dy: Tensor, saved: Saved, *, residual: bool, over_dy: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return dx, the residual's gradient, and Σg and Σg·x̂ as float64 (2, C).
+
+    Args:
+        dy: gradient of y.
+        saved: of the forward pass.
+        residual: its gradient is wanted; without activation it is ``dy`` itself, and None is returned.
+        over_dy: nobody else holds ``dy``, so that dx may take its place.
+    """
+    b = _Backward(dy, saved)
+    sums = b.sums()
+    dx, dresidual = b.gradients(saved, residual, over_dy)
+    b.call.train_backward(*b.views, sums.data_ptr(), b.view(dx), b.view(dresidual))
+    return dx, dresidual, sums

@@ -1,0 +1,97 @@
+"""How a tensor lies in memory, in the two ways that the kernels know.
+
+- *planes*: for every sample and channel, the positions lie side by side: NCHW, (N, C, L), NCDHW.
+- *rows*: for every sample and position, the channels lie side by side: (N, C), channels-last.
+
+Either may have gaps between planes or rows, as slices along the batch or the channels do.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["DTYPES", "NOTHING", "PLANES", "ROWS", "Layout", "View", "is_dense", "layout_of", "like", "view"]
+
+PLANES, ROWS = 0, 1
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+View: TypeAlias = tuple[int, int, int]
+"""Address, and the strides of samples (or rows) and channels, in elements."""
+
+NOTHING: View = (0, 0, 0)
+
+
+class Layout(NamedTuple):
+    """Planes of shape (outer, channels, inner), or rows of shape (outer, channels) with inner = 1."""
+
+    kind: int
+    outer: int
+    channels: int
+    inner: int
+
+
+def layout_of(x: Tensor) -> Layout | None:
+    """Return the layout of (N, C) or (N, C, *space), None if it is neither planes nor rows."""
+    shape, samples, channels = x.shape, x.shape[0], x.shape[1]
+    space = prod(shape[2:])
+    if x.is_contiguous():  # most are
+        return Layout(ROWS, samples, channels, 1) if space == 1 else Layout(PLANES, samples, channels, space)
+    strides = x.stride()
+    if space != 1 and _dense(shape[2:], strides[2:], 1):
+        return Layout(PLANES, samples, channels, space)
+    if channels == 1 or strides[1] == 1:
+        positions = [(size, stride) for size, stride in zip((samples, *shape[2:]), (strides[0], *strides[2:]), strict=True)]
+        positions = [(size, stride) for size, stride in positions if size != 1]
+        gap = positions[-1][1] if positions else channels
+        if gap >= channels and _dense([p[0] for p in positions], [p[1] for p in positions], gap):
+            return Layout(ROWS, samples * space, channels, 1)
+    if space == 1 and samples > 1 and strides[0] == 1:  # (N, C), column by column: one sample of N positions
+        return Layout(PLANES, 1, channels, samples)
+    return None
+
+
+def _dense(sizes: torch.Size | list[int], strides: tuple[int, ...] | list[int], innermost: int) -> bool:
+    """Whether the dimensions follow each other without gaps, the last one with the stride ``innermost``."""
+    expected = innermost
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether every element has a place of its own, without gaps: memory that a result of that shape may take over."""
+    if x.is_contiguous():
+        return True
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
+
+
+def view(x: Tensor | None, layout: Layout) -> View:
+    """Return what the kernels are told of a tensor of that layout."""
+    if x is None:
+        return NOTHING
+    if layout.kind == PLANES:
+        by_column = layout.outer == 1 and x.shape[0] != 1  # (N, C), column by column
+        return x.data_ptr(), 0 if by_column else x.stride(0), x.stride(1)
+    return x.data_ptr(), _row_stride(x, layout), 1
+
+
+def _row_stride(x: Tensor, layout: Layout) -> int:
+    """Return the step from one row to the next: the smallest stride of a dimension that is not the channels."""
+    for dim in (*range(x.dim() - 1, 1, -1), 0):
+        if x.shape[dim] != 1:
+            return x.stride(dim)
+    return layout.channels
+
+
+def like(x: Tensor, model: Tensor, layout: Layout) -> Tensor:
+    """Return ``x`` itself if it has the layout, else a copy of it that lies as ``model`` does."""
+    return x if layout_of(x) == layout else torch.empty_like(model).copy_(x)

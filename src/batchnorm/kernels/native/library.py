@@ -1,0 +1,80 @@
+"""The extension module: found or not, its instruction set, its threads.
+
+The kernels run on torch's own thread pool. torch exports a C function for that, ``torch_parallel_for``; its address is
+handed over once, so that the extension is built without torch and links to nothing of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from batchnorm.errors import StateError, UnknownNameError, closest
+
+__all__ = ["available_isas", "isa", "library", "missing", "use_isa"]
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from batchnorm import _native  # type: ignore[attr-defined]
+    except ImportError as error:
+        if "_native" not in str(error) and "cannot import name" not in str(error):
+            return None, f"the extension module does not load: {error}"
+        return None, (
+            "the package was installed without native kernels, because no C++ compiler was found. Install g++ or clang, "
+            "then run: pip install --force-reinstall --no-deps batchnorm"
+        )
+    _native.set_parallel_for(_address_of_parallel_for())
+    wanted = os.environ.get("BATCHNORM_ISA")
+    if wanted and not _native.use_isa(wanted):
+        raise StateError(
+            f"BATCHNORM_ISA={wanted}: this machine runs {', '.join(_native.isas())}. Unset it to take the best of them."
+        )
+    return _native, None
+
+
+def _address_of_parallel_for() -> int:
+    """Return the address of torch's ``torch_parallel_for``, 0 where there is none: kernels then run on one thread."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            function = getattr(ctypes.CDLL(str(folder / name)), "torch_parallel_for", None)
+            return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+library, missing = _load()
+"""The extension module or None, and in the second case why there is none."""
+
+
+def available_isas() -> tuple[str, ...]:
+    """Return the instruction sets that the kernels were built for and this machine has, the best last."""
+    return () if library is None else tuple(library.isas())
+
+
+def isa() -> str | None:
+    """Return the instruction set that runs; None without native kernels."""
+    return None if library is None else str(library.isa())
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the kernels of one instruction set in this context, in all threads; for tests and measurements.
+
+    Raises:
+        UnknownNameError: this machine or this build does not have it.
+    """
+    before = isa()
+    if library is None or not library.use_isa(name):
+        there = ", ".join(available_isas()) or "none"
+        raise UnknownNameError(f"{name!r}: no such instruction set here; there are {there}{closest(name, available_isas()) or '.'}")
+    try:
+        yield
+    finally:
+        library.use_isa(before)
