@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from benchmarks.train_step import cases, plot, tables
+from benchmarks.train_step import plot, tables
 from benchmarks.train_step.compare import LAYOUTS, WHOLE, WORKS, Rows
 from benchmarks.train_step.rows import ROOT, ROWS, read
 
@@ -66,12 +66,11 @@ def _facts(rows: Rows) -> dict[str, Any]:
         "memory": tables.memory(groups["memory"]) if groups["memory"].all else "",
         "nets": tables.networks(groups["nets"]) if groups["nets"].all else "",
         "packages": sorted({row["package"] for row in groups["nets"].all}),
-        "batches": sorted(cases.BATCHES),
     }
 
 
 def _machines(rows: Rows) -> list[dict[str, Any]]:
-    columns = ("device", "cache", "threads", "torch", "batchnorm", "commit", "python", "date")
+    columns = ("device", "cache", "threads", "load", "huge_pages", "torch", "batchnorm", "commit", "python", "date")
     found = dict.fromkeys(tuple(row[column] for column in columns) for row in rows.all)
     return [dict(zip(columns, values, strict=True)) for values in found]
 

@@ -24,12 +24,14 @@ ROWS = Path(__file__).with_name("rows.jsonl")
 
 
 def machine(threads: int, cache: int) -> Row:
-    """Return the columns that are the same in every row of a run."""
+    """Return the columns that are the same in every row of a run; ``load`` is the system's, before it began."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "device": f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "cache": cache,
         "threads": threads,
+        "load": round(os.getloadavg()[0], 1),
+        "huge_pages": _huge_pages(),
         "torch": torch.__version__,
         "batchnorm": batchnorm.__version__,
         "commit": _commit(),
@@ -79,9 +81,24 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+def _huge_pages() -> str:
+    """Return when Linux gives huge pages: "always", "madvise" (to those who ask) or "never"; empty elsewhere."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return ""
+    return setting.partition("[")[2].partition("]")[0]
+
+
+def _commit() -> str:
+    """Return the commit, with a mark where the library's own files differ from it; empty outside a checkout."""
+    try:
+        commit = _git("rev-parse", "--short", "HEAD")
+        return f"{commit}, changed" if _git("status", "--porcelain", "--", "src", "native") else commit
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
