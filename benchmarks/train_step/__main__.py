@@ -20,6 +20,7 @@ from benchmarks.train_step.rows import Row
 from benchmarks.train_step.worker import FailedError, Worker
 
 _MOST_REPETITIONS = 300
+_LONGEST = 5  # a turn takes at most so many times as long as planned
 
 
 def main() -> None:
@@ -91,7 +92,7 @@ def _timed(case: Case, ready: list[tuple[Worker, Row]], options: argparse.Namesp
     taken: list[list[dict[str, float]]] = [[] for _ in ready]
     for _ in range(options.rounds):
         for (worker, _), repetitions, mine in zip(ready, often, taken, strict=True):
-            mine += worker.turn(repetitions)
+            mine += worker.turn(repetitions, _LONGEST * options.turn)
     bounds: dict[str, float] = {}
     for (worker, _), mine in zip(ready, taken, strict=True):
         if isinstance(case, Layer) and worker.competitor.name == COPY:

@@ -17,7 +17,6 @@ _STYLES = {
     "batchnorm": ("#0072B2", "D", "-"),
     "batchnorm-thp": ("#56B4E9", "v", "--"),
 }
-_TICKS = (0.5, 1, 2, 4, 8, 16, 32, 64)
 
 
 def draw(rows: Rows, path: Path) -> None:
@@ -39,6 +38,8 @@ def draw(rows: Rows, path: Path) -> None:
             _panel(panel, rows.select(work=work, layout=layout))
             panel.set_title(f"{WORKS[str(work)]}, {LAYOUTS[str(layout)]}")
         across[0].set_ylabel("time ÷ limit")
+    ratios = [row["ratio"] for row in rows.all if "ratio" in row]
+    panels[0][0].set_ylim(min(0.5, *ratios) / 1.1, max(2, *ratios) * 1.3)  # all panels share it
     for panel in panels[-1]:
         panel.set_xlabel("channels @ height = width")
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -61,7 +62,7 @@ def _panel(panel: Any, rows: Rows) -> None:
         panel.plot(x, y, line, color=colour, marker=marker, markersize=5, linewidth=1.3, label=TITLES[str(name)])
     panel.axhline(1, color="black", linewidth=1.5, label="limit: the fewest bytes, at a copy's speed")
     panel.set_yscale("log", base=2)
-    panel.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.set_xticks(list(places.values()), list(places), rotation=35, ha="right", rotation_mode="anchor")
     panel.set_xlim(-0.4, max(len(places) - 0.6, 0.4))
     panel.grid(axis="y", color="#DDDDDD", linewidth=0.7)

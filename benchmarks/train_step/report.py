@@ -27,7 +27,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the pages go")
     options = parser.parse_args()
     rows = Rows(read(options.rows))
-    plot.draw(rows, options.docs / _PLOT)
+    if rows.select(group="layers").all:
+        plot.draw(rows, options.docs / _PLOT)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     sheets = jinja2.Environment(
         loader=loader,
@@ -46,6 +47,7 @@ def _facts(rows: Rows) -> dict[str, Any]:
     layers = rows.select(group="layers")
     groups = {group: rows.select(group=group) for group in ("bfloat16", "small", "memory", "nets")}
     return {
+        "measured": bool(layers.all),
         "machines": _machines(rows),
         "quick": any(row.get("quick") for row in rows.all),
         "backends": _backends(rows),

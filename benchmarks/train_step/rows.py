@@ -57,10 +57,10 @@ def summary(seconds: list[float]) -> Row:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """Return the rows of files; of rows about the same thing, the last."""
+    """Return the rows of files that exist; of rows about the same thing, the last."""
     last: dict[tuple[Any, ...], Row] = {}
     for path in paths:
-        for line in path.read_text().splitlines():
+        for line in path.read_text().splitlines() if path.exists() else ():
             row: Row = json.loads(line)
             key = (row["group"], row["work"], row["layout"], row["dtype"], *row["shape"], row["phase"])
             last[(*key, row["competitor"], row["threads"])] = row
@@ -91,7 +91,12 @@ def _huge_pages() -> str:
 
 
 def _commit() -> str:
-    """Return the commit, with a mark where the library's own files differ from it; empty outside a checkout."""
+    """Return the commit, with a mark where the library's own files differ from it.
+
+    Where the library that is imported is not the one of this checkout, that is said instead.
+    """
+    if ROOT not in Path(batchnorm.__file__).resolve().parents:
+        return "of an installed library, not of this checkout"
     try:
         commit = _git("rev-parse", "--short", "HEAD")
         return f"{commit}, changed" if _git("status", "--porcelain", "--", "src", "native") else commit
