@@ -1,0 +1,117 @@
+"""Where a backend begins to pay: forward + backward of small and middling sizes, the backend forced, torch forced.
+
+    python -m benchmarks.train_step.calibrate [--backend native] [--threads 2]
+
+Prints, for each layout and number of channels, torch's time ÷ the backend's at each size, and the crossover: the
+smallest size from which on the backend is never slower. The two take turns in one process, in the frame of
+``frame.py``. The thresholds of the dispatch are read off these tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from benchmarks.train_step.cases import Layer
+from benchmarks.train_step.frame import Frame
+from benchmarks.train_step.rows import machine
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import batchnorm
+from batchnorm.functional import backends, use_backend
+
+SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
+CHANNELS = (8, 64, 256, 1024)
+_BATCH = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="native")
+    parser.add_argument("--work", choices=("norm", "norm+relu"), default="norm")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--turn", type=float, default=0.02, help="seconds of a turn")
+    options = parser.parse_args()
+    if options.backend not in backends():
+        raise SystemExit(f"there is no backend {options.backend!r} here; there are {', '.join(backends())}")
+    torch.set_num_threads(options.threads)
+    console = Console(width=120)
+    about = machine(options.threads, 0)
+    console.print(*(f"{name} {about[name]};" for name in ("device", "threads", "torch", "commit", "date")))
+    for layout in ("planes", "rows"):
+        console.print(_table(layout, options))
+
+
+def _table(layout: str, options: argparse.Namespace) -> Table:
+    title = f"{options.work}, {layout}, {options.dtype}: torch's time ÷ {options.backend}'s, forward + backward"
+    table = Table("channels", *(f"{size:,}" for size in SIZES), "pays from", title=title)
+    for channels in CHANNELS:
+        factors: dict[int, float] = {}
+        for size in SIZES:
+            case = _case(layout, channels, size, options)
+            if case is not None:
+                factors[case.numel] = _factor(case, options)
+        missing = [""] * (len(SIZES) - len(factors))  # the smallest sizes leave no two values to a channel
+        table.add_row(str(channels), *missing, *(f"{factor:.2f}" for factor in factors.values()), _crossover(factors))
+    return table
+
+
+def _case(layout: str, channels: int, size: int, options: argparse.Namespace) -> Layer | None:
+    """Return the case whose size is nearest below; None if it has not at least two values to a channel."""
+    if layout == "rows":
+        shape: tuple[int, ...] = (size // channels, channels)
+        return Layer("calibrate", options.work, shape, "rows", options.dtype) if shape[0] >= 2 else None
+    space = size // (channels * _BATCH)
+    shape = (_BATCH, channels, space)
+    return Layer("calibrate", options.work, shape, "nchw", options.dtype) if space >= 2 else None
+
+
+def _factor(case: Layer, options: argparse.Namespace) -> float:
+    """Return torch's median over the backend's."""
+    layer = batchnorm.nn.BatchNorm1d(case.channels, activation="relu" if "relu" in case.work else None)
+    names = ("torch", options.backend)
+    frames = [Frame(_forced(layer, name), [case.random(0)], case.random(1)) for name in names]
+    for frame in frames:
+        frame.once()
+    seconds = min(frame.once()["forward+backward"] for frame in frames * 3)
+    often = max(3, min(300, round(options.turn / seconds)))
+    taken: list[list[float]] = [[], []]
+    for _ in range(options.rounds):
+        for frame, mine in zip(frames, taken, strict=True):
+            frame.once()
+            mine += [frame.once()["forward+backward"] for _ in range(often)]
+    theirs, ours = map(statistics.median, taken)
+    return theirs / ours
+
+
+def _forced(layer: nn.Module, backend: str) -> Callable[..., Tensor]:
+    def call(x: Tensor) -> Tensor:
+        with use_backend(backend):
+            y: Tensor = layer(x)
+        return y
+
+    return call
+
+
+def _crossover(factors: dict[int, float]) -> str:
+    """Return the smallest size from which on no factor is below 1.
+
+    >>> _crossover({100: 0.5, 1000: 1.2, 10000: 2.0}), _crossover({100: 0.5})
+    ('1,000', 'never')
+    """
+    found = "never"
+    for size, factor in sorted(factors.items(), reverse=True):
+        if factor < 1:
+            break
+        found = f"{size:,}"
+    return found
+
+
+if __name__ == "__main__":
+    main()
