@@ -11,6 +11,7 @@ from torch import Tensor
 from batchnorm.errors import ArgumentTypeError, ShapeError
 from batchnorm.functional.batch_norm import normalize
 from batchnorm.functional.validation import check_activation
+from batchnorm.nn.pending import defer
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -22,6 +23,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
     # torch.jit reads those of a module and does not understand postponed ones.
     activation = None  # type: str | None
     layer_name = None  # type: str | None
+    fused = False  # set by convert(fuse=True): the output waits for the activation that follows
 
     __jit_unused_properties__ = ("center", "scale")
     # for torch.jit.script: converted layers have it by their class only
@@ -79,6 +81,8 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             parts.append("center=True, scale=False")
         if self.activation is not None:
             parts.append(f"activation={self.activation!r}")
+        if self.fused:
+            parts.append("fused=True")
         return ", ".join(parts)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -113,6 +117,10 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
                 self.eps,
             )
         else:  # noqa: RET505  only a branch of its own is left out of a script
+            if self.fused and residual is None and mask is None:
+                pending = defer(self, input)
+                if pending is not None:
+                    return pending
             return self._normalize(input, residual, mask)
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
