@@ -174,3 +174,20 @@ def test_what_layers_are_refused():
         ),
     ):
         assert find(forward, prepare=prepare) == ({}, {"a": reason, "b": "The example inputs do not reach it."})
+
+
+def test_what_begins_outside_compiled_code_does_not_end_inside():
+    def forward(m, x):
+        return m.relu(m.a(x)) + 1
+
+    def compile_activation(net):
+        net.relu.compile(backend="eager")
+
+    def wrap_activation(net):
+        net.relu = torch.compile(net.relu, backend="eager")
+
+    for prepare, where in ((compile_activation, "relu"), (wrap_activation, "relu._orig_mod")):
+        _, refused = find(forward, prepare=prepare)
+        assert refused["a"] == f"Its output is read by relu_ in {where}, in compiled code, which fuses by itself."
+    found, _ = find(forward, prepare=lambda net: net.compile(backend="eager"))
+    assert list(found) == ["a"]

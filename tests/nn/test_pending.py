@@ -290,6 +290,16 @@ def test_what_was_written_into_before_the_read_is_named(what):
             read(y)
 
 
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_what_has_lost_its_memory_is_named(what):
+    _, fused = pair()
+    x, _ = inputs(grad=False)
+    y = fused(x)
+    (x if what == "input" else fused.weight).untyped_storage().resize_(0)
+    with pytest.raises(StateError, match=f"the memory of its {what} was given back"):
+        torch.relu(y)
+
+
 def test_a_residual_that_was_written_into_is_named():
     _, fused = pair()
     x, r = inputs(grad=False)

@@ -39,11 +39,14 @@ def find_fusions(model: Module, graph: Graph) -> tuple[dict[str, FusedNorm], dic
     """
     chains: dict[str, list[_Chain]] = {}
     refused: dict[str, str] = {}
+    compiled = _compiled_modules(model)
     for name, norm in named_norms(model).items():
         try:
             chains[name] = _chains_of(graph, norm)
+            _require_one_side(chains[name], compiled)
         except Refusal as refusal:
             refused[name] = str(refusal)
+            chains.pop(name, None)
     for name, other in _second_at_an_addition(chains).items():
         refused[name] = f"Its output is added to that of {other}, with which the sum is fused."
         del chains[name]
@@ -133,6 +136,28 @@ def _require_unwritten(graph: Graph, norm: Call, add: Call | None, last: Call) -
                 raise Refusal(f"Its input is written into by {_place(call)} before what follows it.")
             if add is not None and call.index > add.index and value in residual:
                 raise Refusal(f"The tensor added to it is written into by {_place(call)} before the activation.")
+
+
+def _compiled_modules(model: Module) -> list[str]:
+    """Return the names of the modules that are compiled, by ``torch.compile(module)`` or ``module.compile()``."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+    ]
+
+
+def _require_one_side(chains: list[_Chain], compiled: list[str]) -> None:
+    """Refuse what begins outside a compiled module and ends inside: a compiler takes no tensor that waits."""
+
+    def around(call: Call) -> set[str]:
+        return {name for name in compiled if not name or f"{call.module}.".startswith(f"{name}.")}
+
+    for chain in chains:
+        for call in (chain.add, chain.last):
+            entered = set() if call is None else around(call) - around(chain.norm)
+            if call is not None and entered:
+                raise Refusal(f"Its output is read by {_place(call)}, in compiled code, which fuses by itself.")
 
 
 def _written(call: Call) -> Iterator[Value]:

@@ -138,6 +138,7 @@ class _Source:
         now = _versions(read)
         if now is None or self._versions is None or now != self._versions[: len(read)]:
             raise self._stale(now)
+        self._require_memory()
         if self._computed and layer.training:
             # Copies take the step, so that the same operators run and keep the same for the backward pass: a
             # checkpoint that computes this again counts on it.
@@ -154,6 +155,19 @@ class _Source:
             self.output = self.compute(None, None)
             self._output_version = self.output._version
         return self.output
+
+    def _require_memory(self) -> None:
+        """Refuse tensors whose memory was taken away meanwhile, as reversible blocks and sharding do.
+
+        Raises:
+            StateError: the input or the weight has none any more.
+        """
+        for name, tensor in zip(("input", "weight"), self._read, strict=False):
+            if tensor is not None and tensor.numel() and not tensor.untyped_storage().nbytes():
+                raise StateError(
+                    f"{self.layer._where()}: the memory of its {name} was given back before its output was read, and "
+                    "fused layers compute their output when it is read. Convert the model again as it is now."
+                )
 
     def _stale(self, now: list[int | None] | None) -> StateError:
         names = ("input", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
