@@ -85,6 +85,11 @@ def write_residual(m, x):
     return torch.relu(y) + r
 
 
+def write_residual_after(m, x):
+    r = x * 1
+    return torch.relu(m.a(x) + r) + r.mul_(2)
+
+
 def run_between(m, x):
     y, z = m.a(x), m.a(x + 1)
     return torch.relu(y) * torch.relu(z)
@@ -140,7 +145,11 @@ def run_between(m, x):
         (lambda m, x: torch.relu(m.a(x) + m.b(x)), "Its output is added to that of b, with which the sum is fused."),
         (keep, "Its output is read by mul in the model and by relu in the model and by somebody who keeps it after"),
         (write_input, "Its input is written into by add_ in the model before what follows it."),
-        (write_residual, "The tensor added to it is written into by mul_ in the model before the activation."),
+        (write_residual, "The tensor added to it is written into by mul_ in the model, and its gradient needs it."),
+        (
+            write_residual_after,
+            "The tensor added to it is written into by mul_ in the model, and its gradient needs it.",
+        ),
         (run_between, "It runs again before what follows its first run."),
         (
             lambda m, x: torch.relu(m.a(x)) + torch.tanh(m.a(x)),

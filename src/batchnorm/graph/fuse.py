@@ -128,14 +128,18 @@ def _require_sum(add: Call, output: Value) -> None:
 
 
 def _require_unwritten(graph: Graph, norm: Call, add: Call | None, last: Call) -> None:
-    """Refuse where what the fused call will read has changed by the time that it runs."""
+    """Refuse where what the fused call reads has changed by the time that it runs, or by that of its gradient.
+
+    The gradient needs the input and, with an activation behind it, the residual. It is computed after the whole pass;
+    that the input is not written into by then is torch's own rule, for the residual it is the fused call's.
+    """
     residual = [] if add is None else [value for value in add.tensor_args() if value is not norm.output]
-    for call in graph.calls[norm.index + 1 : last.index]:
+    for call in graph.calls[norm.index + 1 :]:
         for value in _written(call):
-            if value is norm.args["input"]:
+            if value is norm.args["input"] and call.index < last.index:
                 raise Refusal(f"Its input is written into by {_place(call)} before what follows it.")
             if add is not None and call.index > add.index and value in residual:
-                raise Refusal(f"The tensor added to it is written into by {_place(call)} before the activation.")
+                raise Refusal(f"The tensor added to it is written into by {_place(call)}, and its gradient needs it.")
 
 
 def _compiled_modules(model: Module) -> list[str]:

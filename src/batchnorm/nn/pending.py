@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map_only
 
 from batchnorm.errors import StateError
@@ -52,7 +51,7 @@ def defer(layer: _Layer, input: Any) -> Pending | None:
         _watched()
         or type(input) not in (Tensor, Parameter)
         or _hooked(layer)
-        or is_parametrized(layer)
+        or "parametrizations" in layer._modules
         or state_of(layer) != THAWED
     ):
         return None
