@@ -21,9 +21,9 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
 
     # Class attributes, so that a layer of torch becomes one of ours by its class alone. They have no annotation:
     # torch.jit reads those of a module and does not understand postponed ones.
+    fused = False  # set by convert(fuse=True): the output waits for the activation that follows
     activation = None  # type: str | None
     layer_name = None  # type: str | None
-    fused = False  # set by convert(fuse=True): the output waits for the activation that follows
 
     __jit_unused_properties__ = ("center", "scale")
     # for torch.jit.script: converted layers have it by their class only
@@ -79,10 +79,10 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         parts: list[str] = [super().extra_repr()]  # type: ignore[no-untyped-call]
         if self.bias is not None and self.weight is None:
             parts.append("center=True, scale=False")
-        if self.activation is not None:
-            parts.append(f"activation={self.activation!r}")
         if self.fused:
             parts.append("fused=True")
+        if self.activation is not None:
+            parts.append(f"activation={self.activation!r}")
         return ", ".join(parts)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
