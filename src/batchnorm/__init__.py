@@ -2,7 +2,7 @@
 
 =================================  ====================================================================================
 ``nn.BatchNorm1d/2d/3d``           drop-in layers, with activation, residual, mask, and errors that name the layer
-:func:`convert`, :func:`revert`    a model's norms made ours, and back, losslessly
+:func:`convert`, :func:`revert`    a model's norms made ours, fused with what follows them, and back, losslessly
 :func:`recalibrate`                population statistics from a stream of batches
 :func:`freeze`, :func:`unfreeze`   a freeze that survives ``model.train()``
 :func:`fold`                       norms absorbed by their neighbours, verified, with a reason for each one left
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from batchnorm import errors, functional, nn
     from batchnorm.checks import CheckResult, check
     from batchnorm.functional import active_backend
+    from batchnorm.graph.convert import convert, revert
+    from batchnorm.graph.convert_result import ConvertResult
     from batchnorm.graph.fold import fold
     from batchnorm.graph.fold_result import FoldResult
     from batchnorm.graph.place import PlaceResult, place
     from batchnorm.moments import Moments
     from batchnorm.monitor import WatchResult
     from batchnorm.monitor.watch import watch
-    from batchnorm.nn.convert import ConvertResult, convert, revert
     from batchnorm.nn.freeze import FreezeResult, freeze, is_frozen, unfreeze
     from batchnorm.statistics import RecalibrateResult
     from batchnorm.statistics.recalibrate import recalibrate
@@ -62,12 +63,13 @@ __all__ = [
 _HOMES = {
     "batchnorm.checks": ("CheckResult", "check"),
     "batchnorm.functional": ("active_backend",),
+    "batchnorm.graph.convert": ("convert", "revert"),
+    "batchnorm.graph.convert_result": ("ConvertResult",),
     "batchnorm.graph.fold": ("fold",),
     "batchnorm.graph.fold_result": ("FoldResult",),
     "batchnorm.graph.place": ("PlaceResult", "place"),
     "batchnorm.moments": ("Moments",),
     "batchnorm.monitor": ("WatchResult", "watch"),
-    "batchnorm.nn.convert": ("ConvertResult", "convert", "revert"),
     "batchnorm.nn.freeze": ("FreezeResult", "freeze", "is_frozen", "unfreeze"),
     "batchnorm.statistics": ("RecalibrateResult", "recalibrate"),
 }

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from batchnorm.graph.dataflow import Call
-from batchnorm.graph.families import activation_kind, family, suppresses
+from batchnorm.graph.families import activation_kind, family, fusible_activation, suppresses
 from batchnorm.graph.trace import trace
 
 
@@ -58,3 +58,17 @@ def test_clamps_at_zero_suppress() -> None:
 
 def test_in_place_operators_are_of_the_same_family() -> None:
     assert family(call_of(nn.ReLU(inplace=True))) == "relu"
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        *((nn.ReLU(), "relu"), (nn.ReLU(inplace=True), "relu"), (nn.ReLU6(), "relu6"), (nn.Hardtanh(0, 6), "relu6")),
+        *((nn.LeakyReLU(), "leaky_relu"), (nn.Hardswish(), "hardswish"), (nn.SiLU(inplace=True), "silu")),
+        *((nn.Sigmoid(), "sigmoid"), (nn.Tanh(), "tanh"), (nn.GELU(), "gelu"), (nn.Hardtanh(), None)),
+        *((nn.LeakyReLU(0.2), None), (nn.GELU(approximate="tanh"), None), (nn.ELU(), None), (nn.Linear(6, 2), None)),
+    ],
+    ids=repr,
+)
+def test_what_the_fused_kernel_computes(module: nn.Module, expected: str | None) -> None:
+    assert fusible_activation(call_of(module)) == expected

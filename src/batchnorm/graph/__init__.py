@@ -1,1 +1,1 @@
-"""A model's dataflow, and what is rewritten by it: fold and place."""
+"""A model's dataflow, and what is done by it: convert, fold and place."""

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 from batchnorm.graph.affine import LINEAR_OPERATORS
 from batchnorm.graph.dataflow import Call, Value
+from batchnorm.kernels.activation import ACTIVATIONS
 
 __all__ = [
     "BATCH_NORMS",
@@ -20,6 +21,7 @@ __all__ = [
     "Kind",
     "activation_kind",
     "family",
+    "fusible_activation",
     "suppresses",
 ]
 
@@ -98,3 +100,20 @@ def activation_kind(call: Call) -> Kind | None:
     if name in _SATURATING or (name == "hardtanh" and call.args["min_val"] < 0):
         return "saturating"
     return "rectifying" if name in _RECTIFYING or suppresses(call) else None
+
+
+# What a fused activation is computed with; another value makes it another function.
+_FUSED_WITH: dict[str, dict[str, object]] = {
+    "gelu": {"approximate": "none"},
+    "hardtanh": {"min_val": 0, "max_val": 6},
+    "leaky_relu": {"negative_slope": 0.01},
+}
+
+
+def fusible_activation(call: Call) -> str | None:
+    """Return the name in ``ACTIVATIONS`` of the function that the operator computes, None if it is none of them."""
+    name = family(call)
+    if any(call.args.get(key) != value for key, value in _FUSED_WITH.get(name, {}).items()):
+        return None
+    name = "relu6" if name == "hardtanh" else name
+    return name if name in ACTIVATIONS and call.op.namespace == "aten" else None

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from batchnorm.graph.trace import fresh_inputs
 from batchnorm.nn.calling import call_on_example, compiled_modules_eager
 from batchnorm.nn.snapshot import untouched
 
-__all__ = ["Agreement", "Reference", "run", "spacing", "verify", "verify_float64"]
+__all__ = ["Agreement", "Reference", "Run", "run", "spacing", "verify", "verify_float64"]
 
 NUDGES = 4
 _MARGIN = 8.0
@@ -60,6 +60,9 @@ def run(model: Module, example_inputs: Any) -> list[NamedTensor]:
             raise InputError(
                 f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
             ) from error
+
+
+Run: TypeAlias = Callable[[Module, Any], list[NamedTensor]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Reference:
     moved: list[float]
 
     @classmethod
-    def of(cls, model: Module, example_inputs: Any, touched: Sequence[Tensor]) -> Reference:
+    def of(cls, model: Module, example_inputs: Any, touched: Sequence[Tensor], run: Run = run) -> Reference:
         """Run ``model`` as it is, then with the touched tensors nudged; they are put back."""
         outputs = run(model, example_inputs)
         moved = [0.0] * len(outputs)

@@ -1,18 +1,14 @@
-"""Layers, and what is done to those of a model: conversion and freezing."""
+"""Layers, and what is done to those of a model: their classes exchanged, and freezing."""
 
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.nn.convert import ConvertResult, convert, revert
 from batchnorm.nn.freeze import FreezeResult, freeze, is_frozen, unfreeze
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
-    "ConvertResult",
     "FreezeResult",
-    "convert",
     "freeze",
     "is_frozen",
-    "revert",
     "unfreeze",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from batchnorm.errors import ArgumentTypeError, ShapeError
 from batchnorm.functional.batch_norm import normalize
 from batchnorm.functional.validation import check_activation
+from batchnorm.nn.pending import defer
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -20,6 +21,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
 
     # Class attributes, so that a layer of torch becomes one of ours by its class alone. They have no annotation:
     # torch.jit reads those of a module and does not understand postponed ones.
+    fused = False  # set by convert(fuse=True): the output waits for the activation that follows
     activation = None  # type: str | None
     layer_name = None  # type: str | None
     inplace = False  # type: bool
@@ -81,6 +83,8 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         parts: list[str] = [super().extra_repr()]  # type: ignore[no-untyped-call]
         if self.bias is not None and self.weight is None:
             parts.append("center=True, scale=False")
+        if self.fused:
+            parts.append("fused=True")
         if self.activation is not None:
             parts.append(f"activation={self.activation!r}")
         if self.inplace:
@@ -119,6 +123,10 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
                 self.eps,
             )
         else:  # noqa: RET505  only a branch of its own is left out of a script
+            if self.fused and residual is None and mask is None:
+                pending = defer(self, input)
+                if pending is not None:
+                    return pending
             return self._normalize(input, residual, mask)
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import sys
 import threading
 
@@ -10,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
+import batchnorm
 import batchnorm.nn as ours
-from batchnorm.errors import ShapeError, StateError
-from batchnorm.nn.convert import convert, revert
+from batchnorm.errors import ArgumentTypeError, InputError, ShapeError, StateError
+from batchnorm.graph.convert import convert, revert
 
 KINDS = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
 OURS = dict(zip(KINDS, (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d), strict=True))
@@ -239,7 +242,7 @@ def test_a_failure_midway_puts_everything_back(monkeypatch):
             return super().__getitem__(cls)
 
     # the package's attribute of that name is the function
-    monkeypatch.setattr(sys.modules["batchnorm.nn.convert"], "_OURS", Bomb(OURS))
+    monkeypatch.setattr(sys.modules["batchnorm.graph.convert"], "OURS", Bomb(OURS))
     with pytest.raises(KeyboardInterrupt):
         convert(model, inplace=True)
     assert fingerprint(model) == before
@@ -263,6 +266,8 @@ def test_the_result_prints_and_is_plain_data():
         "verb": "convert",
         "converted": ["0"],
         "left": [{"name": "1", "reason": dict(result.left)["1"]}],
+        "fused": [],
+        "unfused": [],
     }
     assert "The model holds no batch norm." in str(convert(nn.Linear(2, 2)))
     assert repr(revert(result.model)) == "<ConvertResult: 1 of 2 norms reverted.>"
@@ -273,3 +278,176 @@ def test_a_converted_model_can_be_scripted():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     x = torch.randn(2, 3, 6, 6)
     assert torch.equal(torch.jit.script(convert(model).model)(x), model(x))
+
+
+# -- fuse --------------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """ResNet's: one activation used twice, a sum in place, a norm on the way around."""
+
+    def __init__(self, channels, out, activation):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1), nn.BatchNorm2d(out)
+        self.act = activation
+        self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1), nn.BatchNorm2d(out)) if out != channels else None
+
+    def forward(self, x):
+        out = self.bn1(self.conv1(x))
+        out = self.act(out)
+        out = self.bn2(self.conv2(out))
+        identity = x if self.downsample is None else self.downsample(x)
+        out += identity
+        return self.act(out)
+
+
+def resnet(activation=None):
+    torch.manual_seed(0)
+    activation = activation or nn.ReLU(inplace=True)
+    net = nn.Sequential(Block(3, 4, activation), Block(4, 4, F.silu), nn.Flatten(1), nn.Linear(4 * 36, 2))
+    net.x = torch.randn(4, 3, 6, 6)
+    return net
+
+
+def step(net, x):
+    """Return the loss of a training step, all gradients, and the buffers after it."""
+    net.zero_grad()
+    loss = net(x).square().mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in net.parameters()), *(b.clone() for b in net.buffers())]
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_norms_are_fused_and_the_model_stays_the_same(inplace):
+    net = resnet()
+    plain, before = copy.deepcopy(net), fingerprint(net)
+    result = convert(net, net.x, fuse=True, inplace=inplace)
+    assert (result.model is net) is inplace
+    assert inplace or fingerprint(net) == before
+    assert [str(norm) for norm in result.fused] == [
+        "0.bn1 → relu in 0.act: fused.",
+        "0.bn2 → add → relu in 0.act: fused.",
+        "1.bn1 → silu in 1: fused.",
+        "1.bn2 → add → silu in 1: fused.",
+    ]
+    assert result.unfused == (("0.downsample.1", "Its output is added in place to another tensor, by add_ in 0."),)
+    fused = result.model
+    assert type(fused) is type(plain)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    for _ in range(2):
+        for a, b in zip(step(plain, plain.x), step(fused, plain.x), strict=True):
+            assert torch.equal(a, b)
+    assert fused[0].bn1.num_batches_tracked == 2
+    assert torch.equal(plain.eval()(plain.x), fused.eval()(plain.x))
+    back = revert(fused).model
+    assert [(type(m), list(m.__dict__)) for m in back.modules()] == [
+        (type(m), list(m.__dict__)) for m in plain.modules()
+    ]
+
+
+def test_copies_are_fused_too(monkeypatch):
+    fused = convert(*(lambda net: (net, net.x))(resnet()), fuse=True).model
+    seen = []
+    original = sys.modules["batchnorm.nn.pending"]._Source.compute
+    monkeypatch.setattr(
+        sys.modules["batchnorm.nn.pending"]._Source,
+        "compute",
+        lambda source, activation, residual: (seen.append(activation), original(source, activation, residual))[1],
+    )
+    for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(copied(fused.x), fused(fused.x))
+        assert seen == ["relu", "relu", "silu", "silu"] * 2
+        seen.clear()
+
+
+def test_fusing_again_finds_the_same_and_forgets_what_is_gone():
+    net = resnet()
+    once = convert(net, net.x, fuse=True)
+    twice = convert(once.model, net.x, fuse=True)
+    assert twice.fused == once.fused
+    assert twice.converted == ()
+    once.model[0].act = nn.ELU()
+    third = convert(once.model, net.x, fuse=True)
+    assert [norm.norm for norm in third.fused] == ["1.bn1", "1.bn2"]
+    assert not third.model[0].bn1.fused
+    assert convert(third.model).model[1].bn1.fused  # without fuse the marks stay
+
+
+def test_the_other_verbs_work_on_a_fused_model():
+    net = resnet()
+    fused = convert(net, net.x, fuse=True).model.eval()
+    plain = net.eval()
+    assert str(batchnorm.check(fused, net.x)) == str(batchnorm.check(plain, net.x))
+    folded = batchnorm.fold(fused, net.x)
+    assert len(folded.folded) == 5
+    torch.testing.assert_close(folded.model(net.x), plain(net.x))
+    batches = [net.x, net.x + 1]
+    for model in (fused, plain):
+        batchnorm.recalibrate(model, batches)
+    assert all(torch.equal(a, b) for a, b in zip(fused.buffers(), plain.buffers(), strict=True))
+    reports = []
+    for model in (fused, plain):
+        with batchnorm.watch(model) as watching:
+            model(net.x)
+        reports.append(str(watching.result()))
+    assert reports[0] == reports[1]
+    batchnorm.freeze(fused)
+    assert torch.equal(fused.train()(net.x), plain(net.x))
+
+
+def test_a_fused_model_is_compiled_and_exported_whole():
+    net = resnet(nn.GELU())
+    fused = convert(net, net.x, fuse=True).model.eval()
+    expected = fused(net.x)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(fused, backend="aot_eager", fullgraph=True)(net.x), expected)
+    assert torch.equal(torch.export.export(fused, (net.x,)).module()(net.x), expected)
+
+
+def test_what_fuse_needs_is_said():
+    with pytest.raises(StateError, match=r"Pass example inputs: convert\(model, example_inputs, fuse=True\)"):
+        convert(resnet(), fuse=True)
+    with pytest.raises(ArgumentTypeError, match="got Tensor without it"):
+        convert(resnet(), torch.zeros(1))
+    with pytest.raises(StateError, match="has no value yet"):
+        convert(nn.Sequential(nn.LazyBatchNorm2d()), torch.zeros(2, 2, 2, 2), fuse=True)
+
+
+@pytest.mark.parametrize("stage", ["trace", "find_fusions", "mark_those_that_hold"])
+def test_a_failure_while_fusing_puts_everything_back(stage, monkeypatch):
+    net = resnet()
+    x = net.x
+    convert(net, x, fuse=True, inplace=True)
+    net[0].bn1 = nn.BatchNorm2d(4)
+    before = fingerprint(net)
+    generator = torch.get_rng_state()
+
+    def fail(*args):
+        original(*args)
+        raise KeyboardInterrupt
+
+    module = sys.modules["batchnorm.graph.convert"]
+    original = getattr(module, stage)
+    monkeypatch.setattr(module, stage, fail)
+    with pytest.raises(KeyboardInterrupt):
+        convert(net, x, fuse=True, inplace=True)
+    assert fingerprint(net) == before
+    assert torch.equal(torch.get_rng_state(), generator)
+    with pytest.raises(InputError, match="fails on the example inputs"):
+        convert(net, x[:, :1], fuse=True, inplace=True)
+    assert fingerprint(net) == before
+
+
+def test_what_was_fused_prints_and_is_plain_data():
+    net = resnet()
+    result = convert(net, net.x, fuse=True)
+    assert repr(result) == "<ConvertResult: 5 of 5 norms converted, 4 fused.>"
+    text = str(result)
+    assert "Fused" in text
+    assert "Not fused" in text
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data["fused"][1] == {"norm": "0.bn2", "activation": "relu", "residual": True, "where": "0.act"}
+    assert data["unfused"] == [
+        {"name": "0.downsample.1", "reason": "Its output is added in place to another tensor, by add_ in 0."}
+    ]

@@ -1,0 +1,458 @@
+r"""The output of a norm that waits for what follows it, so that all can be computed in one trip through memory.
+
+When a model calls ``out = bn(x)`` nobody knows yet that ``out += identity`` and ``out = relu(out)`` come next, and the
+residual may not be there yet. A layer that ``convert(fuse=True)`` has marked therefore hands out a :class:`Pending`: a
+tensor of the right shape and dtype that remembers its layer and input instead of values. Adding a tensor to it leaves
+it pending, an activation computes
+
+.. math::
+
+    y = \mathrm{act}\!\left(\gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \mathrm{residual}\right)
+
+in one call and gives a plain tensor, and whatever else reads it is given what torch's layer would have returned. It
+stands on the protocol ``__torch_function__``, which every function of torch honours. Code that goes past it finds a
+tensor without memory, and an error rather than wrong numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+from torch.nn.parameter import Parameter
+from torch.utils._pytree import tree_map_only
+
+from batchnorm.errors import StateError
+from batchnorm.kernels.activation import ACTIVATIONS
+from batchnorm.nn.frozen import THAWED, state_of
+
+if TYPE_CHECKING:
+    from batchnorm.nn.batch_norm import _Layer
+
+__all__ = ["Pending", "defer"]
+
+
+def defer(layer: _Layer, input: Any) -> Pending | None:
+    """Return the output of ``layer`` for ``input`` as a tensor that is computed when it is read.
+
+    None where somebody may look at the operators or at the layer's own output: under a compiler, a tracer, a transform
+    or a mode, with hooks, inside a ``torch.autograd.Function``; for frozen and parametrized layers; and for tensors
+    that keep no version counter (those of ``torch.inference_mode``), where a write in between could not be noticed.
+
+    Raises:
+        ShapeError: the input has another number of dimensions than the layer takes.
+    """
+    if (
+        _watched()
+        or type(input) not in (Tensor, Parameter)
+        or _hooked(layer)
+        or "parametrizations" in layer._modules
+        or state_of(layer) != THAWED
+    ):
+        return None
+    layer._check_input_dim(input)
+    source = _Source(layer, input)
+    return Pending(source) if source.countable else None
+
+
+def _watched() -> bool:
+    """Return whether somebody may follow the operators of this thread, or keeps them apart."""
+    return (
+        torch.compiler.is_compiling()  # asked first: a compiler can read no further
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        # a torch.autograd.Function's forward, and inference mode
+        or not torch._C._is_fwd_grad_enabled()
+    )
+
+
+def _hooked(layer: _Layer) -> bool:
+    """Return whether hooks look at the layer's output: its own, or those of all modules."""
+    return bool(
+        layer._forward_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+class _Source:
+    """One call of a layer that has not been computed yet, or has.
+
+    The layer's statistics are updated by the first computation and by no other.
+
+    Attributes:
+        layer: a stand-in with the tensors and settings that the layer had when it was called.
+        input: what it was called on.
+        grad: whether gradients were recorded then.
+        differentiable: whether one of the tensors takes part in them.
+        countable: whether each of the tensors counts how often it is written into.
+        output: the norm's own output, if somebody asked for it.
+    """
+
+    def __init__(self, layer: _Layer, input: Tensor) -> None:
+        self.layer = _stand_in(layer)
+        self.input = input
+        self.grad = torch.is_grad_enabled()
+        # What decides the output, and the order of the statistics' steps. A step does not show in the versions of mean
+        # and variance, for torch's kernel does not count its writes, but in that of the counter.
+        statistics = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+        self._read = (input, layer.weight, layer.bias, *statistics)
+        self._versions = _versions(self._read)
+        self.countable = self._versions is not None
+        self.differentiable = self.grad and any(t is not None and t.requires_grad for t in self._read)
+        self.output: Tensor | None = None
+        self._output_version = 0
+        self._computed = False
+
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        """Record gradients, or not, as it was when the layer was called."""
+        with torch.inference_mode(False), torch.set_grad_enabled(self.grad):
+            yield
+
+    def in_mode(self) -> bool:
+        """Return whether gradients are recorded now as they were when the layer was called."""
+        return torch.is_grad_enabled() == self.grad and not torch.is_inference_mode_enabled()
+
+    def compute(self, activation: str | None, residual: Tensor | None) -> Tensor:
+        """Run the layer on its input; the first time with a step of its statistics, then without.
+
+        Raises:
+            StateError: one of the tensors has been written into since the layer was called.
+        """
+        layer = self.layer
+        # once the batch has been added to the running statistics they decide nothing any more
+        read = self._read[:3] if self._computed and layer.training else self._read
+        now = _versions(read)
+        if now is None or self._versions is None or now != self._versions[: len(read)]:
+            raise self._stale(now)
+        self._require_memory()
+        if self._computed and layer.training:
+            # Copies take the step, so that the same operators run and keep the same for the backward pass: a
+            # checkpoint that computes this again counts on it.
+            layer = _stand_in(layer)
+            layer.__dict__["_buffers"] = {k: None if b is None else b.clone() for k, b in layer._buffers.items()}
+        layer.__dict__["activation"] = activation
+        y: Tensor = layer._normalize(self.input, residual, None)
+        self._computed = True
+        return y
+
+    def finish(self) -> Tensor:
+        """Return the norm's own output, the same tensor each time unless somebody has written into it."""
+        if self.output is None or self.output._version != self._output_version:
+            self.output = self.compute(None, None)
+            self._output_version = self.output._version
+        return self.output
+
+    def _require_memory(self) -> None:
+        """Refuse tensors whose memory was taken away meanwhile, as reversible blocks and sharding do.
+
+        Raises:
+            StateError: the input or the weight has none any more.
+        """
+        for name, tensor in zip(("input", "weight"), self._read, strict=False):
+            if tensor is not None and tensor.numel() and not tensor.untyped_storage().nbytes():
+                raise StateError(
+                    f"{self.layer._where()}: the memory of its {name} was given back before its output was read, and "
+                    "fused layers compute their output when it is read. Convert the model again as it is now."
+                )
+
+    def _stale(self, now: list[int | None] | None) -> StateError:
+        names = ("input", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        pairs = zip(names, self._versions or (), now or (), strict=False)
+        changed = next((name for name, before, after in pairs if before != after), "input")
+        return StateError(
+            f"{self.layer._where()}: its {changed} was written into in place before its output was read, and fused "
+            "layers compute their output when it is read. Convert the model again, on example inputs that take this "
+            "way through it, or write out of place."
+        )
+
+
+class Pending(Tensor):
+    """The output of a norm, possibly with a residual added, that is computed when somebody reads its values.
+
+    Attributes:
+        _source: the call of the layer.
+        _residual: what was added to it, or None.
+        _result: a plain tensor, once there is one; from then on everything is asked of it.
+    """
+
+    _source: _Source
+    _residual: Tensor | None
+    _residual_version: int | None
+    _result: Tensor | None
+
+    @staticmethod
+    def __new__(cls, source: _Source, residual: Tensor | None = None) -> Pending:
+        """Make a tensor of the shape, dtype and device of the layer's input, without memory."""
+        x = source.input
+        made: Pending = Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
+        return made
+
+    def __init__(self, source: _Source, residual: Tensor | None = None) -> None:
+        self._source = source
+        self._residual = residual
+        self._residual_version = None if residual is None else residual._version
+        self._result = None
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Answer what is known, remember an addition, compute at an activation, and at everything else."""
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func == _REQUIRES_GRAD:
+            return _requires_grad(args[0])
+        if func in _ADDITIONS:
+            total = _add(_ADDITIONS[func], *args, **kwargs)
+            if total is not None:
+                return total
+        known = _ACTIVATIONS.get(func)
+        if known is not None:
+            y = _activate(known, *args, **kwargs)
+            if y is not None:
+                return y
+        args, kwargs = tree_map_only(Pending, _finish, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Refuse what went past ``__torch_function__``: there are no values here."""
+        pending = next((a for a in args if isinstance(a, Pending)), None)
+        where = "a fused batch norm" if pending is None else pending._source.layer._where()
+        raise StateError(
+            f"{where}: {func} reads the output of this fused layer in a way that does not let it be computed first "
+            "(code in C++, or compiled code that takes tensors apart). Make the layer plain again with "
+            "batchnorm.revert, or convert the model again as it is now."
+        )
+
+
+# -- what is asked of a pending tensor ---------------------------------------------------------------------------------
+
+
+def _requires_grad(pending: Pending) -> bool:
+    if pending._result is not None:
+        return pending._result.requires_grad
+    residual = pending._residual
+    return pending._source.differentiable or (pending._source.grad and residual is not None and residual.requires_grad)
+
+
+def _require_reachable(pending: Pending) -> None:
+    """Refuse to compute inside a ``torch.autograd.Function``, whose gradient would not arrive at the layer.
+
+    Raises:
+        StateError: this is one, and there is a gradient.
+    """
+    if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled() or not _requires_grad(pending):
+        return
+    raise StateError(
+        f"{pending._source.layer._where()}: the output of this fused layer is given to a torch.autograd.Function (that "
+        "of a reentrant checkpoint, of a module's backward hook, or one of the model), and the gradient would not "
+        "reach the layer. Convert the model again as it is now, or use checkpoint(..., use_reentrant=False)."
+    )
+
+
+def _finish(pending: Pending) -> Tensor:
+    """Return the plain tensor that a pending one stands for, the same one each time."""
+    _require_reachable(pending)
+    if pending._result is None:
+        with pending._source.mode():
+            y = pending._source.finish()
+            if pending._residual is not None:
+                _require_same_residual(pending)
+                y = y + pending._residual
+        pending._result = y
+        pending._residual = None
+    return pending._result
+
+
+def _is_open(pending: Any) -> bool:
+    """Return whether what follows can still be fused: nothing is computed, and gradients are recorded as before."""
+    return (
+        isinstance(pending, Pending)
+        and pending._result is None
+        and pending._source.output is None
+        and pending._source.in_mode()
+    )
+
+
+def _require_same_residual(pending: Pending) -> None:
+    residual = pending._residual
+    if residual is not None and residual._version != pending._residual_version:
+        raise StateError(
+            f"{pending._source.layer._where()}: the tensor that was added to its output was written into in place "
+            "before the sum was read, and fused layers compute it when it is read. Convert the model again, on example "
+            "inputs that take this way through it, or write out of place."
+        )
+
+
+def _add(in_place: bool, *args: Any, **kwargs: Any) -> Tensor | None:
+    """Return the sum as a pending tensor; None where torch is to compute it."""
+    if len(args) + len(kwargs) != 2 or not args or not kwargs.keys() <= {"other"}:  # alpha, out
+        return None
+    one, two = args[0], args[1] if len(args) == 2 else kwargs["other"]
+    if not _takes_residual(one):
+        if in_place:
+            return None
+        one, two = two, one
+        if not _takes_residual(one):
+            return None
+    _require_reachable(one)
+    if isinstance(two, Pending):
+        two = _finish(two)
+        if not _takes_residual(one):  # one and the same
+            return None
+    if not _fits(two, one):
+        return None
+    if not in_place:
+        return Pending(one._source, two)
+    one._residual, one._residual_version = two, two._version
+    pending: Pending = one
+    return pending
+
+
+def _takes_residual(pending: Any) -> bool:
+    return _is_open(pending) and pending._residual is None
+
+
+def _fits(residual: Any, pending: Pending) -> bool:
+    """Return whether a residual is as the fused call takes it, and whether a write into it can be noticed."""
+    x = pending._source.input
+    return (
+        type(residual) in (Tensor, Parameter)
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+        and residual.layout == torch.strided
+        and not residual.is_inference()
+        and not _watched()
+    )
+
+
+def _activate(known: _Known, *args: Any, **kwargs: Any) -> Tensor | None:
+    """Return the activated output, computed in one call; None where torch is to compute it."""
+    in_place = known.matches(args[1:], kwargs)
+    if in_place is None or not args or not _is_open(args[0]) or _watched():
+        return None
+    pending: Pending = args[0]
+    _require_reachable(pending)
+    _require_same_residual(pending)
+    y = pending._source.compute(known.activation, pending._residual)
+    if in_place:  # whoever holds the tensor sees it activated
+        pending._result = y
+        pending._residual = None
+    return y
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+class _Known(NamedTuple):
+    """A function of torch that is an activation, for certain arguments.
+
+    Attributes:
+        activation: its name in ``ACTIVATIONS``.
+        in_place: whether it always works in place.
+        takes: its parameters after the input: name, default, and the value that it must have (None: any).
+    """
+
+    activation: str
+    in_place: bool = False
+    takes: tuple[tuple[str, Any, Any], ...] = ()
+
+    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
+        """Return whether the call works in place, or None if it is another function than the fused one."""
+        names = [name for name, *_ in self.takes]
+        if len(args) > len(names) or not kwargs.keys() <= set(names):
+            return None
+        given = {name: default for name, default, _ in self.takes} | dict(zip(names, args, strict=False)) | kwargs
+        if any(needed is not None and given[name] != needed for name, _, needed in self.takes):
+            return None
+        return self.in_place or bool(given.get("inplace", False))
+
+
+def _known_functions() -> dict[Any, _Known]:
+    slope = ("negative_slope", 0.01, 0.01)
+    cuts = (("min_val", -1.0, 0.0), ("max_val", 1.0, 6.0))
+    inplace = ("inplace", False, None)
+    parameters: dict[str, tuple[tuple[str, Any, Any], ...]] = {
+        "leaky_relu": (slope,),
+        "hardtanh": cuts,
+        "gelu": (("approximate", "none", "none"),),
+    }
+    found: dict[Any, _Known] = {}
+    for name in (*ACTIVATIONS, "hardtanh"):
+        takes = parameters.get(name, ())
+        activation = "relu6" if name == "hardtanh" else name
+        for home in (torch, Tensor, torch._C._nn):
+            for suffix in ("", "_"):
+                function = getattr(home, name + suffix, None)
+                if function is not None:
+                    found[function] = _Known(activation, suffix == "_", takes)
+        if name not in ("sigmoid", "tanh", "gelu"):  # of these torch.nn.functional has no version with inplace=
+            found[getattr(F, name)] = _Known(activation, False, (*takes, inplace))
+    return found
+
+
+_ACTIVATIONS = _known_functions()
+_ADDITIONS: dict[Any, bool] = {
+    torch.add: False,
+    Tensor.add: False,
+    Tensor.__add__: False,
+    Tensor.__radd__: False,
+    Tensor.add_: True,
+    Tensor.__iadd__: True,
+}
+"""Functions that add two tensors, and whether they write into the first."""
+
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_METADATA: frozenset[Any] = frozenset(
+    {
+        *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "itemsize")),
+        *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
+        *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size),
+        *(Tensor.__len__, Tensor.get_device, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed),
+        *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed),
+    }
+)
+"""Questions that shape, dtype and device answer."""
+
+
+# -- the layer as it was -----------------------------------------------------------------------------------------------
+
+
+def _stand_in(layer: _Layer) -> _Layer:
+    """Return a shallow copy: the layer's tensors and settings as they are now, whatever it is given later."""
+    twin: _Layer = object.__new__(type(layer))
+    twin.__dict__.update(layer.__dict__)
+    twin.__dict__["_parameters"] = dict(layer._parameters)
+    twin.__dict__["_buffers"] = dict(layer._buffers)
+    return twin
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> list[int | None] | None:
+    """Return how often each tensor has been written into; None if one of them does not count."""
+    try:
+        return [None if t is None else t._version for t in tensors]
+    except RuntimeError:  # a tensor made in inference mode
+        return None

@@ -1,0 +1,107 @@
+"""The exchange of norms' classes: torch's for this library's, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch.nn import Module
+from torch.nn.utils.parametrize import is_parametrized
+
+from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.frozen import THAWED, state_of
+from batchnorm.nn.require import lazy_names
+from batchnorm.nn.select import named_norms
+
+__all__ = ["OURS", "TORCHS", "cannot_revert", "class_name", "norms_put_back", "swap", "why_left"]
+
+OURS: dict[type[Module], type[Module]] = {
+    torch.nn.BatchNorm1d: BatchNorm1d,
+    torch.nn.BatchNorm2d: BatchNorm2d,
+    torch.nn.BatchNorm3d: BatchNorm3d,
+}
+"""Torch's layers, and those of this library that take their place."""
+
+TORCHS = {ours: torchs for torchs, ours in OURS.items()}
+# What our layers have beyond torch's: nothing of it stays behind.
+_EXTRA_ATTRIBUTES = ("activation", "inplace", "fused", "layer_name")
+
+
+@contextmanager
+def norms_put_back(model: Module) -> Iterator[None]:
+    """Give every norm its class and attributes back if the body raises."""
+    before = [(norm, type(norm), dict(norm.__dict__)) for norm in named_norms(model).values()]
+    try:
+        yield
+    except BaseException:
+        for norm, cls, attributes in before:
+            norm.__class__ = cls
+            norm.__dict__.clear()
+            norm.__dict__.update(attributes)
+        raise
+
+
+def swap(
+    model: Module, classes: Mapping[type[Module], type[Module]]
+) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Exchange the class of each norm of ``model`` that can take another: all of them, or none if something raises.
+
+    Args:
+        model: is changed itself.
+        classes: which class takes the place of which, ``OURS`` or ``TORCHS``.
+
+    Returns:
+        The names of the norms that changed, and (name, reason) of those that did not.
+    """
+    norms = named_norms(model)
+    left = {name: why for name, norm in norms.items() if (why := why_left(norm, classes)) is not None}
+    todo = {name: norm for name, norm in norms.items() if name not in left}
+    with norms_put_back(model):
+        for name, norm in todo.items():
+            norm.__class__ = classes[type(norm)]  # type: ignore[assignment]
+            if classes is TORCHS:
+                for attribute in _EXTRA_ATTRIBUTES:
+                    norm.__dict__.pop(attribute, None)
+            elif name:
+                norm.__dict__["layer_name"] = name
+    return tuple(todo), tuple(left.items())
+
+
+def why_left(norm: Module, classes: Mapping[type[Module], type[Module]]) -> str | None:
+    """Return why a norm keeps its class, or None if it does not."""
+    cls = type(norm)
+    if cls in classes:
+        if "forward" in norm.__dict__:
+            return "its forward was replaced on the instance"
+        taken = [name for name in (*_EXTRA_ATTRIBUTES, "center", "scale") if classes is OURS and hasattr(norm, name)]
+        if taken:
+            return f"has an attribute {taken[0]!r} of its own, which means something else in batchnorm's layers"
+        return None
+    if cls in classes.values():
+        return f"is {class_name(cls)} already"
+    if is_parametrized(norm):
+        return "is parametrized: remove the parametrization first"
+    if state_of(norm) != THAWED:
+        return "is frozen: unfreeze it first"
+    if lazy_names(norm):
+        return "is lazy: run the model once first"
+    if isinstance(norm, torch.nn.SyncBatchNorm):
+        return "is SyncBatchNorm, which synchronizes processes"
+    return f"is {class_name(cls)}, a subclass whose own behaviour would be lost"
+
+
+def cannot_revert(norm: Module) -> str | None:
+    """Return why torch's layer cannot take the place of one of this library's, as a clause; None if it can."""
+    if not isinstance(norm, tuple(TORCHS)):
+        return None
+    if type(norm) in TORCHS:
+        activation = norm.activation
+        return None if activation is None else f"applies {activation}; torch's batch norm has no activation."
+    return f"{why_left(norm, TORCHS)}."
+
+
+def class_name(cls: type[Module]) -> str:
+    """Return a class's name with its package: two classes here are called BatchNorm2d."""
+    package = cls.__module__.split(".")[0]
+    return f"{package}.nn.{cls.__name__}" if package in ("torch", "batchnorm") else f"{cls.__module__}.{cls.__name__}"

@@ -1,0 +1,53 @@
+"""Classes exchanged, all or none; the verbs that do it are tested in tests/graph/test_convert.py."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from batchnorm.nn import BatchNorm1d, BatchNorm2d
+from batchnorm.nn.swap import OURS, TORCHS, class_name, norms_put_back, swap
+
+
+def test_there_and_back():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.BatchNorm2d(2)), nn.SyncBatchNorm(2))
+    norm = model[0]
+    reason = (("2", "is SyncBatchNorm, which synchronizes processes"),)
+    assert swap(model, OURS) == (("0", "1.0"), reason)
+    assert model[0] is norm
+    assert type(norm) is BatchNorm1d
+    assert norm.layer_name == "0"
+    norm.fused = True
+    assert swap(model, TORCHS) == (("0", "1.0"), reason)
+    assert type(norm) is nn.BatchNorm1d
+    assert not {"fused", "layer_name", "activation"} & set(norm.__dict__)
+
+
+def test_a_mark_of_somebody_elses_is_no_mark_of_ours():
+    norm = nn.BatchNorm1d(2)
+    norm.fused = "by hand"
+    assert swap(norm, OURS)[0] == ()
+
+
+def test_norms_are_put_back_after_an_exception_only():
+    model = nn.Sequential(nn.BatchNorm2d(2))
+
+    def interrupted():
+        with norms_put_back(model):
+            swap(model, OURS)
+            model[0].fused = True
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert type(model[0]) is nn.BatchNorm2d
+    assert "fused" not in model[0].__dict__
+    with norms_put_back(model):
+        swap(model, OURS)
+    assert type(model[0]) is BatchNorm2d
+
+
+def test_class_names_say_the_package():
+    assert class_name(nn.BatchNorm2d) == "torch.nn.BatchNorm2d"
+    assert class_name(BatchNorm2d) == "batchnorm.nn.BatchNorm2d"
+    assert class_name(type("Mine", (nn.BatchNorm2d,), {})) == f"{__name__}.Mine"
