@@ -87,6 +87,12 @@ NB_MODULE(_native, m) {
             },
             "marks"_a)
         .def(
+            "take_stored",
+            [](const Call& call, uintptr_t mean, uintptr_t variance, double eps) {
+                take_stored(call.shape, at<void>(mean), at<void>(variance), eps, call.statistics);
+            },
+            "mean"_a, "variance"_a, "eps"_a)
+        .def(
             "moments",
             [](const Call& call, View x, double eps) {
                 active_kernels().moments(call.shape, x, call.statistics, eps, call.pool);

@@ -103,6 +103,9 @@ inline int64_t words(const Shape& shape) {
     return words_per_run(shape) * shape.outer * (shape.layout == Layout::planes ? shape.channels : 1);
 }
 
+// Takes the running mean and 1/√(running variance + eps) for the statistics to normalize by; M2 is not touched.
+void take_stored(const Shape& shape, const void* mean, const void* variance, double eps, const Statistics& statistics);
+
 // Which channels x cannot be recovered from y = γ·x̂ + β to the precision of the data: 1 where it cannot; how many.
 int64_t mark_unrecoverable(const Shape& shape, const Affine& affine, uint8_t* marks);
 

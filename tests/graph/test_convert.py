@@ -18,6 +18,8 @@ import batchnorm.nn as ours
 from batchnorm.errors import ArgumentTypeError, InputError, ShapeError, StateError
 from batchnorm.graph.convert import convert, revert
 
+pytestmark = pytest.mark.usefixtures("deferring")
+
 KINDS = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
 OURS = dict(zip(KINDS, (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d), strict=True))
 

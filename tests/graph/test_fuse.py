@@ -12,6 +12,8 @@ from batchnorm.graph.fuse import find_fusions
 from batchnorm.graph.trace import trace
 from batchnorm.nn import BatchNorm2d, freeze
 
+pytestmark = pytest.mark.usefixtures("deferring")
+
 
 class Net(nn.Module):
     """Two norms, and a forward that a test gives."""

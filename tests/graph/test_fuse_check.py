@@ -13,6 +13,8 @@ from batchnorm.nn import BatchNorm1d
 from batchnorm.nn import pending as pending_module
 from batchnorm.nn.select import named_norms
 
+pytestmark = pytest.mark.usefixtures("deferring")
+
 
 def model(*blocks):
     torch.manual_seed(0)

@@ -22,6 +22,8 @@ from batchnorm.nn import BatchNorm1d, BatchNorm2d, freeze, unfreeze
 from batchnorm.nn import pending as pending_module
 from batchnorm.nn.pending import Pending
 
+pytestmark = pytest.mark.usefixtures("deferring")
+
 FUNCTIONS = {
     "F.relu": (F.relu, "relu"),
     "torch.relu": (torch.relu, "relu"),

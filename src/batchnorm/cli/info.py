@@ -26,8 +26,8 @@ _PACKAGES = ("torch", "numpy", "safetensors", "typer", "rich", "jinja2", "matplo
 class Info(Result):
     """Versions and surroundings, as in a bug report.
 
-    ``backends`` are in order of preference; ``active`` says for each device which one serves a float32 call in
-    training, in eval and with a mask.
+    ``native`` says which instruction set the native kernels run, or why there are none; ``backends`` are in order of
+    preference; ``active`` says for each device which one serves a float32 call in training, in eval and with a mask.
     """
 
     batchnorm: str
@@ -39,6 +39,7 @@ class Info(Result):
     threads: int
     cuda: str | None
     devices: list[str]
+    native: str
     backends: list[str]
     active: dict[str, dict[str, str]]
 
@@ -59,6 +60,7 @@ class Info(Result):
         machine = Facts(
             [
                 ("cpu instructions torch uses", self.cpu),
+                ("native kernels", self.native),
                 ("threads", self.threads),
                 ("CUDA torch was built for", self.cuda or "none"),
                 ("devices", ", ".join(self.devices)),
@@ -110,9 +112,19 @@ def gather() -> Info:
         threads=torch.get_num_threads(),
         cuda=torch.version.cuda,
         devices=list(devices.values()),
+        native=_native(),
         backends=list(backends()),
         active={device: _active(device) for device in devices},
     )
+
+
+def _native() -> str:
+    from batchnorm.kernels import native
+
+    if native.missing is not None:
+        return f"none: {native.missing}"
+    others = [isa for isa in native.available_isas() if isa != native.isa()]
+    return f"{native.isa()} (BATCHNORM_ISA chooses; also here: {', '.join(others) or 'no other'})"
 
 
 def _devices() -> dict[str, str]:
@@ -131,11 +143,11 @@ def _active(device: str) -> dict[str, str]:
 
     from batchnorm.functional import active_backend
 
-    x = torch.ones(2, 1, 2, device=device)
+    x = torch.ones(64, 64, 256, device=device)  # large enough for the native kernels
     return {
         "training": active_backend(x, training=True),
         "eval": active_backend(x),
-        "masked": active_backend(x, training=True, mask=torch.ones(2, 2, dtype=torch.bool, device=device)),
+        "masked": active_backend(x, training=True, mask=torch.ones(64, 256, dtype=torch.bool, device=device)),
     }
 
 

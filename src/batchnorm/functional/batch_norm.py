@@ -133,26 +133,30 @@ def normalize(
         check_extras(_text(where), input, activation, residual, mask)
     if mask is None and dispatch.plain(input):
         backend = "torch"
+    elif (
+        mask is None
+        and dispatch.takes_native()
+        and is_direct(input, running_mean, running_var, weight, bias, training, eps)
+    ):
+        return fused_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            activation,
+            residual,
+            inplace,
+        )
     else:
         backend = dispatch.choose(Request(input, weight, bias, training, activation, residual, mask))
     if backend != "torch":
         _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
         if training and mask is not None:
             check_valid_counts(_text(where), input, mask)
-        if backend == "native" and is_direct(input, running_mean, running_var):
-            return fused_batch_norm(
-                input,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                training,
-                momentum,
-                eps,
-                activation,
-                residual,
-                inplace,
-            )
         return _operator()(
             input,
             running_mean,

@@ -213,6 +213,13 @@ def plain(input: Tensor) -> bool:
     return not isinstance(input, Tensor) or input.numel() < SMALLEST
 
 
+def takes_native() -> bool:
+    """Return whether a call goes to the native backend if that can serve it, so that nothing else has to be asked."""
+    if missing is not None:
+        return False
+    return _forced_name() == NATIVE.name if _open else _candidates is _ALWAYS
+
+
 def _forced_name() -> str | None:
     if not _open:
         return None

@@ -1,7 +1,7 @@
-"""The native kernels' short way: one autograd node a call, running statistics and all, without torch's dispatcher between.
+"""The native kernels' short way: one autograd node a call, running statistics and all, past torch's dispatcher.
 
-Most calls in training and inference on the CPU are plain: ordinary tensors, nobody watching. They need neither an operator
-that others can see nor float64 moments as tensors, and for a small layer those cost more than the norm itself.
+Most calls in training and inference on the CPU are plain: ordinary tensors, nobody watching. They need neither an
+operator that others can see nor float64 moments as tensors, and for a small layer those cost more than the norm itself.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from batchnorm.errors import StateError
 from batchnorm.functional.observing import observed
+from batchnorm.kernels.activation import LEAKY_SLOPE
 from batchnorm.kernels.contract import Transform
 from batchnorm.kernels.native import calls
+from batchnorm.kernels.native.backend import is_ordinary
 from batchnorm.kernels.native.calls import Saved
-from batchnorm.kernels.native.layout import is_dense
-from batchnorm.kernels.activation import LEAKY_SLOPE
+from batchnorm.kernels.native.layout import DTYPES, is_dense
 from batchnorm.kernels.reference import REFERENCE, statistics
 
 __all__ = ["fused_batch_norm", "is_direct"]
@@ -27,12 +29,43 @@ __all__ = ["fused_batch_norm", "is_direct"]
 _Optional: TypeAlias = Tensor | None
 
 
-def is_direct(x: Tensor, running_mean: _Optional, running_var: _Optional) -> bool:
-    """Whether a call that the native backend serves may go this way: nobody watches, the statistics are plain."""
-    if torch.compiler.is_compiling() or observed() or torch._C._len_torch_dispatch_stack():  # type: ignore[attr-defined]
+def is_direct(
+    x: Tensor,
+    running_mean: _Optional,
+    running_var: _Optional,
+    weight: _Optional,
+    bias: _Optional,
+    training: bool,
+    eps: float,
+) -> bool:
+    """Whether a call may go this way: plain tensors that fit together, nothing left to check, nobody watching.
+
+    Every other call takes the long way, where it is checked in full and errors find their words.
+    """
+    if torch.compiler.is_compiling() or not is_ordinary(x) or x.dim() < 2 or x.dtype not in DTYPES or not x.is_cpu:
         return False
+    if observed() or torch._C._len_torch_dispatch_stack():
+        return False
+    channels, size = x.shape[1], x.numel()
+    if training:
+        fits = (running_mean is None) == (running_var is None) and size > channels and eps > 0
+    else:
+        fits = running_mean is not None and running_var is not None and size > 0 and eps >= 0
     wanted = calls.compute_dtype(x.dtype)
-    return all(s is None or (s.dtype == wanted and s.is_contiguous()) for s in (running_mean, running_var))
+    for running in (running_mean, running_var):
+        if running is not None and running.requires_grad:
+            return False
+    return fits and all(
+        t is None
+        or (
+            type(t) in (Tensor, Parameter)
+            and t.dtype == wanted
+            and t.numel() == channels
+            and t.is_cpu
+            and t.is_contiguous()
+        )
+        for t in (running_mean, running_var, weight, bias)
+    )
 
 
 def fused_batch_norm(
@@ -49,7 +82,9 @@ def fused_batch_norm(
     inplace: bool,
 ) -> Tensor:
     """Do what :func:`batchnorm.functional.batch_norm` does; the arguments have been checked."""
-    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual))
+    tracked = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (input, weight, bias, residual)
+    )
     # autograd forbids to write over these
     inplace = inplace and not (tracked and (input._is_view() or (input.is_leaf and input.requires_grad)))
     arguments = (input, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation, inplace)
@@ -88,14 +123,23 @@ def _run(
             inplace=inplace,
             backward=backward,
         )
-        for running in (running_mean, running_var):  # the kernel has written into them behind autograd's back
-            if running is not None:
-                torch.autograd.graph.increment_version(running)
+        if running_mean is not None and running_var is not None:  # the kernel has written into them unseen by autograd
+            torch.autograd.graph.increment_version((running_mean, running_var))
         return forward
     assert running_mean is not None
     assert running_var is not None
-    stored = calls.stored_statistics(x, running_mean, running_var, eps)
-    return calls.normalize(x, weight, bias, residual, stored, activation, inplace=inplace, backward=backward)
+    return calls.evaluate(
+        x,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        eps,
+        activation,
+        inplace=inplace,
+        backward=backward,
+    )
 
 
 class _Fused(torch.autograd.Function):
@@ -109,7 +153,6 @@ class _Fused(torch.autograd.Function):
         if s.in_place:
             ctx.mark_dirty(x)
         kept = residual if s.residual is not None else None
-        # without activation the gradients need no residual, with bits they need no values of it; a second derivative does
         ctx.save_for_backward(s.x if s.in_place else x, weight, bias, kept, s.bits, s.statistics, s.kept, s.slot)
         return forward.y
 
@@ -127,17 +170,19 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[_Optional, ...]:
     saved = Saved(x, weight, bias, residual, bits, stored, kept, slot, ctx.activation, ctx.in_place)
     has_residual = ctx.has_residual and ctx.needs_input_grad[3]
     over_dy = not (has_residual and ctx.activation is None) and _unshared(dy)
+    of_parameters: _Optional
     if ctx.training:
-        dx, dresidual, sums = calls.train_backward(dy, saved, residual=has_residual, over_dy=over_dy)
+        dx, dresidual, of_parameters = calls.train_backward(dy, saved, residual=has_residual, over_dy=over_dy)
     else:
         needed = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        sums = calls.backward_sums(dy, saved) if needed else None
+        of_parameters = calls.backward_sums(dy, saved) if needed else None
         dx, dresidual = calls.backward_input(dy, saved, None, 1.0, residual=has_residual, over_dy=over_dy)
     if has_residual and dresidual is None:
         dresidual = dy
-    of_weight = sums[1].to(weight.dtype) if weight is not None and sums is not None else None
-    of_bias = sums[0].to(bias.dtype) if bias is not None and sums is not None else None
-    return dx, of_weight, of_bias, dresidual
+    if of_parameters is None or (weight is None and bias is None):
+        return dx, None, None, dresidual
+    of_bias, of_weight = of_parameters.to(calls.compute_dtype(x.dtype)).unbind()
+    return dx, None if weight is None else of_weight, None if bias is None else of_bias, dresidual
 
 
 def _differentiable_gradients(
@@ -158,8 +203,8 @@ def _differentiable_gradients(
         )
     activation = ctx.activation
     if bits is not None:
-        # A slope that is 1 here and another number there has no derivative of its own, so it may be a factor of dy; then
-        # there is no activation left, and the values of the residual do not matter.
+        # A slope that is 1 here and another number there has no derivative of its own, so it may be a factor of dy;
+        # then there is no activation left, and the values of the residual do not matter.
         dy = torch.where(calls.unpack_bits(bits, x), dy, LEAKY_SLOPE * dy if activation == "leaky_relu" else 0.0)
         activation = None
     if ctx.has_residual and residual is None:
@@ -199,7 +244,7 @@ def _unshared(dy: Tensor) -> bool:
 
 
 def _memory_references(tensor: Tensor) -> int:
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 def _measure() -> None:

@@ -81,6 +81,8 @@ def _require_layer(norm: NormModule) -> None:
     activation = norm.activation
     if activation is not None:
         raise Refusal(f"It applies {activation} itself.")
+    if norm.inplace:
+        raise Refusal("It writes over its input (inplace=True), which a fused layer reads later.")
 
 
 def _norm_call(run: ModuleCall) -> Call:

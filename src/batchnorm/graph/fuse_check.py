@@ -18,6 +18,7 @@ from batchnorm.graph.outputs import NamedTensor, difference, named_tensors
 from batchnorm.graph.trace import fresh_inputs
 from batchnorm.graph.verify import Reference
 from batchnorm.nn.calling import call_on_example, compiled_modules_eager
+from batchnorm.nn.pending import deferring_always
 from batchnorm.nn.select import NormModule
 from batchnorm.nn.snapshot import untouched
 
@@ -127,7 +128,7 @@ def _runner(training: bool | None, grad: bool) -> Callable[[Module, Any], list[N
     """Return what runs a model in a mode (None: as it is) and gives its outputs and buffers; it leaves no trace."""
 
     def run(model: Module, example_inputs: Any) -> list[NamedTensor]:
-        with untouched(model), torch.set_grad_enabled(grad), compiled_modules_eager:
+        with untouched(model), torch.set_grad_enabled(grad), compiled_modules_eager, deferring_always():
             if training is not None:
                 model.train(training)
             outputs = named_tensors(call_on_example(model, fresh_inputs(example_inputs)))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,13 +29,14 @@ from torch.nn.parameter import Parameter
 from torch.utils._pytree import tree_map_only
 
 from batchnorm.errors import StateError
+from batchnorm.functional import dispatch
 from batchnorm.kernels.activation import ACTIVATIONS
 from batchnorm.nn.frozen import THAWED, state_of
 
 if TYPE_CHECKING:
     from batchnorm.nn.batch_norm import _Layer
 
-__all__ = ["Pending", "defer"]
+__all__ = ["Pending", "defer", "deferring_always"]
 
 
 def defer(layer: _Layer, input: Any) -> Pending | None:
@@ -43,12 +45,16 @@ def defer(layer: _Layer, input: Any) -> Pending | None:
     None where somebody may look at the operators or at the layer's own output: under a compiler, a tracer, a transform
     or a mode, with hooks, inside a ``torch.autograd.Function``; for frozen and parametrized layers; and for tensors
     that keep no version counter (those of ``torch.inference_mode``), where a write in between could not be noticed.
+    None as well where nothing is gained: torch's own kernels would serve the call, with a trip through memory each.
 
     Raises:
         ShapeError: the input has another number of dimensions than the layer takes.
     """
     if (
-        _watched()
+        torch.compiler.is_compiling()  # asked first: a compiler can read no further
+        or not (_always.get() or _pays(input))
+        or layer.inplace
+        or _watched()
         or type(input) not in (Tensor, Parameter)
         or _hooked(layer)
         or "parametrizations" in layer._modules
@@ -60,11 +66,27 @@ def defer(layer: _Layer, input: Any) -> Pending | None:
     return Pending(source) if source.countable else None
 
 
+_always: ContextVar[bool] = ContextVar("batchnorm_defer_always", default=False)
+
+
+@contextmanager
+def deferring_always() -> Iterator[None]:
+    """Defer where nothing is gained too, in this thread or task: to see that the results are the same."""
+    token = _always.set(True)
+    try:
+        yield
+    finally:
+        _always.reset(token)
+
+
+def _pays(input: Any) -> bool:
+    return isinstance(input, Tensor) and not dispatch.plain(input)
+
+
 def _watched() -> bool:
     """Return whether somebody may follow the operators of this thread, or keeps them apart."""
     return (
-        torch.compiler.is_compiling()  # asked first: a compiler can read no further
-        or torch._C._get_tracing_state() is not None
+        torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()

@@ -12,7 +12,7 @@ from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library, missing
 from batchnorm.moments import Moments
 
-__all__ = ["NATIVE", "SMALLEST", "Native"]
+__all__ = ["NATIVE", "SMALLEST", "Native", "is_ordinary"]
 
 # Below so many values torch's own kernel is taken, whose calls are cheaper.
 SMALLEST = 65_536
@@ -39,7 +39,7 @@ class Native(Backend):
         if torch.compiler.is_compiling():
             exporting = torch.compiler.is_exporting()
             return "an exported program holds only torch's own operators" if exporting else None
-        return None if _ordinary(x) else "it reads ordinary tensors only"
+        return None if is_ordinary(x) else "it reads ordinary tensors only"
 
     def declines(self, request: Request) -> str | None:
         """Leave small inputs to torch."""
@@ -88,7 +88,7 @@ class Native(Backend):
         return Gradients(dx, _of_residual(dy, dresidual, t)), Reduced(_count(x), sums[0], sums[1])
 
 
-def _ordinary(x: Tensor) -> bool:
+def is_ordinary(x: Tensor) -> bool:
     """Whether the tensor's values lie where its address says: no subclass, no wrapper of a transform, no tracer."""
     if type(x) not in (Tensor, Parameter) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False

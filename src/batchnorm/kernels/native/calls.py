@@ -6,13 +6,13 @@ Nothing here knows of autograd. Everything has been checked above; what the kern
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchnorm.kernels.activation import ACTIVATIONS
-from batchnorm.kernels.native.layout import DTYPES, NOTHING, PLANES, Layout, View, is_dense, layout_of, like, view
+from batchnorm.kernels.native.layout import DTYPES, NOTHING, PLANES, Layout, is_dense, layout_of, like, view
 from batchnorm.kernels.native.library import library
 
 __all__ = [
@@ -21,15 +21,15 @@ __all__ = [
     "backward_input",
     "backward_sums",
     "compute_dtype",
+    "evaluate",
     "moments",
     "normalize",
-    "stored_statistics",
     "train_backward",
     "train_forward",
     "unpack_bits",
 ]
 
-_ACTIVATIONS = {None: 0, **{name: 1 + i for i, name in enumerate(ACTIVATIONS)}}
+_ACTIVATIONS: dict[str | None, int] = {None: 0, **{name: 1 + i for i, name in enumerate(ACTIVATIONS)}}
 _BY_BITS = ("relu", "leaky_relu", "relu6")  # slope of two values: a bit tells which
 INVERTIBLE = (None, "leaky_relu")
 """Activations whose input can be told from the output to the last digits.
@@ -78,13 +78,24 @@ class Forward:
     saved: Saved
 
 
+class _Running(NamedTuple):
+    """Running statistics by address, and how the batch enters them; without momentum they are what normalizes."""
+
+    eps: float
+    mean: int
+    variance: int
+    momentum: float | None
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of parameters and running statistics beside data of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if parameter is None else parameter.detach().to(compute_dtype(x.dtype)).contiguous()
+    if parameter is None or (parameter.dtype == compute_dtype(x.dtype) and parameter.is_contiguous()):
+        return parameter
+    return parameter.detach().to(compute_dtype(x.dtype)).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -101,7 +112,9 @@ def _readable(x: Tensor) -> tuple[Tensor, Layout]:
     return x, layout
 
 
-def _call(x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None, activation: str | None, statistics: Tensor) -> Any:
+def _call(
+    x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None, activation: str | None, statistics: Tensor
+) -> Any:
     """Return the extension's view of a call; it holds addresses, so the tensors must outlive it."""
     assert library is not None
     return library.Call(
@@ -133,15 +146,7 @@ def moments(x: Tensor, eps: float = 0.0) -> Tensor:
     """Return mean, M2 and rstd of every channel, float64, (3, C)."""
     x, layout = _readable(x)
     statistics = _statistics(x)
-    _call(x, layout, None, None, None, statistics).moments(view(x, layout), eps)
-    return statistics
-
-
-def stored_statistics(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-    """Return the running mean and 1/√(running variance + eps) as the kernels take them, float64, (3, C)."""
-    statistics = _statistics(x)
-    statistics[0].copy_(mean)
-    statistics[2].copy_(variance).add_(eps).rsqrt_()
+    _call(x, layout, None, None, None, statistics).moments(view(x), eps)
     return statistics
 
 
@@ -158,6 +163,24 @@ def normalize(
 ) -> Forward:
     """Normalize by given statistics; arguments as for :func:`train_forward`."""
     return _forward(x, weight, bias, residual, statistics, activation, None, inplace, backward)
+
+
+def evaluate(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    activation: str | None,
+    *,
+    inplace: bool = False,
+    backward: bool = False,
+) -> Forward:
+    """Normalize by the running statistics; arguments as for :func:`train_forward`."""
+    stored = _Running(eps, running_mean.data_ptr(), running_var.data_ptr(), None)
+    return _forward(x, weight, bias, residual, _statistics(x), activation, stored, inplace, backward)
 
 
 def train_forward(
@@ -189,7 +212,7 @@ def train_forward(
         inplace: y may take the place of x.
         backward: a backward pass will follow, so that what it needs is kept.
     """
-    running = (eps, _address(running_mean), _address(running_var), momentum)
+    running = _Running(eps, _address(running_mean), _address(running_var), momentum)
     return _forward(x, weight, bias, residual, _statistics(x), activation, running, inplace, backward)
 
 
@@ -200,7 +223,7 @@ def _forward(
     residual: Tensor | None,
     statistics: Tensor,
     activation: str | None,
-    running: tuple[float, int, int, float] | None,
+    running: _Running | None,
     inplace: bool,
     backward: bool,
 ) -> Forward:
@@ -216,11 +239,13 @@ def _forward(
     bits = None
     if backward and residual is not None and activation in _BY_BITS:
         bits = torch.empty(call.bit_words(), dtype=torch.int16)
-    views = view(x, layout), view(residual, layout), view(y, layout), _address(bits)
-    if running is None:
-        call.normalize(*views)
-    else:
+    views = view(x), view(residual), view(y), _address(bits)
+    if running is not None and running.momentum is not None:
         call.train_forward(views[0], *running, *views[1:])
+    else:
+        if running is not None:
+            call.take_stored(running.mean, running.variance, running.eps)
+        call.normalize(*views)
     if residual is not None and (activation is None or bits is not None):
         residual = None  # its values do not matter to the gradients
     saved = Saved(y if in_place else x, weight, bias, residual, bits, statistics, kept, slot, activation, in_place)
@@ -242,7 +267,7 @@ def _recoverable(
     where = marks.nonzero().reshape(-1)
     slot = torch.full((layout.channels,), -1, dtype=torch.int32)
     slot[where] = torch.arange(unsafe, dtype=torch.int32)
-    planes = x.as_strided((layout.outer, layout.channels, layout.inner), (*view(x, layout)[1:], 1))
+    planes = x.as_strided((layout.outer, layout.channels, layout.inner), (*view(x)[1:], 1))
     return True, planes.index_select(1, where), slot
 
 
@@ -272,17 +297,14 @@ class _Backward:
         self.call = _call(self.x, self.layout, *self._parameters, saved.activation, saved.statistics)
         kept = saved.kept
         self.views = (
-            self.view(self.dy),
-            self.view(self.x),
+            view(self.dy),
+            view(self.x),
             _address(saved.bits),
-            self.view(self._residual),
+            view(self._residual),
             saved.in_place,
             NOTHING if kept is None else (kept.data_ptr(), kept.stride(0), kept.stride(1)),
             _address(saved.slot),
         )
-
-    def view(self, tensor: Tensor | None) -> View:
-        return view(tensor, self.layout)
 
     def sums(self) -> Tensor:
         return torch.empty(2, self.layout.channels, dtype=torch.float64)
@@ -306,12 +328,12 @@ def backward_input(
 ) -> tuple[Tensor, Tensor | None]:
     """Return dx and the residual's gradient; arguments as for :func:`train_backward`.
 
-    ``sums`` are those of :func:`backward_sums`, and ``count`` their divisor; None means that mean and rstd are constants.
+    ``sums`` are those of :func:`backward_sums`, ``count`` their divisor; None: mean and rstd are constants.
     """
     b = _Backward(dy, saved)
     sums = None if sums is None else sums.contiguous()
     dx, dresidual = b.gradients(saved, residual, over_dy)
-    b.call.backward_input(*b.views, _address(sums), count, b.view(dx), b.view(dresidual))
+    b.call.backward_input(*b.views, _address(sums), count, view(dx), view(dresidual))
     return dx, dresidual
 
 
@@ -329,5 +351,5 @@ def train_backward(
     b = _Backward(dy, saved)
     sums = b.sums()
     dx, dresidual = b.gradients(saved, residual, over_dy)
-    b.call.train_backward(*b.views, sums.data_ptr(), b.view(dx), b.view(dresidual))
+    b.call.train_backward(*b.views, sums.data_ptr(), view(dx), view(dresidual))
     return dx, dresidual, sums

@@ -8,13 +8,27 @@ Either may have gaps between planes or rows, as slices along the batch or the ch
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "NOTHING", "PLANES", "ROWS", "Layout", "View", "is_dense", "layout_of", "like", "view"]
+__all__ = [
+    "DTYPES",
+    "NOTHING",
+    "PLANES",
+    "ROWS",
+    "Layout",
+    "Place",
+    "View",
+    "is_dense",
+    "layout_of",
+    "like",
+    "place_of",
+    "view",
+]
 
 PLANES, ROWS = 0, 1
 
@@ -35,27 +49,43 @@ class Layout(NamedTuple):
     inner: int
 
 
+class Place(NamedTuple):
+    """Where the elements of a tensor lie: its layout, and the strides of samples (or rows) and channels."""
+
+    layout: Layout
+    outer_stride: int
+    channel_stride: int
+
+
+def place_of(x: Tensor) -> Place | None:
+    """Return where (N, C) or (N, C, *space) lies, None if it is neither planes nor rows."""
+    return _place(x.shape, x.stride())
+
+
 def layout_of(x: Tensor) -> Layout | None:
-    """Return the layout of (N, C) or (N, C, *space), None if it is neither planes nor rows."""
-    shape, samples, channels = x.shape, x.shape[0], x.shape[1]
+    """Return the layout alone."""
+    place = place_of(x)
+    return None if place is None else place.layout
+
+
+@lru_cache(maxsize=4096)
+def _place(shape: torch.Size, strides: tuple[int, ...]) -> Place | None:
+    samples, channels = shape[0], shape[1]
     space = prod(shape[2:])
-    if x.is_contiguous():  # most are
-        return Layout(ROWS, samples, channels, 1) if space == 1 else Layout(PLANES, samples, channels, space)
-    strides = x.stride()
     if space != 1 and _dense(shape[2:], strides[2:], 1):
-        return Layout(PLANES, samples, channels, space)
+        return Place(Layout(PLANES, samples, channels, space), strides[0], strides[1])
     if channels == 1 or strides[1] == 1:
-        positions = [(size, stride) for size, stride in zip((samples, *shape[2:]), (strides[0], *strides[2:]), strict=True)]
-        positions = [(size, stride) for size, stride in positions if size != 1]
-        gap = positions[-1][1] if positions else channels
-        if gap >= channels and _dense([p[0] for p in positions], [p[1] for p in positions], gap):
-            return Layout(ROWS, samples * space, channels, 1)
+        sizes, steps = (samples, *shape[2:]), (strides[0], *strides[2:])
+        # the step from one row to the next is that of the innermost dimension which is not the channels
+        step = next((s for size, s in zip(reversed(sizes), reversed(steps), strict=True) if size != 1), channels)
+        if step >= channels and _dense(sizes, steps, step):
+            return Place(Layout(ROWS, samples * space, channels, 1), step, 1)
     if space == 1 and samples > 1 and strides[0] == 1:  # (N, C), column by column: one sample of N positions
-        return Layout(PLANES, 1, channels, samples)
+        return Place(Layout(PLANES, 1, channels, samples), 0, strides[1])
     return None
 
 
-def _dense(sizes: torch.Size | list[int], strides: tuple[int, ...] | list[int], innermost: int) -> bool:
+def _dense(sizes: tuple[int, ...], strides: tuple[int, ...], innermost: int) -> bool:
     """Whether the dimensions follow each other without gaps, the last one with the stride ``innermost``."""
     expected = innermost
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
@@ -74,22 +104,13 @@ def is_dense(x: Tensor) -> bool:
     return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 
 
-def view(x: Tensor | None, layout: Layout) -> View:
-    """Return what the kernels are told of a tensor of that layout."""
+def view(x: Tensor | None) -> View:
+    """Return what the kernels are told of a tensor."""
     if x is None:
         return NOTHING
-    if layout.kind == PLANES:
-        by_column = layout.outer == 1 and x.shape[0] != 1  # (N, C), column by column
-        return x.data_ptr(), 0 if by_column else x.stride(0), x.stride(1)
-    return x.data_ptr(), _row_stride(x, layout), 1
-
-
-def _row_stride(x: Tensor, layout: Layout) -> int:
-    """Return the step from one row to the next: the smallest stride of a dimension that is not the channels."""
-    for dim in (*range(x.dim() - 1, 1, -1), 0):
-        if x.shape[dim] != 1:
-            return x.stride(dim)
-    return layout.channels
+    place = _place(x.shape, x.stride())
+    assert place is not None
+    return x.data_ptr(), place.outer_stride, place.channel_stride
 
 
 def like(x: Tensor, model: Tensor, layout: Layout) -> Tensor:

@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -22,21 +23,21 @@ __all__ = ["available_isas", "isa", "library", "missing", "use_isa"]
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        from batchnorm import _native  # type: ignore[attr-defined]
-    except ImportError as error:
-        if "_native" not in str(error) and "cannot import name" not in str(error):
-            return None, f"the extension module does not load: {error}"
+        native = import_module("batchnorm._native")
+    except ModuleNotFoundError:
         return None, (
-            "the package was installed without native kernels, because no C++ compiler was found. Install g++ or clang, "
-            "then run: pip install --force-reinstall --no-deps batchnorm"
+            "the package was installed without native kernels, because no C++ compiler was found. Install g++ or "
+            "clang, then run: pip install --force-reinstall --no-deps batchnorm"
         )
-    _native.set_parallel_for(_address_of_parallel_for())
+    except ImportError as error:
+        return None, f"the native kernels do not load: {error}"
+    native.set_parallel_for(_address_of_parallel_for())
     wanted = os.environ.get("BATCHNORM_ISA")
-    if wanted and not _native.use_isa(wanted):
+    if wanted and not native.use_isa(wanted):
         raise StateError(
-            f"BATCHNORM_ISA={wanted}: this machine runs {', '.join(_native.isas())}. Unset it to take the best of them."
+            f"BATCHNORM_ISA={wanted}: this machine runs {', '.join(native.isas())}. Unset it to take the best of them."
         )
-    return _native, None
+    return native, None
 
 
 def _address_of_parallel_for() -> int:
@@ -73,7 +74,8 @@ def use_isa(name: str) -> Iterator[None]:
     before = isa()
     if library is None or not library.use_isa(name):
         there = ", ".join(available_isas()) or "none"
-        raise UnknownNameError(f"{name!r}: no such instruction set here; there are {there}{closest(name, available_isas()) or '.'}")
+        hint = closest(name, available_isas()) or "."
+        raise UnknownNameError(f"{name!r}: no such instruction set here; there are {there}{hint}")
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-// Where an output may take the place of its input.
+// What is said of each channel before its values are looked at.
 #include <cmath>
 
 #include "kernels.hpp"
@@ -23,7 +23,21 @@ int64_t mark(int64_t channels, const A* weight, const A* bias, double smallest, 
     return count;
 }
 
+template <class A>
+void take(int64_t channels, const A* mean, const A* variance, double eps, const Statistics& statistics) {
+    for (int64_t c = 0; c < channels; ++c) {
+        statistics.mean[c] = double(mean[c]);
+        statistics.rstd[c] = 1 / std::sqrt(double(variance[c]) + eps);
+    }
+}
+
 }  // namespace
+
+void take_stored(const Shape& shape, const void* mean, const void* variance, double eps, const Statistics& statistics) {
+    if (shape.dtype == DType::float64)
+        return take(shape.channels, static_cast<const double*>(mean), static_cast<const double*>(variance), eps, statistics);
+    take(shape.channels, static_cast<const float*>(mean), static_cast<const float*>(variance), eps, statistics);
+}
 
 int64_t mark_unrecoverable(const Shape& shape, const Affine& affine, uint8_t* marks) {
     // far above the smallest normal number, so that y itself is not rounded off
