@@ -6,6 +6,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from batchnorm import __version__
 from batchnorm.checks import RULES
+from batchnorm.kernels import ACCURACY
 
 project = "batchnorm"
 author = "the batchnorm authors"
@@ -48,5 +49,19 @@ class RulePages(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
+class AccuracyTable(SphinxDirective):
+    """The table of largest errors that the tests of every backend read."""
+
+    def run(self) -> list[nodes.Node]:
+        head = "data; computed in; storage; moments; normalize; activation; backward; recovered"
+        lines = [".. csv-table::", "   :delim: ;", f"   :header: {head}", ""]
+        for a in ACCURACY.values():
+            names = [str(dtype).removeprefix("torch.") for dtype in (a.dtype, a.working)]
+            units = (a.storage, a.moments, a.normalize, a.activation, a.backward, a.recovered)
+            lines.append("   " + "; ".join([*names, *(f"{unit:g}" for unit in units)]))
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
 def setup(app: Sphinx) -> None:
+    app.add_directive("accuracy-table", AccuracyTable)
     app.add_directive("rule-pages", RulePages)

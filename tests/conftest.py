@@ -52,4 +52,4 @@ def open_page() -> Callable[..., Opened]:
 @pytest.fixture
 def deferring(monkeypatch):
     """Defer marked layers on small inputs too, and without native kernels, where nothing is gained by it."""
-    monkeypatch.setattr("batchnorm.nn.pending._pays", lambda input: True)
+    monkeypatch.setattr("batchnorm.nn.pending._pays", lambda layer, input: True)

@@ -9,6 +9,7 @@ import torch
 
 import batchnorm
 from batchnorm.functional import backends, use_backend
+from batchnorm.kernels import native
 
 
 def test_it_says_what_is_installed_and_what_it_runs_on(command: Callable[..., Any]) -> None:
@@ -19,7 +20,9 @@ def test_it_says_what_is_installed_and_what_it_runs_on(command: Callable[..., An
     assert found["threads"] == torch.get_num_threads()
     assert found["devices"][0].startswith("cpu")
     assert found["backends"] == list(backends())
-    assert found["active"]["cpu"] == {"training": "torch", "eval": "torch", "masked": "reference"}
+    expected = "torch" if native.missing else "native"
+    assert found["active"]["cpu"] == {"training": expected, "eval": expected, "masked": "reference"}
+    assert found["native"].startswith(f"none: {native.missing}" if native.missing else f"{native.isa()} (")
 
 
 def test_it_says_which_backend_really_serves(command: Callable[..., Any]) -> None:

@@ -66,7 +66,7 @@ def batch_norm(
             are exactly 0 there, in training and in evaluation.
         inplace: the input may be overwritten, and must not be read afterwards. Where it saves memory it is: without
             activation and with ``"leaky_relu"``, which can be inverted, y takes the place of x, and the backward pass
-            finds x̂ again from y; channels whose γ is too small beside β for that (|β| > 8·|γ|) keep their input. With
+            finds x̂ again from y; channels whose γ is too small beside β for that (``|β| > 8·|γ|``) keep their input. With
             the other activations x is needed, and stays. Weights mean the same as without it. Gradients of gradients
             cannot be taken then.
 
@@ -135,7 +135,7 @@ def normalize(
         backend = "torch"
     elif (
         mask is None
-        and dispatch.takes_native()
+        and dispatch.takes_native(input, training, activation is not None or residual is not None)
         and is_direct(input, running_mean, running_var, weight, bias, training, eps)
     ):
         return fused_batch_norm(

@@ -19,7 +19,7 @@ from torch import Tensor
 from batchnorm.errors import InputError, StateError, UnknownNameError, closest
 from batchnorm.kernels.contract import Backend, Request
 from batchnorm.kernels.native import NATIVE, missing
-from batchnorm.kernels.native.backend import SMALLEST
+from batchnorm.kernels.native.backend import SMALLEST, pays
 from batchnorm.kernels.reference import REFERENCE
 
 __all__ = ["active_backend", "backend", "backends", "choose", "plain", "register", "use_backend"]
@@ -213,11 +213,13 @@ def plain(input: Tensor) -> bool:
     return not isinstance(input, Tensor) or input.numel() < SMALLEST
 
 
-def takes_native() -> bool:
+def takes_native(input: Tensor, training: bool, fused: bool) -> bool:
     """Return whether a call goes to the native backend if that can serve it, so that nothing else has to be asked."""
     if missing is not None:
         return False
-    return _forced_name() == NATIVE.name if _open else _candidates is _ALWAYS
+    if _open:
+        return _forced_name() == NATIVE.name
+    return _candidates is _ALWAYS and pays(input, training, fused)
 
 
 def _forced_name() -> str | None:

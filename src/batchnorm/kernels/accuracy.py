@@ -12,6 +12,9 @@ no order of summation can do better where they cancel. The units count the round
   function: 4.
 - ``backward``: the derivative of the activation taken at a rounded argument (6 + 4), x̂ twice (2 · 2), the sums (4),
   products, differences and the scale (6): 24.
+- ``recovered``: where the output has taken the place of the input, x̂ = (y − bias)/weight is found from a y that was
+  rounded to its dtype (half), with a difference and a quotient (1) and, behind leaky ReLU, two products (1): 3 units of
+  eps of the dtype itself, against |x̂| + |bias/weight|. Where |bias| > 8·|weight| the input is kept.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ __all__ = [
     "backward_bounds",
     "moments_bounds",
     "normalize_bound",
+    "recovered_bound",
     "train_forward_bound",
 ]
 
@@ -47,6 +51,7 @@ class Accuracy:
         normalize: units of eps(working) × (|weight|·rstd·(|x| + |mean|) + |bias| + |residual|).
         activation: units of eps(working) × |y|.
         backward: units of eps(working) × the magnitudes of :func:`backward_bounds`.
+        recovered: in place, units of eps(dtype) × (|x̂| + |bias/weight|) in x̂, see :func:`recovered_bound`.
     """
 
     dtype: torch.dtype
@@ -56,6 +61,7 @@ class Accuracy:
     normalize: float = 6.0
     activation: float = 4.0
     backward: float = 24.0
+    recovered: float = 3.0
 
     @property
     def eps(self) -> float:
@@ -151,6 +157,26 @@ def backward_bounds(dy: Tensor, x: Tensor, transform: Transform, exact_input: Te
     tiny = torch.finfo(a.dtype).tiny * a.eps
     of_input = a.storage * a.eps * exact_input.double().abs() + units * _column(scale, x) * terms + tiny
     return BackwardBounds(units * sum_g, units * sum_gx, of_input, (a.storage * a.eps + units) * g + tiny)
+
+
+def recovered_bound(dy: Tensor, x: Tensor, transform: Transform, exact_input: Tensor) -> BackwardBounds:
+    """Return :func:`backward_bounds` for a backward pass that finds x̂ from the output.
+
+    With e the error of x̂, there comes e·Σ|g| to Σg·x̂, and |weight|·rstd·(e·|Σg·x̂| + X·Σ(e·|g|))/n to dx.
+    """
+    a = ACCURACY[x.dtype]
+    t = transform
+    bounds = backward_bounds(dy, x, t, exact_input)
+    weight = torch.ones_like(t.rstd) if t.weight is None else t.weight.double().abs()
+    ratio = torch.zeros_like(t.rstd) if t.bias is None else t.bias.double().abs() / weight
+    xhat = (x.double() - _column(t.mean, x)).abs() * _column(t.rstd, x)
+    error = a.recovered * a.eps * (xhat + _column(ratio, x))
+    g = dy.double().abs()
+    n = x.numel() / x.shape[1]
+    of_sum = _channel_sum(error * g)
+    scale = _column(t.rstd * weight, x)
+    of_input = scale * (error * _column(_channel_sum(g * xhat) / n, x) + xhat * _column(of_sum / n, x))
+    return BackwardBounds(bounds.sum_dy, bounds.sum_dy_xhat + of_sum, bounds.input + of_input, bounds.residual)
 
 
 def _magnitude(x: Tensor, t: Transform) -> Tensor:

@@ -52,7 +52,7 @@ def defer(layer: _Layer, input: Any) -> Pending | None:
     """
     if (
         torch.compiler.is_compiling()  # asked first: a compiler can read no further
-        or not (_always.get() or _pays(input))
+        or not (_always.get() or _pays(layer, input))
         or layer.inplace
         or _watched()
         or type(input) not in (Tensor, Parameter)
@@ -79,8 +79,8 @@ def deferring_always() -> Iterator[None]:
         _always.reset(token)
 
 
-def _pays(input: Any) -> bool:
-    return isinstance(input, Tensor) and not dispatch.plain(input)
+def _pays(layer: _Layer, input: Any) -> bool:
+    return isinstance(input, Tensor) and dispatch.takes_native(input, layer.training, True)
 
 
 def _watched() -> bool:

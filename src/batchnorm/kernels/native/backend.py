@@ -12,10 +12,44 @@ from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library, missing
 from batchnorm.moments import Moments
 
-__all__ = ["NATIVE", "SMALLEST", "Native", "is_ordinary"]
+__all__ = ["NATIVE", "SMALLEST", "Native", "is_ordinary", "pays"]
 
-# Below so many values torch's own kernel is taken, whose calls are cheaper.
-SMALLEST = 65_536
+# From how many values on the kernels pay, read off `python -m benchmarks.train_step.calibrate` (two cores of an AMD
+# EPYC 7003, float32, forward and backward, torch 2.13): the sizes at which they were last slower than torch's, and
+# first faster. Below, the call costs more than the norm: about 0.1 ms more than torch's for both ways.
+#
+#                         channels      last slower    first faster
+#     planes              8, 64              30,000         100,000
+#     planes              256, 1024         100,000         300,000
+#     rows                8                  10,000          30,000
+#     rows                64 to 1024        300,000       1,000,000   (1.5 to 1.9 times)
+#     rows, with ReLU     64 to 1024        100,000         300,000
+#
+# In evaluation torch makes one trip through memory too, and there is less to gain.
+SMALLEST = 30_000
+_PLANES = 200_000
+_ROWS = 500_000
+_ROWS_FUSED = 300_000
+_NARROW = 16  # channels of rows, fewer than a pack holds: torch's kernel is at its slowest there
+_EVALUATION = 500_000
+
+
+def pays(x: Tensor, training: bool, fused: bool) -> bool:
+    """Whether the kernels are faster than torch's on an input of this size and layout.
+
+    Args:
+        x: the input.
+        training: normalized by its own statistics.
+        fused: with an activation or a residual.
+    """
+    size = x.numel()
+    if not training:
+        return size >= _EVALUATION
+    if x.dim() > 2 and x.is_contiguous():
+        return size >= _PLANES
+    if x.dim() > 1 and x.shape[1] < _NARROW:
+        return size >= SMALLEST
+    return size >= (_ROWS_FUSED if fused else _ROWS)
 
 
 class Native(Backend):
@@ -43,8 +77,10 @@ class Native(Backend):
 
     def declines(self, request: Request) -> str | None:
         """Leave small inputs to torch."""
-        size = request.input.numel()
-        return f"with {size} values the call costs more than it saves" if size < SMALLEST else None
+        fused = request.activation is not None or request.residual is not None
+        if pays(request.input, request.training, fused):
+            return None
+        return f"with {request.input.numel()} values the call costs more than it saves"
 
     def moments(self, x: Tensor, mask: Tensor | None = None) -> Moments:
         """Return count, mean and M2 per channel."""
