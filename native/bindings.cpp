@@ -80,6 +80,8 @@ NB_MODULE(_native, m) {
             "layout"_a, "dtype"_a, "outer"_a, "channels"_a, "inner"_a, "weight"_a, "bias"_a, "activation"_a,
             "statistics"_a, "threads"_a)
         .def("bit_words", [](const Call& call) { return words(call.shape); })
+        .def("bit_run", [](const Call& call) { return bit_run(call.shape); })
+        .def("bits_per_word", [](const Call& call) { return per_word(call.shape); })
         .def(
             "mark_unrecoverable",
             [](const Call& call, uintptr_t marks) {

@@ -22,6 +22,7 @@ INLINE bool streams(const Shape& shape, const View& from, const View& to) {
 
 #include "planes-inl.hpp"
 #include "rows-inl.hpp"
+#include "narrow-inl.hpp"
 
 // -- from run time to compile time -----------------------------------------------------------------------------------
 
@@ -33,6 +34,12 @@ void with_dtype(DType dtype, Body&& body) {
         case DType::bfloat16: return body(bfloat16{});
         case DType::float16: return body(float16{});
     }
+}
+
+// One of three functions of the same signature.
+template <class Function>
+Function* of_layout(Layout layout, Function* planes, Function* rows, Function* narrow) {
+    return layout == Layout::planes ? planes : layout == Layout::rows ? rows : narrow;
 }
 
 template <Kind k>
@@ -65,7 +72,7 @@ void with_slope(const Saved& saved, Activation activation, Body&& body) {
 void moments(const Shape& shape, View x, Statistics statistics, double eps, const Pool& pool) {
     with_dtype(shape.dtype, [&](auto value) {
         using T = decltype(value);
-        const auto run = shape.layout == Layout::planes ? planes_moments<T> : rows_moments<T>;
+        const auto run = of_layout(shape.layout, planes_moments<T>, rows_moments<T>, narrow_moments<T>);
         run(shape, x, statistics, eps, Running{}, pool);
     });
 }
@@ -76,10 +83,12 @@ void normalize(const Shape& shape, View x, const Affine& affine, Statistics stat
         with_kind(affine.activation, [&](auto kind) {
             using T = decltype(value);
             constexpr Kind k = decltype(kind)::value;
-            const bool planes = shape.layout == Layout::planes;
-            const auto run = residual.data ? (planes ? planes_normalize<T, k, true> : rows_normalize<T, k, true>)
-                                           : (planes ? planes_normalize<T, k, false> : rows_normalize<T, k, false>);
-            run(shape, x, affine, statistics, residual, y, bits, pool);
+            const auto run = [&](auto add) {
+                constexpr bool a = decltype(add)::value;
+                of_layout(shape.layout, planes_normalize<T, k, a>, rows_normalize<T, k, a>,
+                          narrow_normalize<T, k, a>)(shape, x, affine, statistics, residual, y, bits, pool);
+            };
+            residual.data ? run(std::true_type{}) : run(std::false_type{});
         });
     });
 }
@@ -90,11 +99,13 @@ void train_forward(const Shape& shape, View x, const Affine& affine, Statistics 
         with_kind(affine.activation, [&](auto kind) {
             using T = decltype(value);
             constexpr Kind k = decltype(kind)::value;
-            const bool planes = shape.layout == Layout::planes;
-            const auto run = residual.data
-                                 ? (planes ? planes_train_forward<T, k, true> : rows_train_forward<T, k, true>)
-                                 : (planes ? planes_train_forward<T, k, false> : rows_train_forward<T, k, false>);
-            run(shape, x, affine, statistics, eps, running, residual, y, bits, pool);
+            const auto run = [&](auto add) {
+                constexpr bool a = decltype(add)::value;
+                of_layout(shape.layout, planes_train_forward<T, k, a>, rows_train_forward<T, k, a>,
+                          narrow_train_forward<T, k, a>)(shape, x, affine, statistics, eps, running, residual, y, bits,
+                                                         pool);
+            };
+            residual.data ? run(std::true_type{}) : run(std::false_type{});
         });
     });
 }
@@ -106,7 +117,8 @@ void backward_reduce(const Shape& shape, View dy, const Saved& saved, const Affi
             using T = decltype(value);
             constexpr Slope s = decltype(slope)::value;
             constexpr bool r = decltype(recover)::value;
-            const auto run = shape.layout == Layout::planes ? planes_backward_reduce<T, s, r> : rows_backward_reduce<T, s, r>;
+            const auto run = of_layout(shape.layout, planes_backward_reduce<T, s, r>, rows_backward_reduce<T, s, r>,
+                                       narrow_backward_reduce<T, s, r>);
             run(shape, dy, saved, affine, statistics, sums, pool);
         });
     });
@@ -119,10 +131,13 @@ void backward_input(const Shape& shape, View dy, const Saved& saved, const Affin
             using T = decltype(value);
             constexpr Slope s = decltype(slope)::value;
             constexpr bool r = decltype(recover)::value;
-            const bool planes = shape.layout == Layout::planes;
-            const auto run = sums.dy ? (planes ? planes_backward_input<T, s, r, true> : rows_backward_input<T, s, r, true>)
-                                     : (planes ? planes_backward_input<T, s, r, false> : rows_backward_input<T, s, r, false>);
-            run(shape, dy, saved, affine, statistics, sums, count, dx, dresidual, pool);
+            const auto run = [&](auto centered) {
+                constexpr bool c = decltype(centered)::value;
+                of_layout(shape.layout, planes_backward_input<T, s, r, c>, rows_backward_input<T, s, r, c>,
+                          narrow_backward_input<T, s, r, c>)(shape, dy, saved, affine, statistics, sums, count, dx,
+                                                             dresidual, pool);
+            };
+            sums.dy ? run(std::true_type{}) : run(std::false_type{});
         });
     });
 }
@@ -134,7 +149,8 @@ void train_backward(const Shape& shape, View dy, const Saved& saved, const Affin
             using T = decltype(value);
             constexpr Slope s = decltype(slope)::value;
             constexpr bool r = decltype(recover)::value;
-            const auto run = shape.layout == Layout::planes ? planes_train_backward<T, s, r> : rows_train_backward<T, s, r>;
+            const auto run = of_layout(shape.layout, planes_train_backward<T, s, r>, rows_train_backward<T, s, r>,
+                                       narrow_train_backward<T, s, r>);
             run(shape, dy, saved, affine, statistics, sums, dx, dresidual, pool);
         });
     });

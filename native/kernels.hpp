@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -13,7 +14,8 @@ enum class DType : int { float32, float64, bfloat16, float16 };
 
 // planes: value (n, c, s) of a tensor (outer, channels, inner) lies at n·outer_stride + c·channel_stride + s.
 // rows: value (r, c) of a tensor (outer, channels), inner = 1, lies at r·outer_stride + c.
-enum class Layout : int { planes, rows };
+// narrow: planes of few positions and many channels, without gaps between the channels.
+enum class Layout : int { planes, rows, narrow };
 
 enum class Activation : int { none, relu, leaky_relu, relu6, hardswish, silu, sigmoid, tanh, gelu };
 
@@ -93,15 +95,19 @@ struct Kernels {
                            View dresidual, const Pool&);
 };
 
-// Bits are stored in words of 16 elements (8 of float64), of one run (a plane, or a row) after the other.
-inline int64_t words_per_run(const Shape& shape) {
-    const int64_t run = shape.layout == Layout::planes ? shape.inner : shape.channels;
-    const int64_t per_word = shape.dtype == DType::float64 ? 8 : 16;
-    return (run + per_word - 1) / per_word;
+// Bits are stored in words of 16 elements (8 of float64), of one run after the other: a plane, a row, or a sample.
+inline int64_t per_word(const Shape& shape) { return shape.dtype == DType::float64 ? 8 : 16; }
+inline int64_t bit_run(const Shape& shape) {
+    if (shape.layout == Layout::planes) return shape.inner;
+    return shape.channels * shape.inner;
 }
+inline int64_t words_per_run(const Shape& shape) { return (bit_run(shape) + per_word(shape) - 1) / per_word(shape); }
 inline int64_t words(const Shape& shape) {
     return words_per_run(shape) * shape.outer * (shape.layout == Layout::planes ? shape.channels : 1);
 }
+
+// The fewest channels whose planes fill whole words.
+inline int64_t narrow_unit(const Shape& shape) { return per_word(shape) / std::gcd(shape.inner, per_word(shape)); }
 
 // Takes the running mean and 1/√(running variance + eps) for the statistics to normalize by; M2 is not touched.
 void take_stored(const Shape& shape, const void* mean, const void* variance, double eps, const Statistics& statistics);

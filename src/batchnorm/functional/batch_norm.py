@@ -66,9 +66,9 @@ def batch_norm(
             are exactly 0 there, in training and in evaluation.
         inplace: the input may be overwritten, and must not be read afterwards. Where it saves memory it is: without
             activation and with ``"leaky_relu"``, which can be inverted, y takes the place of x, and the backward pass
-            finds x̂ again from y; channels whose γ is too small beside β for that (``|β| > 8·|γ|``) keep their input. With
-            the other activations x is needed, and stays. Weights mean the same as without it. Gradients of gradients
-            cannot be taken then.
+            finds x̂ again from y; channels whose γ is too small beside β for that (``|β| > 8·|γ|``) keep their input.
+            With the other activations x is needed, and stays. Weights mean the same as without it. Gradients of
+            gradients cannot be taken then.
 
     Returns:
         y, of the shape, dtype and memory layout of the input.

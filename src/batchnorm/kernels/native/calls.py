@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.activation import ACTIVATIONS
-from batchnorm.kernels.native.layout import DTYPES, NOTHING, PLANES, Layout, is_dense, layout_of, like, view
+from batchnorm.kernels.native.layout import DTYPES, NOTHING, PLANES, ROWS, Layout, is_dense, layout_of, like, view
 from batchnorm.kernels.native.library import library
 
 __all__ = [
@@ -235,6 +235,9 @@ def _forward(
     in_place = inplace and x is given and is_dense(x)
     if in_place and backward:
         in_place, kept, slot = _recoverable(call, x, layout, residual, activation)
+        if kept is not None:  # which narrow planes have no way to read
+            layout = layout._replace(kind=PLANES)
+            call = _call(x, layout, weight, bias, activation, statistics)
     y = x if in_place else fresh_like(x)
     bits = None
     if backward and residual is not None and activation in _BY_BITS:
@@ -262,7 +265,7 @@ def _recoverable(
     unsafe = call.mark_unrecoverable(marks.data_ptr())
     if unsafe == 0:
         return True, None, None
-    if layout.kind != PLANES or 2 * unsafe > layout.channels:
+    if layout.kind == ROWS or 2 * unsafe > layout.channels:
         return False, None, None
     where = marks.nonzero().reshape(-1)
     slot = torch.full((layout.channels,), -1, dtype=torch.int32)
@@ -273,16 +276,15 @@ def _recoverable(
 
 def unpack_bits(bits: Tensor, x: Tensor) -> Tensor:
     """Return the bits that a forward pass on ``x`` has kept as booleans of the shape of ``x``."""
-    layout = _readable(x)[1]
-    width = 8 if x.dtype == torch.float64 else 16
-    planes = layout.kind == PLANES
-    run = layout.inner if planes else layout.channels
+    x, layout = _readable(x)
+    call = _call(x, layout, None, None, None, bits)
+    run, width = call.bit_run(), call.bits_per_word()
     words = bits.reshape(-1, (run + width - 1) // width, 1)
     flat = ((words >> torch.arange(width, dtype=torch.int16)) & 1).bool().flatten(1)[:, :run]
-    if not planes:
+    if layout.kind == ROWS:
         return flat.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
     by_column = layout.outer == 1 and x.shape[0] != 1
-    return flat.t() if by_column else flat.reshape(x.shape)
+    return flat.reshape(x.shape[1], x.shape[0]).t() if by_column else flat.reshape(x.shape)
 
 
 class _Backward:
@@ -294,7 +296,8 @@ class _Backward:
         self.copied = self.dy is not dy
         self._residual = None if saved.residual is None else like(saved.residual, self.x, self.layout)
         self._parameters = _parameter(saved.weight, self.x), _parameter(saved.bias, self.x)
-        self.call = _call(self.x, self.layout, *self._parameters, saved.activation, saved.statistics)
+        layout = self.layout if saved.kept is None else self.layout._replace(kind=PLANES)
+        self.call = _call(self.x, layout, *self._parameters, saved.activation, saved.statistics)
         kept = saved.kept
         self.views = (
             view(self.dy),

@@ -1,15 +1,17 @@
-"""How a tensor lies in memory, in the two ways that the kernels know.
+"""How a tensor lies in memory, in the three ways that the kernels know.
 
 - *planes*: for every sample and channel, the positions lie side by side: NCHW, (N, C, L), NCDHW.
 - *rows*: for every sample and position, the channels lie side by side: (N, C), channels-last.
+- *narrow* planes: of few positions and many channels, 7×7 or 14×14, without gaps between the channels. A sample is taken
+  as one row there.
 
-Either may have gaps between planes or rows, as slices along the batch or the channels do.
+The first two may have gaps between planes or rows, as slices along the batch or the channels do.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from math import prod
+from math import gcd, prod
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 __all__ = [
     "DTYPES",
+    "NARROW",
     "NOTHING",
     "PLANES",
     "ROWS",
@@ -30,7 +33,11 @@ __all__ = [
     "view",
 ]
 
-PLANES, ROWS = 0, 1
+PLANES, ROWS, NARROW = 0, 1, 2
+
+# Up to so many positions a plane is narrow, if there are at least 8 groups of channels whose planes fill whole packs of
+# 16 values: enough for a few threads.
+_NARROW = 256
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -41,7 +48,7 @@ NOTHING: View = (0, 0, 0)
 
 
 class Layout(NamedTuple):
-    """Planes of shape (outer, channels, inner), or rows of shape (outer, channels) with inner = 1."""
+    """Planes, narrow or not, of shape (outer, channels, inner), or rows of shape (outer, channels) with inner = 1."""
 
     kind: int
     outer: int
@@ -73,7 +80,8 @@ def _place(shape: torch.Size, strides: tuple[int, ...]) -> Place | None:
     samples, channels = shape[0], shape[1]
     space = prod(shape[2:])
     if space != 1 and _dense(shape[2:], strides[2:], 1):
-        return Place(Layout(PLANES, samples, channels, space), strides[0], strides[1])
+        narrow = space <= _NARROW and channels >= 8 * 16 // gcd(space, 16) and strides[1] == space
+        return Place(Layout(NARROW if narrow else PLANES, samples, channels, space), strides[0], strides[1])
     if channels == 1 or strides[1] == 1:
         sizes, steps = (samples, *shape[2:]), (strides[0], *strides[2:])
         # the step from one row to the next is that of the innermost dimension which is not the channels
