@@ -80,9 +80,18 @@ struct BackwardRun {
     T* dresidual;
 };
 
+// What is the same for all values of a call: told apart by branches that always go the same way, for loops of their own
+// would only make the library larger.
+struct BackwardMode {
+    Activation activation;
+    bool recover;    // x holds the output, from which the input is found
+    bool centered;   // mean and rstd depend on x
+    bool streaming;  // dx goes around the caches
+};
+
 // g = dy · activation′ and d = x − shift.
-template <class T, Slope slope, bool recover, class Where>
-INLINE void backward_terms(const BackwardRun<T>& run, int64_t i, Where where, Activation activation,
+template <class T, Slope slope, class Where>
+INLINE void backward_terms(const BackwardRun<T>& run, int64_t i, Where where, const BackwardMode& mode,
                            const Affines<Compute<T>>& affine, const Pack<Compute<T>>& inverse, Pack<Compute<T>>& g,
                            Pack<Compute<T>>& d) {
     using A = Compute<T>;
@@ -90,24 +99,25 @@ INLINE void backward_terms(const BackwardRun<T>& run, int64_t i, Where where, Ac
     g = load(run.dy + i, where);
     Pack<A> x = load(run.x + i, where);
     PackMask<A> positive;
-    if constexpr (recover) {
+    constexpr bool invertible = slope == Slope::one || slope == Slope::sign;
+    if (invertible && mode.recover) {
         positive = zero < x;
         if constexpr (slope == Slope::sign) x = select(positive, x, x * broadcast(A(1 / LEAKY_SLOPE)));
         d = (x - affine.offset) * inverse;
     } else {
         d = x - affine.shift;
+        if constexpr (slope == Slope::sign) positive = zero < multiply_add(d, affine.scale, affine.offset);
     }
     if constexpr (slope == Slope::function) {
         Pack<A> z = multiply_add(d, affine.scale, affine.offset);
         if (run.residual) z = z + load(run.residual + i, where);
-        slope_other(activation, z);
+        slope_other(mode.activation, z);
         g = g * z;
     }
     if constexpr (slope == Slope::bits) positive = mask_of<A>(run.bits[i / Pack<A>::size]);
-    if constexpr (slope == Slope::sign && !recover) positive = zero < multiply_add(d, affine.scale, affine.offset);
     if constexpr (slope == Slope::bits || slope == Slope::sign) {
         // 0 and not dy·0, which is NaN for an infinite dy
-        const Pack<A> low = activation == Activation::leaky_relu ? g * broadcast(A(LEAKY_SLOPE)) : zero;
+        const Pack<A> low = mode.activation == Activation::leaky_relu ? g * broadcast(A(LEAKY_SLOPE)) : zero;
         g = select(positive, g, low);
     }
 }
@@ -139,17 +149,17 @@ INLINE InputGradients<A> everywhere(const InputGradient<A>& c) {
     return {broadcast(c.of_g), broadcast(c.of_d), broadcast(c.constant)};
 }
 
-template <class T, Slope slope, bool recover, bool centered, class Where>
-INLINE void backward_pack(const BackwardRun<T>& run, int64_t i, Where where, bool streaming, Activation activation,
+template <class T, Slope slope, class Where>
+INLINE void backward_pack(const BackwardRun<T>& run, int64_t i, Where where, const BackwardMode& mode,
                           const Affines<Compute<T>>& affine, const Pack<Compute<T>>& inverse,
                           const InputGradients<Compute<T>>& gradient) {
     using A = Compute<T>;
     Pack<A> g, d;
-    backward_terms<T, slope, recover>(run, i, where, activation, affine, inverse, g, d);
+    backward_terms<T, slope>(run, i, where, mode, affine, inverse, g, d);
     if (run.dresidual) put(run.dresidual + i, g, where, false);
     Pack<A> dx = g * gradient.of_g;
-    if constexpr (centered) dx = multiply_add(g, gradient.of_g, multiply_add(d, gradient.of_d, gradient.constant));
-    put(run.dx + i, dx, where, streaming);
+    if (mode.centered) dx = multiply_add(g, gradient.of_g, multiply_add(d, gradient.of_d, gradient.constant));
+    put(run.dx + i, dx, where, mode.streaming);
 }
 
 // Σg·x̂ = rstd·(Σg·d − (mean − shift)·Σg)

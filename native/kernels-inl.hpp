@@ -59,14 +59,10 @@ void with_kind(Activation activation, Body&& body) {
 template <class Body>
 void with_slope(const Saved& saved, Activation activation, Body&& body) {
     const Kind kind = kind_of(activation);
-    if (saved.in_place) {
-        if (kind == Kind::none) return body(SlopeIs<Slope::one>{}, std::true_type{});
-        return body(SlopeIs<Slope::sign>{}, std::true_type{});
-    }
-    if (kind == Kind::none) return body(SlopeIs<Slope::one>{}, std::false_type{});
-    if (saved.bits) return body(SlopeIs<Slope::bits>{}, std::false_type{});
-    if (kind == Kind::rectifier && !saved.residual.data) return body(SlopeIs<Slope::sign>{}, std::false_type{});
-    body(SlopeIs<Slope::function>{}, std::false_type{});
+    if (kind == Kind::none) return body(SlopeIs<Slope::one>{});
+    if (saved.bits) return body(SlopeIs<Slope::bits>{});
+    if (kind == Kind::rectifier && !saved.residual.data) return body(SlopeIs<Slope::sign>{});
+    body(SlopeIs<Slope::function>{});
 }
 
 void moments(const Shape& shape, View x, Statistics statistics, double eps, const Pool& pool) {
@@ -113,12 +109,11 @@ void train_forward(const Shape& shape, View x, const Affine& affine, Statistics 
 void backward_reduce(const Shape& shape, View dy, const Saved& saved, const Affine& affine, Statistics statistics,
                      Sums sums, const Pool& pool) {
     with_dtype(shape.dtype, [&](auto value) {
-        with_slope(saved, affine.activation, [&](auto slope, auto recover) {
+        with_slope(saved, affine.activation, [&](auto slope) {
             using T = decltype(value);
             constexpr Slope s = decltype(slope)::value;
-            constexpr bool r = decltype(recover)::value;
-            const auto run = of_layout(shape.layout, planes_backward_reduce<T, s, r>, rows_backward_reduce<T, s, r>,
-                                       narrow_backward_reduce<T, s, r>);
+            const auto run = of_layout(shape.layout, planes_backward_reduce<T, s>, rows_backward_reduce<T, s>,
+                                       narrow_backward_reduce<T, s>);
             run(shape, dy, saved, affine, statistics, sums, pool);
         });
     });
@@ -127,17 +122,12 @@ void backward_reduce(const Shape& shape, View dy, const Saved& saved, const Affi
 void backward_input(const Shape& shape, View dy, const Saved& saved, const Affine& affine, Statistics statistics,
                     Sums sums, double count, View dx, View dresidual, const Pool& pool) {
     with_dtype(shape.dtype, [&](auto value) {
-        with_slope(saved, affine.activation, [&](auto slope, auto recover) {
+        with_slope(saved, affine.activation, [&](auto slope) {
             using T = decltype(value);
             constexpr Slope s = decltype(slope)::value;
-            constexpr bool r = decltype(recover)::value;
-            const auto run = [&](auto centered) {
-                constexpr bool c = decltype(centered)::value;
-                of_layout(shape.layout, planes_backward_input<T, s, r, c>, rows_backward_input<T, s, r, c>,
-                          narrow_backward_input<T, s, r, c>)(shape, dy, saved, affine, statistics, sums, count, dx,
-                                                             dresidual, pool);
-            };
-            sums.dy ? run(std::true_type{}) : run(std::false_type{});
+            const auto run = of_layout(shape.layout, planes_backward_input<T, s>, rows_backward_input<T, s>,
+                                       narrow_backward_input<T, s>);
+            run(shape, dy, saved, affine, statistics, sums, count, dx, dresidual, pool);
         });
     });
 }
@@ -145,12 +135,11 @@ void backward_input(const Shape& shape, View dy, const Saved& saved, const Affin
 void train_backward(const Shape& shape, View dy, const Saved& saved, const Affine& affine, Statistics statistics,
                     Sums sums, View dx, View dresidual, const Pool& pool) {
     with_dtype(shape.dtype, [&](auto value) {
-        with_slope(saved, affine.activation, [&](auto slope, auto recover) {
+        with_slope(saved, affine.activation, [&](auto slope) {
             using T = decltype(value);
             constexpr Slope s = decltype(slope)::value;
-            constexpr bool r = decltype(recover)::value;
-            const auto run = of_layout(shape.layout, planes_train_backward<T, s, r>, rows_train_backward<T, s, r>,
-                                       narrow_train_backward<T, s, r>);
+            const auto run = of_layout(shape.layout, planes_train_backward<T, s>, rows_train_backward<T, s>,
+                                       narrow_train_backward<T, s>);
             run(shape, dy, saved, affine, statistics, sums, dx, dresidual, pool);
         });
     });

@@ -238,8 +238,8 @@ struct NarrowBackward {
     BackwardRun<T> row(int64_t n) const { return backward_row<T>(dy, saved, words, dx, dresidual, n); }
 };
 
-template <class T, Slope slope, bool recover>
-NOINLINE void narrow_sums(const NarrowBackward<T>& backward, int64_t samples, int64_t width, Activation activation,
+template <class T, Slope slope>
+NOINLINE void narrow_sums(const NarrowBackward<T>& backward, int64_t samples, int64_t width, const BackwardMode& mode,
                           Spread<Compute<T>>& spread) {
     using A = Compute<T>;
     std::fill_n(spread.total.begin(), width, 0.0);
@@ -253,11 +253,11 @@ NOINLINE void narrow_sums(const NarrowBackward<T>& backward, int64_t samples, in
             for (int k = 0; k < rows; ++k) run[k] = backward.row(first + k);
             for_packs<A>(width, [&](int64_t i, auto where) {
                 const Affines<A> affines = spread.affines(i, where);
-                const Pack<A> inverse = recover ? load(&spread.inverse[i], where) : affines.scale;
+                const Pack<A> inverse = mode.recover ? load(&spread.inverse[i], where) : affines.scale;
                 Pack<A> sum_g = load(&spread.sum[i], where), sum_gd = load(&spread.sum_of_products[i], where);
                 for (int k = 0; k < rows; ++k) {
                     Pack<A> g, d;
-                    backward_terms<T, slope, recover>(run[k], i, where, activation, affines, inverse, g, d);
+                    backward_terms<T, slope>(run[k], i, where, mode, affines, inverse, g, d);
                     sum_g = sum_g + g;
                     sum_gd = multiply_add(g, d, sum_gd);
                 }
@@ -275,42 +275,42 @@ NOINLINE void narrow_sums(const NarrowBackward<T>& backward, int64_t samples, in
     }
 }
 
-template <class T, Slope slope, bool recover, bool centered>
-NOINLINE void narrow_gradients(const NarrowBackward<T>& backward, int64_t samples, int64_t width, Activation activation,
-                               bool streaming, const Spread<Compute<T>>& spread) {
+template <class T, Slope slope>
+NOINLINE void narrow_gradients(const NarrowBackward<T>& backward, int64_t samples, int64_t width, const BackwardMode& all,
+                               const Spread<Compute<T>>& spread) {
     using A = Compute<T>;
     rows_backwards(samples, [&](int64_t first, auto rows) {
         BackwardRun<T> run[rows];
-        bool around = streaming;
+        BackwardMode mode = all;
         for (int k = 0; k < rows; ++k) {
             run[k] = backward.row(first + k);
-            around = around && aligned(run[k].dx);
+            mode.streaming = mode.streaming && aligned(run[k].dx);
         }
         for_packs<A>(width, [&](int64_t i, auto where) {
             const Affines<A> affines = spread.affines(i, where);
-            const Pack<A> inverse = recover ? load(&spread.inverse[i], where) : affines.scale;
+            const Pack<A> inverse = mode.recover ? load(&spread.inverse[i], where) : affines.scale;
             const InputGradients<A> gradients = spread.gradients(i, where);
             for (int k = 0; k < rows; ++k)
-                backward_pack<T, slope, recover, centered>(run[k], i, where, around, activation, affines, inverse, gradients);
+                backward_pack<T, slope>(run[k], i, where, mode, affines, inverse, gradients);
         });
     });
 }
 
 // With or without the sums of this batch, with or without the gradients.
-template <class T, Slope slope, bool recover, bool centered>
+template <class T, Slope slope>
 void narrow_backward(const Shape& shape, const View& dy, const Saved& saved, const Affine& affine,
                      const Statistics& statistics, const Sums& sums, double count, const View& dx, const View& dresidual,
                      const Pool& pool, bool take_sums) {
     using A = Compute<T>;
     const Narrow<T> narrow(shape, pool);
-    const bool streaming = streams(shape, dy, dx);
+    const BackwardMode mode = {affine.activation, saved.in_place, sums.dy != nullptr, streams(shape, dy, dx)};
     const int64_t inner = shape.inner;
     narrow.for_groups(pool, [&](int64_t c0, int64_t channels, Spread<A>& spread) {
         const NarrowBackward<T> backward(shape, dy, saved, dx, dresidual, c0);
         const int64_t width = channels * inner;
         spread.affine(affine, statistics, c0, channels, inner);
         if (take_sums) {
-            narrow_sums<T, slope, recover>(backward, shape.outer, width, affine.activation, spread);
+            narrow_sums<T, slope>(backward, shape.outer, width, mode, spread);
             for (int64_t c = 0; c < channels; ++c) {
                 double g = 0, gd = 0;
                 for (int64_t i = c * inner; i < (c + 1) * inner; ++i) g += spread.total[i], gd += spread.total_of_products[i];
@@ -319,28 +319,28 @@ void narrow_backward(const Shape& shape, const View& dy, const Saved& saved, con
         }
         if (!dx.data) return;
         spread.gradient(affine, statistics, sums, count, c0, channels, inner);
-        narrow_gradients<T, slope, recover, centered>(backward, shape.outer, width, affine.activation, streaming, spread);
+        narrow_gradients<T, slope>(backward, shape.outer, width, mode, spread);
     });
 }
 
-template <class T, Slope slope, bool recover>
+template <class T, Slope slope>
 void narrow_backward_reduce(const Shape& shape, const View& dy, const Saved& saved, const Affine& affine,
                             const Statistics& statistics, const Sums& sums, const Pool& pool) {
-    narrow_backward<T, slope, recover, true>(shape, dy, saved, affine, statistics, sums, 1, View{}, View{}, pool, true);
+    narrow_backward<T, slope>(shape, dy, saved, affine, statistics, sums, 1, View{}, View{}, pool, true);
 }
 
-template <class T, Slope slope, bool recover, bool centered>
+template <class T, Slope slope>
 void narrow_backward_input(const Shape& shape, const View& dy, const Saved& saved, const Affine& affine,
                            const Statistics& statistics, const Sums& sums, double count, const View& dx,
                            const View& dresidual, const Pool& pool) {
-    narrow_backward<T, slope, recover, centered>(shape, dy, saved, affine, statistics, sums, count, dx, dresidual, pool,
+    narrow_backward<T, slope>(shape, dy, saved, affine, statistics, sums, count, dx, dresidual, pool,
                                                  false);
 }
 
-template <class T, Slope slope, bool recover>
+template <class T, Slope slope>
 void narrow_train_backward(const Shape& shape, const View& dy, const Saved& saved, const Affine& affine,
                            const Statistics& statistics, const Sums& sums, const View& dx, const View& dresidual,
                            const Pool& pool) {
     const double count = double(shape.outer) * double(shape.inner);
-    narrow_backward<T, slope, recover, true>(shape, dy, saved, affine, statistics, sums, count, dx, dresidual, pool, true);
+    narrow_backward<T, slope>(shape, dy, saved, affine, statistics, sums, count, dx, dresidual, pool, true);
 }

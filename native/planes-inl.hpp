@@ -169,15 +169,15 @@ NOINLINE void forward_run(const ForwardRun<T>& run, int64_t length, const Affine
     });
 }
 
-template <class T, Slope slope, bool recover>
-NOINLINE void reduce_run(const BackwardRun<T>& run, int64_t length, Activation activation,
+template <class T, Slope slope>
+NOINLINE void reduce_run(const BackwardRun<T>& run, int64_t length, const BackwardMode& mode,
                        const Affines<Compute<T>>& affines, const Pack<Compute<T>>& inverse, Pack<Compute<T>>& total_g,
                          Pack<Compute<T>>& total_gd) {
     using A = Compute<T>;
     Pack<A> sum_g = total_g, sum_gd = total_gd;
     for_packs<A>(length, [&](int64_t i, auto where) {
         Pack<A> g, d;
-        backward_terms<T, slope, recover>(run, i, where, activation, affines, inverse, g, d);
+        backward_terms<T, slope>(run, i, where, mode, affines, inverse, g, d);
         sum_g = sum_g + g;  // beyond the end dy is 0, and so is g
         sum_gd = multiply_add(g, d, sum_gd);
     });
@@ -185,16 +185,16 @@ NOINLINE void reduce_run(const BackwardRun<T>& run, int64_t length, Activation a
     total_gd = sum_gd;
 }
 
-template <class T, Slope slope, bool recover, bool centered>
-NOINLINE void backward_run(const BackwardRun<T>& run, int64_t length, Activation activation,
-                         const Coefficients<Compute<T>>& c, const InputGradient<Compute<T>>& gradient, bool streaming) {
+template <class T, Slope slope>
+NOINLINE void backward_run(const BackwardRun<T>& run, int64_t length, BackwardMode mode, const Coefficients<Compute<T>>& c,
+                           const InputGradient<Compute<T>>& gradient) {
     using A = Compute<T>;
     const Affines<A> affines = everywhere(c);
     const Pack<A> inverse = broadcast(A(1 / double(c.scale)));
     const InputGradients<A> gradients = everywhere(gradient);
-    streaming = streaming && aligned(run.dx);
+    mode.streaming = mode.streaming && aligned(run.dx);
     for_packs<A>(length, [&](int64_t i, auto where) {
-        backward_pack<T, slope, recover, centered>(run, i, where, streaming, activation, affines, inverse, gradients);
+        backward_pack<T, slope>(run, i, where, mode, affines, inverse, gradients);
     });
 }
 
@@ -282,9 +282,14 @@ struct BackwardPlanes {
     const Saved& saved;
     const View& dx;
     const View& dresidual;
+    BackwardMode mode;
 
     INLINE bool kept(int64_t c) const { return saved.in_place && saved.slot && saved.slot[c] >= 0; }
-
+    INLINE BackwardMode mode_of(int64_t c) const {
+        BackwardMode of_channel = mode;
+        of_channel.recover = mode.recover && !kept(c);
+        return of_channel;
+    }
     INLINE BackwardRun<T> run(int64_t n, int64_t c, int64_t s) const {
         const int64_t words = words_per_run(shape);
         const uint16_t* bits =
@@ -295,15 +300,14 @@ struct BackwardPlanes {
     }
 };
 
-template <class T, Slope slope, bool recover>
+template <class T, Slope slope>
 INLINE void reduce_samples(const BackwardPlanes<T>& planes, int64_t c, int64_t n0, int64_t n1, int64_t s0, int64_t s1,
-                           Activation activation, const Coefficients<Compute<T>>& of_channel, double& of_g,
-                           double& of_gd) {
+                           const Coefficients<Compute<T>>& of_channel, double& of_g, double& of_gd) {
     using A = Compute<T>;
     constexpr int64_t block = Planes<T>::block;
     const Affines<A> affines = everywhere(of_channel);
     const Pack<A> inverse = broadcast(A(1 / double(of_channel.scale)));
-    const bool kept = recover && planes.kept(c);
+    const BackwardMode mode = planes.mode_of(c);
     Pack<A> total_g = broadcast(A(0)), total_gd = total_g;
     int64_t added = 0;
     const auto flush = [&] {
@@ -315,39 +319,23 @@ INLINE void reduce_samples(const BackwardPlanes<T>& planes, int64_t c, int64_t n
     for (int64_t n = n0; n < n1; ++n)
         for (int64_t s = s0; s < s1; s += block) {
             const int64_t length = std::min(block, s1 - s);
-            const BackwardRun<T> run = planes.run(n, c, s);
-            if (kept)
-                reduce_run<T, slope, false>(run, length, activation, affines, inverse, total_g, total_gd);
-            else
-                reduce_run<T, slope, recover>(run, length, activation, affines, inverse, total_g, total_gd);
+            reduce_run<T, slope>(planes.run(n, c, s), length, mode, affines, inverse, total_g, total_gd);
             if ((added += length) >= block / 2) flush();
         }
     flush();
 }
 
-template <class T, Slope slope, bool recover, bool centered>
-INLINE void backward_part(const BackwardPlanes<T>& planes, int64_t n, int64_t c, int64_t s0, int64_t s1,
-                          Activation activation, const Coefficients<Compute<T>>& of_channel,
-                          const InputGradient<Compute<T>>& gradient, bool streaming) {
-    const BackwardRun<T> run = planes.run(n, c, s0);
-    if (recover && planes.kept(c))
-        backward_run<T, slope, false, centered>(run, s1 - s0, activation, of_channel, gradient, streaming);
-    else
-        backward_run<T, slope, recover, centered>(run, s1 - s0, activation, of_channel, gradient, streaming);
-}
-
-template <class T, Slope slope, bool recover>
+template <class T, Slope slope>
 void planes_backward_reduce(const Shape& shape, const View& dy, const Saved& saved, const Affine& affine,
                             const Statistics& statistics, const Sums& sums, const Pool& pool) {
     using A = Compute<T>;
     const Planes<T> planes(shape, pool);
     const View none{};
-    const BackwardPlanes<T> backward{shape, dy, saved, none, none};
+    const BackwardPlanes<T> backward{shape, dy, saved, none, none, {affine.activation, saved.in_place, true, false}};
     std::vector<double> of_g(shape.channels * planes.units()), of_gd(of_g.size());
     planes.for_units(pool, [&](int64_t c, int64_t k, int64_t n0, int64_t n1, int64_t s0, int64_t s1) {
         const int64_t at = c * planes.units() + k;
-        reduce_samples<T, slope, recover>(backward, c, n0, n1, s0, s1, affine.activation,
-                                          coefficients<A>(affine, statistics, c), of_g[at], of_gd[at]);
+        reduce_samples<T, slope>(backward, c, n0, n1, s0, s1, coefficients<A>(affine, statistics, c), of_g[at], of_gd[at]);
     });
     for (int64_t c = 0; c < shape.channels; ++c) {
         double g = 0, gd = 0;
@@ -356,22 +344,21 @@ void planes_backward_reduce(const Shape& shape, const View& dy, const Saved& sav
     }
 }
 
-template <class T, Slope slope, bool recover, bool centered>
+template <class T, Slope slope>
 void planes_backward_input(const Shape& shape, const View& dy, const Saved& saved, const Affine& affine,
                            const Statistics& statistics, const Sums& sums, double count, const View& dx,
                            const View& dresidual, const Pool& pool) {
     using A = Compute<T>;
     const Planes<T> planes(shape, pool);
-    const BackwardPlanes<T> backward{shape, dy, saved, dx, dresidual};
-    const bool streaming = streams(shape, dy, dx);
+    const BackwardMode mode = {affine.activation, saved.in_place, sums.dy != nullptr, streams(shape, dy, dx)};
+    const BackwardPlanes<T> backward{shape, dy, saved, dx, dresidual, mode};
     planes.for_runs(pool, [&](int64_t n, int64_t c, int64_t s0, int64_t s1) {
-        backward_part<T, slope, recover, centered>(backward, n, c, s0, s1, affine.activation,
-                                                   coefficients<A>(affine, statistics, c),
-                                                   input_gradient<A>(affine, statistics, sums, count, c), streaming);
+        backward_run<T, slope>(backward.run(n, c, s0), s1 - s0, backward.mode_of(c), coefficients<A>(affine, statistics, c),
+                               input_gradient<A>(affine, statistics, sums, count, c));
     });
 }
 
-template <class T, Slope slope, bool recover>
+template <class T, Slope slope>
 void planes_train_backward(const Shape& shape, const View& dy, const Saved& saved, const Affine& affine,
                            const Statistics& statistics, const Sums& sums, const View& dx, const View& dresidual,
                            const Pool& pool) {
@@ -379,12 +366,11 @@ void planes_train_backward(const Shape& shape, const View& dy, const Saved& save
     const Planes<T> planes(shape, pool);
     const double count = double(shape.outer) * double(shape.inner);
     if (planes.shared) {
-        planes_backward_reduce<T, slope, recover>(shape, dy, saved, affine, statistics, sums, pool);
-        return planes_backward_input<T, slope, recover, true>(shape, dy, saved, affine, statistics, sums, count, dx,
-                                                              dresidual, pool);
+        planes_backward_reduce<T, slope>(shape, dy, saved, affine, statistics, sums, pool);
+        return planes_backward_input<T, slope>(shape, dy, saved, affine, statistics, sums, count, dx, dresidual, pool);
     }
-    const BackwardPlanes<T> backward{shape, dy, saved, dx, dresidual};
-    const bool streaming = streams(shape, dy, dx);
+    const BackwardMode mode = {affine.activation, saved.in_place, true, streams(shape, dy, dx)};
+    const BackwardPlanes<T> backward{shape, dy, saved, dx, dresidual, mode};
     std::vector<double> of_g(shape.channels), of_gd(shape.channels);
     std::vector<Coefficients<A>> coefficient(shape.channels);
     std::vector<InputGradient<A>> gradient(shape.channels);
@@ -392,15 +378,13 @@ void planes_train_backward(const Shape& shape, const View& dy, const Saved& save
     planes.for_groups(
         pool,
         [&](int64_t c, int64_t n0, int64_t n1) {
-            reduce_samples<T, slope, recover>(backward, c, n0, n1, 0, shape.inner, affine.activation, coefficient[c],
-                                              of_g[c], of_gd[c]);
+            reduce_samples<T, slope>(backward, c, n0, n1, 0, shape.inner, coefficient[c], of_g[c], of_gd[c]);
         },
         [&](int64_t c) {
             finish_sums<A>(statistics, sums, c, of_g[c], of_gd[c]);
             gradient[c] = input_gradient<A>(affine, statistics, sums, count, c);
         },
         [&](int64_t c, int64_t n) {
-            backward_part<T, slope, recover, true>(backward, n, c, 0, shape.inner, affine.activation, coefficient[c],
-                                                   gradient[c], streaming);
+            backward_run<T, slope>(backward.run(n, c, 0), shape.inner, backward.mode_of(c), coefficient[c], gradient[c]);
         });
 }

@@ -245,13 +245,14 @@ INLINE BackwardRun<T> backward_row(const View& dy, const Saved& saved, int64_t w
             saved.bits ? saved.bits + r * words : nullptr, row_of<T>(dx, r), row_of<T>(dresidual, r)};
 }
 
-template <class T, Slope slope, bool recover>
+template <class T, Slope slope>
 void rows_backward_reduce(const Shape& shape, const View& dy, const Saved& saved, const Affine& affine,
                           const Statistics& statistics, const Sums& sums, const Pool& pool) {
     using A = Compute<T>;
     const Rows<T> rows(shape, pool);
     const Columns<A> columns(shape, affine, statistics);
     const int64_t channels = shape.channels, words = words_per_run(shape);
+    const BackwardMode mode = {affine.activation, saved.in_place, true, false};
     std::vector<std::vector<double>> of_g(rows.tasks, std::vector<double>(channels)), of_gd = of_g;
     std::vector<std::vector<A>> block_g(rows.tasks, std::vector<A>(channels)), block_gd = block_g;
     rows.for_shares(pool, [&](int64_t task, int64_t begin, int64_t end) {
@@ -264,11 +265,11 @@ void rows_backward_reduce(const Shape& shape, const View& dy, const Saved& saved
                                                backward_row<T>(dy, saved, words, {}, {}, r + two)};
                 for_packs<A>(channels, [&](int64_t c, auto where) {
                     const Affines<A> affines = columns.at(c, where);
-                    const Pack<A> inverse = recover ? load(&columns.inverse[c], where) : affines.scale;
+                    const Pack<A> inverse = mode.recover ? load(&columns.inverse[c], where) : affines.scale;
                     Pack<A> sum_g = load(&total_g[c], where), sum_gd = load(&total_gd[c], where);
                     for (int k = 0; k <= int(two); ++k) {
                         Pack<A> g, d;
-                        backward_terms<T, slope, recover>(run[k], c, where, affine.activation, affines, inverse, g, d);
+                        backward_terms<T, slope>(run[k], c, where, mode, affines, inverse, g, d);
                         sum_g = sum_g + g;
                         sum_gd = multiply_add(g, d, sum_gd);
                     }
@@ -292,7 +293,7 @@ void rows_backward_reduce(const Shape& shape, const View& dy, const Saved& saved
     }
 }
 
-template <class T, Slope slope, bool recover, bool centered>
+template <class T, Slope slope>
 void rows_backward_input(const Shape& shape, const View& dy, const Saved& saved, const Affine& affine,
                          const Statistics& statistics, const Sums& sums, double count, const View& dx,
                          const View& dresidual, const Pool& pool) {
@@ -301,32 +302,30 @@ void rows_backward_input(const Shape& shape, const View& dy, const Saved& saved,
     const Columns<A> columns(shape, affine, statistics);
     const GradientColumns<A> gradients(shape, affine, statistics, sums, count);
     const int64_t words = words_per_run(shape);
-    const bool streaming = streams(shape, dy, dx);
+    const BackwardMode all = {affine.activation, saved.in_place, sums.dy != nullptr, streams(shape, dy, dx)};
     rows.for_shares(pool, [&](int64_t, int64_t begin, int64_t end) {
         rows.backwards(begin, end, [&](int64_t first, auto count) {
             BackwardRun<T> run[count];
-            bool around = streaming;
+            BackwardMode mode = all;
             for (int k = 0; k < count; ++k) {
                 run[k] = backward_row<T>(dy, saved, words, dx, dresidual, first + k);
-                around = around && aligned(run[k].dx);
+                mode.streaming = mode.streaming && aligned(run[k].dx);
             }
             for_packs<A>(shape.channels, [&](int64_t c, auto where) {
                 const Affines<A> affines = columns.at(c, where);
-                const Pack<A> inverse = recover ? load(&columns.inverse[c], where) : affines.scale;
+                const Pack<A> inverse = mode.recover ? load(&columns.inverse[c], where) : affines.scale;
                 const InputGradients<A> gradient = gradients.at(c, where);
                 for (int k = 0; k < count; ++k)
-                    backward_pack<T, slope, recover, centered>(run[k], c, where, around, affine.activation, affines,
-                                                               inverse, gradient);
+                    backward_pack<T, slope>(run[k], c, where, mode, affines, inverse, gradient);
             });
         });
     });
 }
 
-template <class T, Slope slope, bool recover>
+template <class T, Slope slope>
 void rows_train_backward(const Shape& shape, const View& dy, const Saved& saved, const Affine& affine,
                          const Statistics& statistics, const Sums& sums, const View& dx, const View& dresidual,
                          const Pool& pool) {
-    rows_backward_reduce<T, slope, recover>(shape, dy, saved, affine, statistics, sums, pool);
-    rows_backward_input<T, slope, recover, true>(shape, dy, saved, affine, statistics, sums, double(shape.outer), dx,
-                                                 dresidual, pool);
+    rows_backward_reduce<T, slope>(shape, dy, saved, affine, statistics, sums, pool);
+    rows_backward_input<T, slope>(shape, dy, saved, affine, statistics, sums, double(shape.outer), dx, dresidual, pool);
 }
