@@ -11,7 +11,7 @@ help:
 
 # A stamp file per set of extras: made again only when what it was made from has changed.
 # torch is installed by itself first, so that no other package can choose its version.
-$(VENV)/.%.stamp: pyproject.toml constraints.txt
+$(VENV)/.%.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*.?pp)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(PIP) --editable '.[$*]'
