@@ -3,9 +3,6 @@
 
 namespace batchnorm {
 
-// Outputs of more bytes than this go around the caches.
-extern const int64_t stream_bytes;
-
 namespace BATCHNORM_ISA {
 namespace {
 
@@ -106,7 +103,8 @@ void backward_reduce(const Shape& shape, View dy, const Saved& saved, const Affi
             using T = decltype(value);
             constexpr Slope s = decltype(slope)::value;
             constexpr bool r = decltype(recover)::value;
-            const auto run = shape.layout == Layout::planes ? planes_backward_reduce<T, s, r> : rows_backward_reduce<T, s, r>;
+            const auto run =
+                shape.layout == Layout::planes ? planes_backward_reduce<T, s, r> : rows_backward_reduce<T, s, r>;
             run(shape, dy, saved, affine, statistics, sums, pool);
         });
     });
@@ -120,8 +118,9 @@ void backward_input(const Shape& shape, View dy, const Saved& saved, const Affin
             constexpr Slope s = decltype(slope)::value;
             constexpr bool r = decltype(recover)::value;
             const bool planes = shape.layout == Layout::planes;
-            const auto run = sums.dy ? (planes ? planes_backward_input<T, s, r, true> : rows_backward_input<T, s, r, true>)
-                                     : (planes ? planes_backward_input<T, s, r, false> : rows_backward_input<T, s, r, false>);
+            const auto run =
+                sums.dy ? (planes ? planes_backward_input<T, s, r, true> : rows_backward_input<T, s, r, true>)
+                        : (planes ? planes_backward_input<T, s, r, false> : rows_backward_input<T, s, r, false>);
             run(shape, dy, saved, affine, statistics, sums, count, dx, dresidual, pool);
         });
     });
@@ -134,7 +133,8 @@ void train_backward(const Shape& shape, View dy, const Saved& saved, const Affin
             using T = decltype(value);
             constexpr Slope s = decltype(slope)::value;
             constexpr bool r = decltype(recover)::value;
-            const auto run = shape.layout == Layout::planes ? planes_train_backward<T, s, r> : rows_train_backward<T, s, r>;
+            const auto run =
+                shape.layout == Layout::planes ? planes_train_backward<T, s, r> : rows_train_backward<T, s, r>;
             run(shape, dy, saved, affine, statistics, sums, dx, dresidual, pool);
         });
     });
