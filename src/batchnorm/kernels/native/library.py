@@ -28,7 +28,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
             return None, f"the extension module does not load: {error}"
         return None, (
             "the package was installed without native kernels, because no C++ compiler was found. Install g++ or clang, "
-            "then run: pip install --force-reinstall --no-deps batchnorm"
+            "then run: pip install --force-reinstall --no-deps --no-cache-dir batchnorm"
         )
     _native.set_parallel_for(_address_of_parallel_for())
     wanted = os.environ.get("BATCHNORM_ISA")
