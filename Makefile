@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+comma := ,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format types contracts docs check clean help
+.PHONY: demo test native-test sanitize neon lint format types contracts docs check clean help
 
 help:
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 # A stamp file per set of extras: made again only when what it was made from has changed.
 # torch is installed by itself first, so that no other package can choose its version.
@@ -23,13 +24,42 @@ demo: $(VENV)/.demo.stamp ## the tour on real data; prints where the report is
 test: $(VENV)/.test.stamp ## the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-lint: $(VENV)/.dev.stamp ## ruff: style and formatting
+# The kernels' own test program, without Python. Each build has a folder of its own, so that it is made once.
+CXX_SOURCES := $(wildcard native/*.cpp native/*.hpp tests/native/*.cpp)
+self_test = cmake -S . -B build/$(1) -DBATCHNORM_PYTHON=OFF -DBATCHNORM_SELF_TEST=ON $(2) && cmake --build build/$(1)
+# Every eleventh, seventeenth or thirty-first case: instrumented or emulated, all of them would take long. Primes, so that
+# the steps do not keep to some of the 8 pairs of dtype and layout, 80 lengths and 9 activations.
+NATIVE_TEST_ARGS ?=
+
+native-test: ## build the kernels' own test program and run it
+	$(call self_test,native-test)
+	build/native-test/test_kernels $(NATIVE_TEST_ARGS)
+
+sanitize: ## the same under the sanitizers of addresses and undefined behaviour, then of threads
+	$(call self_test,sanitize-address,-DBATCHNORM_SANITIZE=address$(comma)undefined)
+	build/sanitize-address/test_kernels --every 11 $(NATIVE_TEST_ARGS)
+	$(call self_test,sanitize-thread,-DBATCHNORM_SANITIZE=thread)
+	build/sanitize-thread/test_kernels --every 31 $(NATIVE_TEST_ARGS)
+
+neon: ## the same for 64-bit ARM, cross-compiled; run where qemu-aarch64 is installed
+	@command -v aarch64-linux-gnu-g++ >/dev/null || \
+		{ echo "make neon needs aarch64-linux-gnu-g++; on Debian: apt-get install g++-aarch64-linux-gnu"; exit 1; }
+	$(call self_test,neon,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static)
+	@qemu=$$(command -v qemu-aarch64-static || command -v qemu-aarch64) || \
+		{ echo "built, not run: qemu-aarch64 is missing; on Debian: apt-get install qemu-user-static"; exit 0; }; \
+	echo "$$qemu build/neon/test_kernels --every 17 $(NATIVE_TEST_ARGS)"; \
+	$$qemu build/neon/test_kernels --every 17 $(NATIVE_TEST_ARGS)
+
+lint: $(VENV)/.dev.stamp ## ruff and clang-format: style and formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-format: $(VENV)/.dev.stamp ## ruff: format in place
+format: $(VENV)/.dev.stamp ## ruff and clang-format: format in place
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 types: $(VENV)/.dev.stamp ## mypy --strict on the package
 	$(BIN)/mypy
@@ -43,4 +73,4 @@ docs: $(VENV)/.dev.stamp ## the manual, warnings as errors
 check: lint types contracts docs test ## everything that CI runs
 
 clean: ## remove what the commands above made
-	rm -rf $(VENV) docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

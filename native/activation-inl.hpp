@@ -70,8 +70,8 @@ struct Normal {
 INLINE Normal<float> normal(const Pack<float>& z) {
     // For x = |z|/√2, Φ(−|z|) = e^(−x²)·R(t)/2 with R = e^(x²)·erfc(x) as a polynomial in t = 1/(1 + 0.4·x): a
     // least-squares fit at Chebyshev nodes for 0 ≤ x ≤ 10.5, relative error 4e-8.
-    constexpr float fit[] = {2.146288663e-05f, 2.2518302001e-01f,  2.3048361522e-01f,  1.8165565199e-01f,
-                             2.5588435194e-01f, -4.3921173495e-02f, 2.4513406706e-01f, -3.9972063709e-02f,
+    constexpr float fit[] = {2.146288663e-05f,   2.2518302001e-01f,  2.3048361522e-01f, 1.8165565199e-01f,
+                             2.5588435194e-01f,  -4.3921173495e-02f, 2.4513406706e-01f, -3.9972063709e-02f,
                              -8.5125829184e-02f, 3.0656931333e-02f};
     const Pack<float> zero = broadcast(0.0f), one = broadcast(1.0f);
     const Pack<float> x = select(z < zero, zero - z, z) * broadcast(0.707106781f);
@@ -103,20 +103,11 @@ NOINLINE void activate_other(Activation activation, Pack<A>& z) {
             z = z * gate * broadcast(A(1) / A(6));
             break;
         }
-        case Activation::silu:
-            z = z * sigmoid(z);
-            break;
-        case Activation::sigmoid:
-            z = sigmoid(z);
-            break;
-        case Activation::tanh:
-            z = tanh(z);
-            break;
-        case Activation::gelu:
-            z = z * normal(z).distribution;
-            break;
-        default:
-            break;
+        case Activation::silu: z = z * sigmoid(z); break;
+        case Activation::sigmoid: z = sigmoid(z); break;
+        case Activation::tanh: z = tanh(z); break;
+        case Activation::gelu: z = z * normal(z).distribution; break;
+        default: break;
     }
 }
 
@@ -124,9 +115,11 @@ template <class A>
 NOINLINE void slope_other(Activation activation, Pack<A>& z) {
     const Pack<A> zero = broadcast(A(0)), one = broadcast(A(1)), three = broadcast(A(3));
     switch (activation) {
-        case Activation::relu6:
-            z = select((zero < z) & (z < broadcast(A(6))), one, zero);
+        case Activation::relu:  // of a residual too, of which no bits were kept
+            z = select(zero < z, one, zero);
             break;
+        case Activation::leaky_relu: z = select(zero < z, one, broadcast(A(LEAKY_SLOPE))); break;
+        case Activation::relu6: z = select((zero < z) & (z < broadcast(A(6))), one, zero); break;
         case Activation::hardswish: {
             const Pack<A> middle = multiply_add(z, broadcast(A(1) / A(3)), broadcast(A(0.5)));
             z = select(zero - three < z, select(z < three, middle, one), select(z < zero, zero, middle));
@@ -152,9 +145,7 @@ NOINLINE void slope_other(Activation activation, Pack<A>& z) {
             z = multiply_add(z, n.density, n.distribution);
             break;
         }
-        default:
-            z = one;
-            break;
+        default: z = one; break;
     }
 }
 

@@ -30,7 +30,6 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-
 struct Call {
     Shape shape;
     Affine affine;
@@ -63,8 +62,9 @@ NB_MODULE(_native, m) {
     m.def("isas", &available_isas, "The instruction sets that this build has and this machine runs, the best last.");
     m.def("isa", [] { return std::string(active_kernels().name); }, "The instruction set in use.");
     m.def("use_isa", &use_isa, "name"_a, "Use another instruction set, in all threads; False if it is not available.");
-    m.def("set_parallel_for", [](uintptr_t address) { parallel_for = reinterpret_cast<ParallelFor>(address); },
-          "address"_a, "Run on the thread pool behind this function; 0: on the calling thread.");
+    m.def(
+        "set_parallel_for", [](uintptr_t address) { parallel_for = reinterpret_cast<ParallelFor>(address); },
+        "address"_a, "Run on the thread pool behind this function; 0: on the calling thread.");
 
     nb::class_<Call>(m, "Call", "What all phases of one call share: sizes, parameters and statistics, by address.")
         .def(
@@ -119,8 +119,8 @@ NB_MODULE(_native, m) {
             nb::call_guard<nb::gil_scoped_release>())
         .def(
             "backward_reduce",
-            [](const Call& call, View dy, View x, uintptr_t bits, View residual, bool in_place, View kept, uintptr_t slot,
-               uintptr_t sums) {
+            [](const Call& call, View dy, View x, uintptr_t bits, View residual, bool in_place, View kept,
+               uintptr_t slot, uintptr_t sums) {
                 const Saved saved{x, at<uint16_t>(bits), residual, in_place, kept, at<int32_t>(slot)};
                 active_kernels().backward_reduce(call.shape, dy, saved, call.affine, call.statistics,
                                                  {at<double>(sums), at<double>(sums) + call.shape.channels}, call.pool);
@@ -129,8 +129,8 @@ NB_MODULE(_native, m) {
             nb::call_guard<nb::gil_scoped_release>())
         .def(
             "backward_input",
-            [](const Call& call, View dy, View x, uintptr_t bits, View residual, bool in_place, View kept, uintptr_t slot,
-               uintptr_t sums, double count, View dx, View dresidual) {
+            [](const Call& call, View dy, View x, uintptr_t bits, View residual, bool in_place, View kept,
+               uintptr_t slot, uintptr_t sums, double count, View dx, View dresidual) {
                 const Saved saved{x, at<uint16_t>(bits), residual, in_place, kept, at<int32_t>(slot)};
                 double* of_dy = at<double>(sums);
                 active_kernels().backward_input(call.shape, dy, saved, call.affine, call.statistics,
@@ -141,12 +141,12 @@ NB_MODULE(_native, m) {
             "dresidual"_a, nb::call_guard<nb::gil_scoped_release>())
         .def(
             "train_backward",
-            [](const Call& call, View dy, View x, uintptr_t bits, View residual, bool in_place, View kept, uintptr_t slot,
-               uintptr_t sums, View dx, View dresidual) {
+            [](const Call& call, View dy, View x, uintptr_t bits, View residual, bool in_place, View kept,
+               uintptr_t slot, uintptr_t sums, View dx, View dresidual) {
                 const Saved saved{x, at<uint16_t>(bits), residual, in_place, kept, at<int32_t>(slot)};
                 active_kernels().train_backward(call.shape, dy, saved, call.affine, call.statistics,
-                                                {at<double>(sums), at<double>(sums) + call.shape.channels}, dx, dresidual,
-                                                call.pool);
+                                                {at<double>(sums), at<double>(sums) + call.shape.channels}, dx,
+                                                dresidual, call.pool);
             },
             "dy"_a, "x"_a, "bits"_a, "residual"_a, "in_place"_a, "kept"_a, "slot"_a, "sums"_a, "dx"_a, "dresidual"_a,
             nb::call_guard<nb::gil_scoped_release>());

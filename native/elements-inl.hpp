@@ -41,7 +41,8 @@ template <class T, class Where>
 INLINE void put(T* p, const Pack<Compute<T>>& a, Where where, bool streaming) {
     if constexpr (sizeof(T) >= 4 && std::is_same_v<Where, Whole>) {
         if (streaming) {
-            UNROLLED for (int i = 0; i < Pack<T>::parts; ++i) stream(p + i * Pack<T>::lanes, a.part[i]);
+            UNROLLED for (int i = 0; i < Pack<T>::parts; ++i)
+                stream(p + i * Pack<T>::lanes, a.part[i]);
             return;
         }
     }
@@ -122,31 +123,32 @@ INLINE void backward_terms(const BackwardRun<T>& run, int64_t i, Where where, co
     }
 }
 
-// dx = of_g·g + of_d·d + constant, which is weight·rstd·(g − Σg/n − x̂·Σ(g·x̂)/n) multiplied out.
+// dx = scale·(g + of_d·d + constant), which is weight·rstd·(g − Σg/n − x̂·Σ(g·x̂)/n). The scale stays outside: rstd²
+// would be nothing in float for a standard deviation above 10^19.
 template <class A>
 struct InputGradient {
-    A of_g, of_d, constant;
+    A scale, of_d, constant;
 };
 
 // sums.dy == nullptr: mean and rstd are constants, dx = weight·rstd·g.
 template <class A>
-INLINE InputGradient<A> input_gradient(const Affine& affine, const Statistics& statistics, const Sums& sums, double count,
-                                       int64_t c) {
+INLINE InputGradient<A> input_gradient(const Affine& affine, const Statistics& statistics, const Sums& sums,
+                                       double count, int64_t c) {
     const double weight = affine.weight ? static_cast<const A*>(affine.weight)[c] : 1.0;
     const double mean = statistics.mean[c], rstd = statistics.rstd[c], scale = weight * rstd;
     if (!sums.dy) return {A(scale), 0, 0};
-    const double of_x = -scale * rstd * sums.dy_xhat[c] / count;
-    const double constant = -scale * sums.dy[c] / count - of_x * (mean - double(A(mean)));
+    const double of_x = -rstd * sums.dy_xhat[c] / count;
+    const double constant = -sums.dy[c] / count - of_x * (mean - double(A(mean)));
     return {A(scale), A(of_x), A(constant)};
 }
 
 template <class A>
 struct InputGradients {
-    Pack<A> of_g, of_d, constant;
+    Pack<A> scale, of_d, constant;
 };
 template <class A>
 INLINE InputGradients<A> everywhere(const InputGradient<A>& c) {
-    return {broadcast(c.of_g), broadcast(c.of_d), broadcast(c.constant)};
+    return {broadcast(c.scale), broadcast(c.of_d), broadcast(c.constant)};
 }
 
 template <class T, Slope slope, class Where>
@@ -210,5 +212,6 @@ INLINE void parallel(const Pool& pool, int64_t n, Body&& body) {
     if (n <= 0) return;
     if (n == 1 || pool.threads <= 1) return body(int64_t(0), n);
     using Plain = std::remove_reference_t<Body>;
-    pool.run(n, 1, [](int64_t begin, int64_t end, void* context) { (*static_cast<Plain*>(context))(begin, end); }, &body);
+    pool.run(
+        n, 1, [](int64_t begin, int64_t end, void* context) { (*static_cast<Plain*>(context))(begin, end); }, &body);
 }

@@ -81,9 +81,9 @@ INLINE uint16_t one_to_float16(float f) {
     std::memcpy(&bits, &f, 4);
     const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
     bits &= 0x7fffffff;
-    if (bits > 0x7f800000) return sign | 0x7e00;         // NaN
-    if (bits >= 0x477ff000) return sign | 0x7c00;        // rounds beyond 65504
-    if (bits < 0x38800000) {                             // subnormal: units of 2^-24, to nearest, ties to even
+    if (bits > 0x7f800000) return sign | 0x7e00;   // NaN
+    if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds beyond 65504
+    if (bits < 0x38800000) {                       // subnormal: units of 2^-24, to nearest, ties to even
         float value;
         std::memcpy(&value, &bits, 4);
         return sign | uint16_t(std::nearbyint(value * 16777216.0f));

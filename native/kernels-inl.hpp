@@ -3,9 +3,6 @@
 
 namespace batchnorm {
 
-// Outputs of more bytes than this go around the caches.
-extern const int64_t stream_bytes;
-
 namespace BATCHNORM_ISA {
 namespace {
 

@@ -118,6 +118,10 @@ int64_t mark_unrecoverable(const Shape& shape, const Affine& affine, uint8_t* ma
 // Asks for large pages behind a fresh output, before its first bytes are written: fewer page faults. Best effort.
 void advise_huge_pages(void* data, int64_t bytes);
 
+// Outputs of more bytes than this go around the caches: the size of the last of them. Tests lower it, so that small
+// tensors go that way too.
+extern int64_t stream_bytes;
+
 // The instruction sets that this build has and this machine runs, the best last.
 std::vector<std::string> available_isas();
 // The one in use: the best at first.

@@ -7,17 +7,16 @@
 
 template <class T>
 struct Planes {
-    static constexpr int64_t block = 1024;      // elements of a channel whose moments are taken in the working precision
-    static constexpr int64_t stretch = 8192;    // bytes of a sample's runs in a group of channels
-    static constexpr int64_t unit = 16 * block; // elements that are shared out when there are few channels
+    static constexpr int64_t block = 1024;    // elements of a channel whose moments are taken in the working precision
+    static constexpr int64_t stretch = 8192;  // bytes of a sample's runs in a group of channels
+    static constexpr int64_t unit = 16 * block;  // elements that are shared out when there are few channels
 
     int64_t outer, channels, inner;
     int64_t group;    // channels
     int64_t samples;  // of a channel, in a block
     bool shared;      // one channel's samples among several threads
 
-    Planes(const Shape& shape, const Pool& pool)
-        : outer(shape.outer), channels(shape.channels), inner(shape.inner) {
+    Planes(const Shape& shape, const Pool& pool) : outer(shape.outer), channels(shape.channels), inner(shape.inner) {
         group = std::min(channels, std::max<int64_t>(1, stretch / (inner * int64_t(sizeof(T)) + 1)));
         while (group > 1 && !balanced(group, pool.threads)) group = (group + 1) / 2;
         shared = !balanced(group, pool.threads);
@@ -139,7 +138,8 @@ INLINE void merge_runs(const View& x, int64_t c, int64_t n0, int64_t n1, int64_t
         const int64_t samples = std::max<int64_t>(1, block / 2 / std::max<int64_t>(1, s1 - s0));
         for (int64_t n = n0; n < n1; n += samples) {
             const int64_t runs = std::min(samples, n1 - n);
-            merge_block(run_of<const T>(x, n, c, s0), runs, x.outer_stride, s1 - s0, x.channel_stride * sizeof(T), moments);
+            merge_block(run_of<const T>(x, n, c, s0), runs, x.outer_stride, s1 - s0, x.channel_stride * sizeof(T),
+                        moments);
         }
         return;
     }
@@ -158,8 +158,8 @@ INLINE bool aligned(const T* p) {
 }
 
 template <class T, Kind kind, bool add>
-NOINLINE void forward_run(const ForwardRun<T>& run, int64_t length, const Affine& affine, const Coefficients<Compute<T>>& c,
-                        bool streaming) {
+NOINLINE void forward_run(const ForwardRun<T>& run, int64_t length, const Affine& affine,
+                          const Coefficients<Compute<T>>& c, bool streaming) {
     using A = Compute<T>;
     const Affines<A> affines = everywhere(c);
     const Pack<A> low = broadcast(A(low_slope(affine.activation)));
@@ -292,11 +292,10 @@ struct BackwardPlanes {
     }
     INLINE BackwardRun<T> run(int64_t n, int64_t c, int64_t s) const {
         const int64_t words = words_per_run(shape);
-        const uint16_t* bits =
-            saved.bits ? saved.bits + (n * shape.channels + c) * words + s / Pack<A>::size : nullptr;
+        const uint16_t* bits = saved.bits ? saved.bits + (n * shape.channels + c) * words + s / Pack<A>::size : nullptr;
         const T* x = kept(c) ? run_of<const T>(saved.kept, n, saved.slot[c], s) : run_of<const T>(saved.x, n, c, s);
-        return {run_of<const T>(dy, n, c, s), x, run_of<const T>(saved.residual, n, c, s), bits,
-                run_of<T>(dx, n, c, s), run_of<T>(dresidual, n, c, s)};
+        return {run_of<const T>(dy, n, c, s), x, run_of<const T>(saved.residual, n, c, s), bits, run_of<T>(dx, n, c, s),
+                run_of<T>(dresidual, n, c, s)};
     }
 };
 

@@ -65,20 +65,21 @@ struct Columns {
 
 template <class A>
 struct GradientColumns {
-    std::vector<A> of_g, of_d, constant;
+    std::vector<A> scale, of_d, constant;
 
-    GradientColumns(const Shape& shape, const Affine& affine, const Statistics& statistics, const Sums& sums, double count)
-        : of_g(shape.channels), of_d(shape.channels), constant(shape.channels) {
+    GradientColumns(const Shape& shape, const Affine& affine, const Statistics& statistics, const Sums& sums,
+                    double count)
+        : scale(shape.channels), of_d(shape.channels), constant(shape.channels) {
         for (int64_t c = 0; c < shape.channels; ++c) {
             const InputGradient<A> of_channel = input_gradient<A>(affine, statistics, sums, count, c);
-            of_g[c] = of_channel.of_g;
+            scale[c] = of_channel.scale;
             of_d[c] = of_channel.of_d;
             constant[c] = of_channel.constant;
         }
     }
     template <class Where>
     INLINE InputGradients<A> at(int64_t c, Where where) const {
-        return {load(&of_g[c], where), load(&of_d[c], where), load(&constant[c], where)};
+        return {load(&scale[c], where), load(&of_d[c], where), load(&constant[c], where)};
     }
 };
 
@@ -139,7 +140,8 @@ INLINE void add_columns(const View& x, int64_t begin, int64_t end, int64_t chann
 
 // A block is read twice: once for its own means, then, from the cache, for the deviations from those.
 template <class T>
-INLINE void merge_rows(const View& x, int64_t begin, int64_t end, std::vector<Compute<T>>& scratch, ColumnMoments& moments) {
+INLINE void merge_rows(const View& x, int64_t begin, int64_t end, std::vector<Compute<T>>& scratch,
+                       ColumnMoments& moments) {
     using A = Compute<T>;
     const int64_t channels = int64_t(moments.mean.size());
     const double n = double(end - begin), total = moments.count + n, share = n / total, cross = moments.count * share;
@@ -168,14 +170,14 @@ INLINE void merge_rows(const View& x, int64_t begin, int64_t end, std::vector<Co
         store(of_dd, second + second_odd, Whole{});
         const int lanes = int(std::min<int64_t>(Pack<A>::size, channels - c));
         for (int j = 0; j < lanes; ++j) {
-            const double d = of_d[j], m2 = of_dd[j] - d * d / n;
-            moments.merge_one(c + j, share, cross, double(shifts[j]) + d / n, m2 > 0 ? m2 : 0);
-        }
-        for (int j = 0; j < lanes; ++j)
             if (!std::isfinite(of_dd[j])) {
                 const Moments exact = exact_column<T>(x, c + j, begin, end);
                 moments.merge_one(c + j, share, cross, exact.mean, exact.m2);
+                continue;
             }
+            const double d = of_d[j], m2 = of_dd[j] - d * d / n;
+            moments.merge_one(c + j, share, cross, double(shifts[j]) + d / n, m2 > 0 ? m2 : 0);
+        }
     });
     moments.count = total;
 }
@@ -230,8 +232,9 @@ void rows_normalize(const Shape& shape, const View& x, const Affine& affine, con
 }
 
 template <class T, Kind kind, bool add>
-void rows_train_forward(const Shape& shape, const View& x, const Affine& affine, const Statistics& statistics, double eps,
-                        const Running& running, const View& residual, const View& y, uint16_t* bits, const Pool& pool) {
+void rows_train_forward(const Shape& shape, const View& x, const Affine& affine, const Statistics& statistics,
+                        double eps, const Running& running, const View& residual, const View& y, uint16_t* bits,
+                        const Pool& pool) {
     rows_moments<T>(shape, x, statistics, eps, running, pool);
     rows_normalize<T, kind, add>(shape, x, affine, statistics, residual, y, bits, pool);
 }
@@ -241,8 +244,12 @@ void rows_train_forward(const Shape& shape, const View& x, const Affine& affine,
 template <class T>
 INLINE BackwardRun<T> backward_row(const View& dy, const Saved& saved, int64_t words, const View& dx,
                                    const View& dresidual, int64_t r) {
-    return {row_of<const T>(dy, r), row_of<const T>(saved.x, r), row_of<const T>(saved.residual, r),
-            saved.bits ? saved.bits + r * words : nullptr, row_of<T>(dx, r), row_of<T>(dresidual, r)};
+    return {row_of<const T>(dy, r),
+            row_of<const T>(saved.x, r),
+            row_of<const T>(saved.residual, r),
+            saved.bits ? saved.bits + r * words : nullptr,
+            row_of<T>(dx, r),
+            row_of<T>(dresidual, r)};
 }
 
 template <class T, Slope slope>
