@@ -35,7 +35,8 @@ void take(int64_t channels, const A* mean, const A* variance, double eps, const 
 
 void take_stored(const Shape& shape, const void* mean, const void* variance, double eps, const Statistics& statistics) {
     if (shape.dtype == DType::float64)
-        return take(shape.channels, static_cast<const double*>(mean), static_cast<const double*>(variance), eps, statistics);
+        return take(shape.channels, static_cast<const double*>(mean), static_cast<const double*>(variance), eps,
+                    statistics);
     take(shape.channels, static_cast<const float*>(mean), static_cast<const float*>(variance), eps, statistics);
 }
 

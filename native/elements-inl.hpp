@@ -159,9 +159,8 @@ INLINE void backward_pack(const BackwardRun<T>& run, int64_t i, Where where, con
     Pack<A> g, d;
     backward_terms<T, slope>(run, i, where, mode, affine, inverse, g, d);
     if (run.dresidual) put(run.dresidual + i, g, where, false);
-    Pack<A> dx = g * gradient.of_g;
-    if (mode.centered) dx = multiply_add(g, gradient.of_g, multiply_add(d, gradient.of_d, gradient.constant));
-    put(run.dx + i, dx, where, mode.streaming);
+    if (mode.centered) g = g + multiply_add(d, gradient.of_d, gradient.constant);
+    put(run.dx + i, g * gradient.scale, where, mode.streaming);
 }
 
 // Σg·x̂ = rstd·(Σg·d − (mean − shift)·Σg)

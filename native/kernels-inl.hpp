@@ -78,8 +78,8 @@ void normalize(const Shape& shape, View x, const Affine& affine, Statistics stat
             constexpr Kind k = decltype(kind)::value;
             const auto run = [&](auto add) {
                 constexpr bool a = decltype(add)::value;
-                of_layout(shape.layout, planes_normalize<T, k, a>, rows_normalize<T, k, a>,
-                          narrow_normalize<T, k, a>)(shape, x, affine, statistics, residual, y, bits, pool);
+                of_layout(shape.layout, planes_normalize<T, k, a>, rows_normalize<T, k, a>, narrow_normalize<T, k, a>)(
+                    shape, x, affine, statistics, residual, y, bits, pool);
             };
             residual.data ? run(std::true_type{}) : run(std::false_type{});
         });

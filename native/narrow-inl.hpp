@@ -5,8 +5,8 @@
 template <class T>
 struct Narrow {
     using A = Compute<T>;
-    static constexpr int64_t cache = 256 * 1024;  // bytes of a group, and
-    static constexpr int64_t stretch = 16 * 1024; // of its row
+    static constexpr int64_t cache = 256 * 1024;   // bytes of a group, and
+    static constexpr int64_t stretch = 16 * 1024;  // of its row
 
     int64_t samples, channels, inner;
     int64_t group;  // channels, such that rows begin with whole packs
@@ -27,12 +27,21 @@ struct Narrow {
 // What a thread knows of each column of its group.
 template <class A>
 struct Spread {
-    std::vector<A> shift, scale, offset, inverse, of_g, of_d, constant, sum, sum_of_products;
+    std::vector<A> shift, scale, offset, inverse, gradient_scale, of_d, constant, sum, sum_of_products;
     std::vector<double> total, total_of_products;  // per column, over blocks of rows
 
     explicit Spread(int64_t width)
-        : shift(width), scale(width), offset(width), inverse(width), of_g(width), of_d(width), constant(width), sum(width),
-          sum_of_products(width), total(width), total_of_products(width) {}
+        : shift(width),
+          scale(width),
+          offset(width),
+          inverse(width),
+          gradient_scale(width),
+          of_d(width),
+          constant(width),
+          sum(width),
+          sum_of_products(width),
+          total(width),
+          total_of_products(width) {}
 
     void affine(const Affine& affine, const Statistics& statistics, int64_t c0, int64_t count, int64_t inner) {
         for (int64_t c = 0; c < count; ++c) {
@@ -43,11 +52,11 @@ struct Spread {
             std::fill_n(&inverse[c * inner], inner, A(1 / double(of_channel.scale)));
         }
     }
-    void gradient(const Affine& affine, const Statistics& statistics, const Sums& sums, double n, int64_t c0, int64_t count,
-                  int64_t inner) {
+    void gradient(const Affine& affine, const Statistics& statistics, const Sums& sums, double n, int64_t c0,
+                  int64_t count, int64_t inner) {
         for (int64_t c = 0; c < count; ++c) {
             const InputGradient<A> of_channel = input_gradient<A>(affine, statistics, sums, n, c0 + c);
-            std::fill_n(&of_g[c * inner], inner, of_channel.of_g);
+            std::fill_n(&gradient_scale[c * inner], inner, of_channel.scale);
             std::fill_n(&of_d[c * inner], inner, of_channel.of_d);
             std::fill_n(&constant[c * inner], inner, of_channel.constant);
         }
@@ -58,7 +67,7 @@ struct Spread {
     }
     template <class Where>
     INLINE InputGradients<A> gradients(int64_t i, Where where) const {
-        return {load(&of_g[i], where), load(&of_d[i], where), load(&constant[i], where)};
+        return {load(&gradient_scale[i], where), load(&of_d[i], where), load(&constant[i], where)};
     }
 };
 
@@ -141,7 +150,8 @@ void narrow_statistics(const View& x, int64_t samples, int64_t inner, int64_t c0
     add_deviations<T>(x, samples, width, spread);
     for (int64_t c = 0; c < count; ++c) {
         double of_d = 0, of_dd = 0;
-        for (int64_t i = c * inner; i < (c + 1) * inner; ++i) of_d += spread.total[i], of_dd += spread.total_of_products[i];
+        for (int64_t i = c * inner; i < (c + 1) * inner; ++i)
+            of_d += spread.total[i], of_dd += spread.total_of_products[i];
         Moments found;
         if (std::isfinite(of_dd)) {
             const double m2 = of_dd - of_d * of_d / n;
@@ -158,15 +168,17 @@ void narrow_moments(const Shape& shape, const View& x, const Statistics& statist
                     const Pool& pool) {
     const Narrow<T> narrow(shape, pool);
     narrow.for_groups(pool, [&](int64_t c0, int64_t count, auto& spread) {
-        narrow_statistics<T>(group_of<T>(x, c0), shape.outer, shape.inner, c0, count, x, statistics, running, eps, spread);
+        narrow_statistics<T>(group_of<T>(x, c0), shape.outer, shape.inner, c0, count, x, statistics, running, eps,
+                             spread);
     });
 }
 
 // -- forward ---------------------------------------------------------------------------------------------------------
 
 template <class T, Kind kind, bool add>
-NOINLINE void narrow_rows(const View& x, const View& residual, const View& y, uint16_t* bits, int64_t words, int64_t samples,
-                          int64_t width, Activation activation, bool streaming, const Spread<Compute<T>>& spread) {
+NOINLINE void narrow_rows(const View& x, const View& residual, const View& y, uint16_t* bits, int64_t words,
+                          int64_t samples, int64_t width, Activation activation, bool streaming,
+                          const Spread<Compute<T>>& spread) {
     using A = Compute<T>;
     const Pack<A> low = broadcast(A(low_slope(activation)));
     rows_backwards(samples, [&](int64_t first, auto rows) {
@@ -174,7 +186,8 @@ NOINLINE void narrow_rows(const View& x, const View& residual, const View& y, ui
         bool around = streaming;
         for (int k = 0; k < rows; ++k) {
             const int64_t n = first + k;
-            run[k] = {row_of<const T>(x, n), row_of<const T>(residual, n), row_of<T>(y, n), bits ? bits + n * words : nullptr};
+            run[k] = {row_of<const T>(x, n), row_of<const T>(residual, n), row_of<T>(y, n),
+                      bits ? bits + n * words : nullptr};
             around = around && aligned(run[k].y);
         }
         for_packs<A>(width, [&](int64_t i, auto where) {
@@ -229,7 +242,10 @@ struct NarrowBackward {
 
     NarrowBackward(const Shape& shape, const View& of_dy, const Saved& all, const View& of_dx, const View& of_dresidual,
                    int64_t c0)
-        : dy(group_of<T>(of_dy, c0)), saved(all), dx(group_of<T>(of_dx, c0)), dresidual(group_of<T>(of_dresidual, c0)),
+        : dy(group_of<T>(of_dy, c0)),
+          saved(all),
+          dx(group_of<T>(of_dx, c0)),
+          dresidual(group_of<T>(of_dresidual, c0)),
           words(words_per_run(shape)) {
         saved.x = group_of<T>(all.x, c0);
         saved.residual = group_of<T>(all.residual, c0);
@@ -276,8 +292,8 @@ NOINLINE void narrow_sums(const NarrowBackward<T>& backward, int64_t samples, in
 }
 
 template <class T, Slope slope>
-NOINLINE void narrow_gradients(const NarrowBackward<T>& backward, int64_t samples, int64_t width, const BackwardMode& all,
-                               const Spread<Compute<T>>& spread) {
+NOINLINE void narrow_gradients(const NarrowBackward<T>& backward, int64_t samples, int64_t width,
+                               const BackwardMode& all, const Spread<Compute<T>>& spread) {
     using A = Compute<T>;
     rows_backwards(samples, [&](int64_t first, auto rows) {
         BackwardRun<T> run[rows];
@@ -290,8 +306,7 @@ NOINLINE void narrow_gradients(const NarrowBackward<T>& backward, int64_t sample
             const Affines<A> affines = spread.affines(i, where);
             const Pack<A> inverse = mode.recover ? load(&spread.inverse[i], where) : affines.scale;
             const InputGradients<A> gradients = spread.gradients(i, where);
-            for (int k = 0; k < rows; ++k)
-                backward_pack<T, slope>(run[k], i, where, mode, affines, inverse, gradients);
+            for (int k = 0; k < rows; ++k) backward_pack<T, slope>(run[k], i, where, mode, affines, inverse, gradients);
         });
     });
 }
@@ -299,8 +314,8 @@ NOINLINE void narrow_gradients(const NarrowBackward<T>& backward, int64_t sample
 // With or without the sums of this batch, with or without the gradients.
 template <class T, Slope slope>
 void narrow_backward(const Shape& shape, const View& dy, const Saved& saved, const Affine& affine,
-                     const Statistics& statistics, const Sums& sums, double count, const View& dx, const View& dresidual,
-                     const Pool& pool, bool take_sums) {
+                     const Statistics& statistics, const Sums& sums, double count, const View& dx,
+                     const View& dresidual, const Pool& pool, bool take_sums) {
     using A = Compute<T>;
     const Narrow<T> narrow(shape, pool);
     const BackwardMode mode = {affine.activation, saved.in_place, sums.dy != nullptr, streams(shape, dy, dx)};
@@ -313,7 +328,8 @@ void narrow_backward(const Shape& shape, const View& dy, const Saved& saved, con
             narrow_sums<T, slope>(backward, shape.outer, width, mode, spread);
             for (int64_t c = 0; c < channels; ++c) {
                 double g = 0, gd = 0;
-                for (int64_t i = c * inner; i < (c + 1) * inner; ++i) g += spread.total[i], gd += spread.total_of_products[i];
+                for (int64_t i = c * inner; i < (c + 1) * inner; ++i)
+                    g += spread.total[i], gd += spread.total_of_products[i];
                 finish_sums<A>(statistics, sums, c0 + c, g, gd);
             }
         }
@@ -333,8 +349,7 @@ template <class T, Slope slope>
 void narrow_backward_input(const Shape& shape, const View& dy, const Saved& saved, const Affine& affine,
                            const Statistics& statistics, const Sums& sums, double count, const View& dx,
                            const View& dresidual, const Pool& pool) {
-    narrow_backward<T, slope>(shape, dy, saved, affine, statistics, sums, count, dx, dresidual, pool,
-                                                 false);
+    narrow_backward<T, slope>(shape, dy, saved, affine, statistics, sums, count, dx, dresidual, pool, false);
 }
 
 template <class T, Slope slope>

@@ -171,7 +171,7 @@ NOINLINE void forward_run(const ForwardRun<T>& run, int64_t length, const Affine
 
 template <class T, Slope slope>
 NOINLINE void reduce_run(const BackwardRun<T>& run, int64_t length, const BackwardMode& mode,
-                       const Affines<Compute<T>>& affines, const Pack<Compute<T>>& inverse, Pack<Compute<T>>& total_g,
+                         const Affines<Compute<T>>& affines, const Pack<Compute<T>>& inverse, Pack<Compute<T>>& total_g,
                          Pack<Compute<T>>& total_gd) {
     using A = Compute<T>;
     Pack<A> sum_g = total_g, sum_gd = total_gd;
@@ -186,8 +186,8 @@ NOINLINE void reduce_run(const BackwardRun<T>& run, int64_t length, const Backwa
 }
 
 template <class T, Slope slope>
-NOINLINE void backward_run(const BackwardRun<T>& run, int64_t length, BackwardMode mode, const Coefficients<Compute<T>>& c,
-                           const InputGradient<Compute<T>>& gradient) {
+NOINLINE void backward_run(const BackwardRun<T>& run, int64_t length, BackwardMode mode,
+                           const Coefficients<Compute<T>>& c, const InputGradient<Compute<T>>& gradient) {
     using A = Compute<T>;
     const Affines<A> affines = everywhere(c);
     const Pack<A> inverse = broadcast(A(1 / double(c.scale)));
@@ -334,7 +334,8 @@ void planes_backward_reduce(const Shape& shape, const View& dy, const Saved& sav
     std::vector<double> of_g(shape.channels * planes.units()), of_gd(of_g.size());
     planes.for_units(pool, [&](int64_t c, int64_t k, int64_t n0, int64_t n1, int64_t s0, int64_t s1) {
         const int64_t at = c * planes.units() + k;
-        reduce_samples<T, slope>(backward, c, n0, n1, s0, s1, coefficients<A>(affine, statistics, c), of_g[at], of_gd[at]);
+        reduce_samples<T, slope>(backward, c, n0, n1, s0, s1, coefficients<A>(affine, statistics, c), of_g[at],
+                                 of_gd[at]);
     });
     for (int64_t c = 0; c < shape.channels; ++c) {
         double g = 0, gd = 0;
@@ -352,7 +353,8 @@ void planes_backward_input(const Shape& shape, const View& dy, const Saved& save
     const BackwardMode mode = {affine.activation, saved.in_place, sums.dy != nullptr, streams(shape, dy, dx)};
     const BackwardPlanes<T> backward{shape, dy, saved, dx, dresidual, mode};
     planes.for_runs(pool, [&](int64_t n, int64_t c, int64_t s0, int64_t s1) {
-        backward_run<T, slope>(backward.run(n, c, s0), s1 - s0, backward.mode_of(c), coefficients<A>(affine, statistics, c),
+        backward_run<T, slope>(backward.run(n, c, s0), s1 - s0, backward.mode_of(c),
+                               coefficients<A>(affine, statistics, c),
                                input_gradient<A>(affine, statistics, sums, count, c));
     });
 }
@@ -384,6 +386,7 @@ void planes_train_backward(const Shape& shape, const View& dy, const Saved& save
             gradient[c] = input_gradient<A>(affine, statistics, sums, count, c);
         },
         [&](int64_t c, int64_t n) {
-            backward_run<T, slope>(backward.run(n, c, 0), shape.inner, backward.mode_of(c), coefficient[c], gradient[c]);
+            backward_run<T, slope>(backward.run(n, c, 0), shape.inner, backward.mode_of(c), coefficient[c],
+                                   gradient[c]);
         });
 }

@@ -222,10 +222,11 @@ struct Case {
     std::string describe() const {
         static const char* const activations[] = {"none", "relu",    "leaky_relu", "relu6", "hardswish",
                                                   "silu", "sigmoid", "tanh",       "gelu"};
+        static const char* const layouts[] = {"planes", "rows", "narrow"};
         static const char* const kinds[] = {"plain", "far", "huge", "constant", "special"};
         char text[400];
         std::snprintf(text, sizeof text, "%s %s %lldx%lldx%lld %s%s%s%s%s%s%s, %s data, %d threads",
-                      name_of(shape.dtype), shape.layout == Layout::planes ? "planes" : "rows", (long long)shape.outer,
+                      name_of(shape.dtype), layouts[int(shape.layout)], (long long)shape.outer,
                       (long long)shape.channels, (long long)shape.inner, activations[int(activation)],
                       residual ? " residual" : "", weight ? " weight" : "", bias ? " bias" : "", gaps ? " gaps" : "",
                       shifted ? " shifted" : "", streaming ? " streaming" : "", kinds[int(data)], threads);
@@ -234,7 +235,7 @@ struct Case {
 };
 
 constexpr int64_t LENGTHS = 80;
-constexpr uint64_t SWEEP = 8 * LENGTHS * 4;  // every dtype, layout and length of a run, four times
+constexpr uint64_t SWEEP = 12 * LENGTHS * 4;  // every dtype, layout and length of a run, four times
 
 struct Size {
     Layout layout;
@@ -245,7 +246,8 @@ constexpr Size LARGE[] = {
     {Layout::planes, 40, 1, 1000}, {Layout::planes, 3, 2, 20001}, {Layout::planes, 2, 3, 16385},
     {Layout::planes, 1, 1, 50000}, {Layout::planes, 700, 2, 49},  {Layout::planes, 5, 130, 9},
     {Layout::planes, 9000, 2, 2},  {Layout::rows, 1400, 3, 1},    {Layout::rows, 700, 65, 1},
-    {Layout::rows, 100, 1031, 1},  {Layout::rows, 20000, 1, 1},
+    {Layout::rows, 100, 1031, 1},  {Layout::rows, 20000, 1, 1},   {Layout::narrow, 300, 130, 49},
+    {Layout::narrow, 3, 520, 196}, {Layout::narrow, 9000, 16, 4},
 };
 constexpr uint64_t LARGE_SIZES = sizeof LARGE / sizeof LARGE[0];
 constexpr uint64_t CASES = SWEEP + LARGE_SIZES * 4 * 2;
@@ -260,12 +262,12 @@ Case case_of(uint64_t seed) {
     c.seed = seed;
     if (seed < SWEEP) {
         c.shape.dtype = DType(seed % 4);
-        c.shape.layout = Layout(seed / 4 % 2);
-        const int64_t k = int64_t(seed / 8 % LENGTHS), length = k < 70 ? k + 1 : longest[k - 70];
-        c.activation = Activation(seed / 8 % 9);
-        c.residual = seed / (8 * LENGTHS) % 2 == 1;
+        c.shape.layout = Layout(seed / 4 % 3);
+        const int64_t k = int64_t(seed / 12 % LENGTHS), length = k < 70 ? k + 1 : longest[k - 70];
+        c.activation = Activation(seed / 12 % 9);
+        c.residual = seed / (12 * LENGTHS) % 2 == 1;
         const int64_t most = 1 + 8000 / length;
-        if (c.shape.layout == Layout::planes) {
+        if (c.shape.layout != Layout::rows) {
             c.shape.channels = std::min(most, random.of(channels));
             c.shape.inner = length;
             c.shape.outer = std::min(std::max<int64_t>(1, most / c.shape.channels), random.of(outer));
@@ -303,7 +305,7 @@ public:
     char* at(int64_t e) const {
         const int64_t s = e % shape_.inner, c = e / shape_.inner % shape_.channels,
                       n = e / shape_.inner / shape_.channels;
-        const int64_t place = n * outer_stride_ + c * (shape_.layout == Layout::planes ? channel_stride_ : 1) + s;
+        const int64_t place = n * outer_stride_ + c * channel_stride_ + s;
         return buffer_.data() + place * width_of(shape_.dtype);
     }
     int64_t size() const { return shape_.outer * shape_.channels * shape_.inner; }
@@ -327,9 +329,9 @@ public:
 
 private:
     Buffer make(const Case& c, int64_t gap) {
-        const bool planes = shape_.layout == Layout::planes;
-        channel_stride_ = planes ? shape_.inner + gap : 1;
-        outer_stride_ = planes ? shape_.channels * channel_stride_ + gap : shape_.channels + gap;
+        // narrow planes have no gaps between channels
+        channel_stride_ = shape_.inner + (shape_.layout == Layout::planes ? gap : 0);
+        outer_stride_ = shape_.channels * channel_stride_ + gap;
         const int64_t span =
             (shape_.outer - 1) * outer_stride_ + (shape_.channels - 1) * channel_stride_ + shape_.inner;
         return Buffer(span * width_of(shape_.dtype), c.shifted ? width_of(shape_.dtype) : 0);
@@ -436,7 +438,7 @@ ExactMoments moments_of(const Case& c, const Inputs& in) {
     // Additions after each other in the working precision: 1024 elements in 16 lanes, or 128 rows in two chains; in planes
     // shorter than a register, one chain an element. accuracy.py takes their roundings for random; data of few values, as
     // far from zero in half precision, may round one way all along: half a unit each, of half the total on average.
-    const double in_a_row = c.shape.layout == Layout::rows ? 64 : std::max(64.0, 512.0 / double(c.shape.inner));
+    const double in_a_row = c.shape.layout != Layout::planes ? 64 : std::max(64.0, 512.0 / double(c.shape.inner));
     ExactMoments m{values_of(sum), {}, {}, {}};
     for (double& mean : m.mean) mean /= n;
     for (int64_t e = 0; e < c.size(); ++e) {
@@ -818,15 +820,14 @@ private:
     }
 
     void check_bits(const char* phase, const Array<uint16_t>& bits, const Forward& f) {
-        const int64_t run = c_.shape.layout == Layout::planes ? c_.shape.inner : c_.shape.channels;
-        const int64_t per_word = c_.shape.dtype == DType::float64 ? 8 : 16;
+        const int64_t run = bit_run(c_.shape), width = per_word(c_.shape);
         for (int64_t e = 0; e < c_.size(); ++e) {
             const double z = f.z[size_t(e)];
             if (std::isnan(z) || std::fabs(z) <= f.of_y[size_t(e)]) continue;
             const bool six = c_.activation == Activation::relu6;
             if (six && std::fabs(z - 6) <= f.of_y[size_t(e)] + 1e-5) continue;
-            const int64_t at = e / run * words_per_run(c_.shape) + e % run / per_word;
-            const bool found = bits[at] >> (e % run % per_word) & 1, exact = z > 0 && !(six && z >= 6);
+            const int64_t at = e / run * words_per_run(c_.shape) + e % run / width;
+            const bool found = bits[at] >> (e % run % width) & 1, exact = z > 0 && !(six && z >= 6);
             ++compared_;
             if (found != exact) fail(phase, "bit %lld is %d for z = %g", (long long)e, int(found), z);
         }
@@ -835,12 +836,11 @@ private:
     // The bits as they would have been kept, from the exact z.
     Array<uint16_t> exact_bits(const Forward& f) const {
         Array<uint16_t> bits(words(c_.shape));
-        const int64_t run = c_.shape.layout == Layout::planes ? c_.shape.inner : c_.shape.channels;
-        const int64_t per_word = c_.shape.dtype == DType::float64 ? 8 : 16;
+        const int64_t run = bit_run(c_.shape), width = per_word(c_.shape);
         for (int64_t e = 0; e < c_.size(); ++e) {
-            const int64_t at = e / run * words_per_run(c_.shape) + e % run / per_word;
+            const int64_t at = e / run * words_per_run(c_.shape) + e % run / width;
             const double z = f.z[size_t(e)];
-            const unsigned bit = 1u << (e % run % per_word);
+            const unsigned bit = 1u << (e % run % width);
             const bool passes = z > 0 && !(c_.activation == Activation::relu6 && z >= 6);
             bits[at] = uint16_t(passes ? bits[at] | bit : bits[at] & ~bit);
         }
@@ -940,7 +940,7 @@ private:
             if (!recovered.back()) kept_channels.push_back(k);
         }
         if (marked != int64_t(kept_channels.size())) fail(phase, "%lld channels are marked", (long long)marked);
-        if (c_.shape.layout == Layout::rows && marked > 0) {  // rows keep nothing
+        if (c_.shape.layout != Layout::planes && marked > 0) {  // only planes keep some
             in_ = before;
             return;
         }
