@@ -1,7 +1,7 @@
-"""The native kernels' short way: one autograd node a call, running statistics and all, without torch's dispatcher between.
+"""The native kernels' short way: one autograd node a call, running statistics and all, past torch's dispatcher.
 
-Most calls in training and inference on the CPU are plain: ordinary tensors, nobody watching. They need neither an operator
-that others can see nor float64 moments as tensors, and for a small layer those cost more than the norm itself.
+Most calls in training and inference on the CPU are plain: ordinary tensors, nobody watching. They need neither an
+operator that others can see nor float64 moments as tensors, and for a small layer those cost more than the norm itself.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from batchnorm.errors import StateError
 from batchnorm.functional.observing import observed
+from batchnorm.kernels.activation import LEAKY_SLOPE
 from batchnorm.kernels.contract import Transform
 from batchnorm.kernels.native import calls
 from batchnorm.kernels.native.calls import Saved
 from batchnorm.kernels.native.layout import is_dense
-from batchnorm.kernels.activation import LEAKY_SLOPE
 from batchnorm.kernels.reference import REFERENCE, statistics
 
 __all__ = ["fused_batch_norm", "is_direct"]
@@ -29,7 +29,7 @@ _Optional: TypeAlias = Tensor | None
 
 def is_direct(x: Tensor, running_mean: _Optional, running_var: _Optional) -> bool:
     """Whether a call that the native backend serves may go this way: nobody watches, the statistics are plain."""
-    if torch.compiler.is_compiling() or observed() or torch._C._len_torch_dispatch_stack():  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or observed() or torch._C._len_torch_dispatch_stack():
         return False
     wanted = calls.compute_dtype(x.dtype)
     return all(s is None or (s.dtype == wanted and s.is_contiguous()) for s in (running_mean, running_var))
@@ -49,14 +49,19 @@ def fused_batch_norm(
     inplace: bool,
 ) -> Tensor:
     """Do what :func:`batchnorm.functional.batch_norm` does; the arguments have been checked."""
-    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual))
+    tracked = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (input, weight, bias, residual)
+    )
     # autograd forbids to write over these
     inplace = inplace and not (tracked and (input._is_view() or (input.is_leaf and input.requires_grad)))
     arguments = (input, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation, inplace)
     if not tracked:
-        return _run(*arguments, backward=False).y
-    y: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
-    return y
+        y = _run(*arguments, backward=False).y
+        if y is input:  # an earlier call may have kept it for its backward pass
+            torch.autograd.graph.increment_version(y)
+        return y
+    output: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
+    return output
 
 
 def _run(
@@ -109,7 +114,7 @@ class _Fused(torch.autograd.Function):
         if s.in_place:
             ctx.mark_dirty(x)
         kept = residual if s.residual is not None else None
-        # without activation the gradients need no residual, with bits they need no values of it; a second derivative does
+        # without activation the gradients need no residual, and with bits no values of it; nor do second derivatives
         ctx.save_for_backward(s.x if s.in_place else x, weight, bias, kept, s.bits, s.statistics, s.kept, s.slot)
         return forward.y
 
@@ -124,6 +129,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[_Optional, ...]:
     x, weight, bias, residual, bits, stored, kept, slot = ctx.saved_tensors
     if torch.is_grad_enabled():
         return _differentiable_gradients(ctx, dy, x, weight, bias, residual, bits, stored)
+    sums: _Optional
     saved = Saved(x, weight, bias, residual, bits, stored, kept, slot, ctx.activation, ctx.in_place)
     has_residual = ctx.has_residual and ctx.needs_input_grad[3]
     over_dy = not (has_residual and ctx.activation is None) and _unshared(dy)
@@ -158,8 +164,8 @@ def _differentiable_gradients(
         )
     activation = ctx.activation
     if bits is not None:
-        # A slope that is 1 here and another number there has no derivative of its own, so it may be a factor of dy; then
-        # there is no activation left, and the values of the residual do not matter.
+        # A slope that is 1 here and another number there has no derivative of its own, so it may be a factor of dy;
+        # then there is no activation left, and the values of the residual do not matter.
         dy = torch.where(calls.unpack_bits(bits, x), dy, LEAKY_SLOPE * dy if activation == "leaky_relu" else 0.0)
         activation = None
     if ctx.has_residual and residual is None:
@@ -179,27 +185,31 @@ def _differentiable_gradients(
 # -- writing dx over dy ------------------------------------------------------------------------------------------------
 #
 # The gradient that arrives is often held by nobody but the engine: then its memory can take the result. Whether it is
-# shows in three counts: references to the Python object, to the tensor, and to its memory. What they are when nobody
-# else holds it depends on the versions of Python and torch, so it is measured once, on a gradient that is known to be.
+# shows in four counts: references to the Python object, to the tensor, to its memory, and to the Python object of that.
+# What they are when nobody else holds it depends on the versions of Python and torch, so it is measured once, on a
+# gradient that is known to be. Memory that is not torch's own (numpy's, another process's) cannot be resized, and has
+# holders that no count shows.
 
-_alone: tuple[int, int, int] | None = None
+_alone: tuple[int, ...] | None = None
 _measuring = threading.local()
 
 
 def _unshared(dy: Tensor) -> bool:
     """Whether nobody else holds this gradient: to be called from the backward pass itself, which the counts include."""
     global _alone
-    counts = (sys.getrefcount(dy), dy._use_count(), _memory_references(dy))  # type: ignore[attr-defined]
+    memory = dy.untyped_storage()
+    of_memory = sys.getrefcount(memory), torch._C._storage_Use_Count(memory._cdata)
+    counts = (sys.getrefcount(dy), dy._use_count(), *of_memory)  # type: ignore[attr-defined]
     if getattr(_measuring, "now", False):
         _alone = counts
         return False
     if _alone is None:
+        if sys.gettrace() is not None or sys.getprofile() is not None:
+            return False  # a debugger holds what it looks at: another time
         _measure()
-    return counts == _alone and not dy._is_view() and is_dense(dy)
-
-
-def _memory_references(tensor: Tensor) -> int:
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+    if counts != _alone or dy._is_view() or not is_dense(dy):
+        return False
+    return memory.resizable() and not memory.is_shared()
 
 
 def _measure() -> None:
@@ -207,7 +217,7 @@ def _measure() -> None:
     _measuring.now = True
     try:
         with torch.enable_grad():
-            x = torch.zeros(2, 1, requires_grad=True)
+            x = torch.zeros(2, 1, dtype=torch.float32, device="cpu", requires_grad=True)
             y = _Fused.apply(x, None, None, None, None, None, True, 0.0, 1.0, None, False)  # type: ignore[no-untyped-call]
             torch.autograd.grad((y * 2).sum(), x)
     finally:

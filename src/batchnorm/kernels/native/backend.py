@@ -39,7 +39,10 @@ class Native(Backend):
         if torch.compiler.is_compiling():
             exporting = torch.compiler.is_exporting()
             return "an exported program holds only torch's own operators" if exporting else None
-        return None if _ordinary(x) else "it reads ordinary tensors only"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "it has no derivatives in forward mode"
+        tensors = (x, request.weight, request.bias, request.residual)
+        return None if _untransformed() and all(map(_ordinary, tensors)) else "it reads ordinary tensors only"
 
     def declines(self, request: Request) -> str | None:
         """Leave small inputs to torch."""
@@ -88,15 +91,19 @@ class Native(Backend):
         return Gradients(dx, _of_residual(dy, dresidual, t)), Reduced(_count(x), sums[0], sums[1])
 
 
-def _ordinary(x: Tensor) -> bool:
-    """Whether the tensor's values lie where its address says: no subclass, no wrapper of a transform, no tracer."""
-    if type(x) not in (Tensor, Parameter) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return False
-    return not torch._C._are_functorch_transforms_active() and not (x.is_conj() or x.is_neg())
+def _untransformed() -> bool:
+    """Whether tensors are what they seem: no tracer records the call, no transform wraps them."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return not tracing and not torch._C._are_functorch_transforms_active()
+
+
+def _ordinary(tensor: Tensor | None) -> bool:
+    """Whether the tensor's values lie where its address says, as they are."""
+    return tensor is None or (type(tensor) in (Tensor, Parameter) and not tensor.is_neg())
 
 
 def _count(x: Tensor) -> Tensor:
-    return torch.full((x.shape[1],), x.numel() // x.shape[1], dtype=torch.float64)
+    return torch.full((x.shape[1],), x.numel() // x.shape[1], dtype=torch.float64, device="cpu")
 
 
 def _moments(x: Tensor, statistics: Tensor) -> Moments:

@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.activation import ACTIVATIONS
-from batchnorm.kernels.native.layout import DTYPES, NOTHING, PLANES, Layout, View, is_dense, layout_of, like, view
+from batchnorm.kernels.native.layout import (
+    DTYPES,
+    NOTHING,
+    PLANES,
+    Layout,
+    View,
+    by_column,
+    empty,
+    is_dense,
+    layout_of,
+    like,
+    view,
+)
 from batchnorm.kernels.native.library import library
 
 __all__ = [
@@ -29,7 +41,7 @@ __all__ = [
     "unpack_bits",
 ]
 
-_ACTIVATIONS = {None: 0, **{name: 1 + i for i, name in enumerate(ACTIVATIONS)}}
+_ACTIVATIONS: dict[str | None, int] = {None: 0, **{name: 1 + i for i, name in enumerate(ACTIVATIONS)}}
 _BY_BITS = ("relu", "leaky_relu", "relu6")  # slope of two values: a bit tells which
 INVERTIBLE = (None, "leaky_relu")
 """Activations whose input can be told from the output to the last digits.
@@ -84,7 +96,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if parameter is None else parameter.detach().to(compute_dtype(x.dtype)).contiguous()
+    return None if parameter is None else parameter.detach().resolve_neg().to(compute_dtype(x.dtype)).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -101,7 +113,9 @@ def _readable(x: Tensor) -> tuple[Tensor, Layout]:
     return x, layout
 
 
-def _call(x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None, activation: str | None, statistics: Tensor) -> Any:
+def _call(
+    x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None, activation: str | None, statistics: Tensor
+) -> Any:
     """Return the extension's view of a call; it holds addresses, so the tensors must outlive it."""
     assert library is not None
     return library.Call(
@@ -116,9 +130,9 @@ def _call(x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None,
     )
 
 
-def fresh_like(x: Tensor) -> Tensor:
+def fresh_like(x: Tensor, layout: Layout) -> Tensor:
     """Return an uninitialized tensor that lies as ``x`` does, on large pages where that saves page faults."""
-    y = torch.empty_like(x)
+    y = empty(x, layout)
     if (size := y.numel() * y.element_size()) >= _HUGE:
         assert library is not None
         library.advise_huge_pages(y.data_ptr(), size)
@@ -126,7 +140,8 @@ def fresh_like(x: Tensor) -> Tensor:
 
 
 def _statistics(x: Tensor) -> Tensor:
-    return torch.empty(3, x.shape[1], dtype=torch.float64)
+    # the device is said everywhere: where none is, the user may have set another one
+    return torch.empty(3, x.shape[1], dtype=torch.float64, device="cpu")
 
 
 def moments(x: Tensor, eps: float = 0.0) -> Tensor:
@@ -209,13 +224,13 @@ def _forward(
     call = _call(x, layout, weight, bias, activation, statistics)
     residual = None if residual is None else like(residual, x, layout)
     kept = slot = None
-    in_place = inplace and x is given and is_dense(x)
+    in_place = inplace and x is given and is_dense(x) and not _shifted(residual, x)
     if in_place and backward:
         in_place, kept, slot = _recoverable(call, x, layout, residual, activation)
-    y = x if in_place else fresh_like(x)
+    y = x if in_place else fresh_like(x, layout)
     bits = None
     if backward and residual is not None and activation in _BY_BITS:
-        bits = torch.empty(call.bit_words(), dtype=torch.int16)
+        bits = torch.empty(call.bit_words(), dtype=torch.int16, device="cpu")
     views = view(x, layout), view(residual, layout), view(y, layout), _address(bits)
     if running is None:
         call.normalize(*views)
@@ -227,21 +242,28 @@ def _forward(
     return Forward(y, saved)
 
 
+def _shifted(residual: Tensor | None, x: Tensor) -> bool:
+    """Whether a write to ``x`` would change values of the residual that are still to be read."""
+    if residual is None or residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+        return False
+    return residual.data_ptr() != x.data_ptr() or residual.stride() != x.stride()
+
+
 def _recoverable(
     call: Any, x: Tensor, layout: Layout, residual: Tensor | None, activation: str | None
 ) -> tuple[bool, Tensor | None, Tensor | None]:
     """Return whether y may take the place of x, and what must be kept of x for that."""
     if residual is not None or activation not in INVERTIBLE:
         return False, None, None
-    marks = torch.empty(layout.channels, dtype=torch.uint8)
+    marks = torch.empty(layout.channels, dtype=torch.uint8, device="cpu")
     unsafe = call.mark_unrecoverable(marks.data_ptr())
     if unsafe == 0:
         return True, None, None
     if layout.kind != PLANES or 2 * unsafe > layout.channels:
         return False, None, None
     where = marks.nonzero().reshape(-1)
-    slot = torch.full((layout.channels,), -1, dtype=torch.int32)
-    slot[where] = torch.arange(unsafe, dtype=torch.int32)
+    slot = torch.full((layout.channels,), -1, dtype=torch.int32, device="cpu")
+    slot[where] = torch.arange(unsafe, dtype=torch.int32, device="cpu")
     planes = x.as_strided((layout.outer, layout.channels, layout.inner), (*view(x, layout)[1:], 1))
     return True, planes.index_select(1, where), slot
 
@@ -253,11 +275,10 @@ def unpack_bits(bits: Tensor, x: Tensor) -> Tensor:
     planes = layout.kind == PLANES
     run = layout.inner if planes else layout.channels
     words = bits.reshape(-1, (run + width - 1) // width, 1)
-    flat = ((words >> torch.arange(width, dtype=torch.int16)) & 1).bool().flatten(1)[:, :run]
+    flat = ((words >> torch.arange(width, dtype=torch.int16, device="cpu")) & 1).bool().flatten(1)[:, :run]
     if not planes:
         return flat.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-    by_column = layout.outer == 1 and x.shape[0] != 1
-    return flat.t() if by_column else flat.reshape(x.shape)
+    return (flat.t() if by_column(x, layout) else flat).reshape(x.shape)
 
 
 class _Backward:
@@ -285,12 +306,12 @@ class _Backward:
         return view(tensor, self.layout)
 
     def sums(self) -> Tensor:
-        return torch.empty(2, self.layout.channels, dtype=torch.float64)
+        return torch.empty(2, self.layout.channels, dtype=torch.float64, device="cpu")
 
     def gradients(self, saved: Saved, residual: bool, over_dy: bool) -> tuple[Tensor, Tensor | None]:
         """Return the tensors for the gradients of x and of the residual."""
-        dx = self.dy if over_dy or self.copied else fresh_like(self.x)
-        return dx, fresh_like(self.x) if residual and saved.activation is not None else None
+        dx = self.dy if over_dy or self.copied else fresh_like(self.x, self.layout)
+        return dx, fresh_like(self.x, self.layout) if residual and saved.activation is not None else None
 
 
 def backward_sums(dy: Tensor, saved: Saved) -> Tensor:
@@ -306,7 +327,7 @@ def backward_input(
 ) -> tuple[Tensor, Tensor | None]:
     """Return dx and the residual's gradient; arguments as for :func:`train_backward`.
 
-    ``sums`` are those of :func:`backward_sums`, and ``count`` their divisor; None means that mean and rstd are constants.
+    ``sums`` are those of :func:`backward_sums`, and ``count`` their divisor; None: mean and rstd are constants.
     """
     b = _Backward(dy, saved)
     sums = None if sums is None else sums.contiguous()

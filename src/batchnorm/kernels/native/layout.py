@@ -14,7 +14,20 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "NOTHING", "PLANES", "ROWS", "Layout", "View", "is_dense", "layout_of", "like", "view"]
+__all__ = [
+    "DTYPES",
+    "NOTHING",
+    "PLANES",
+    "ROWS",
+    "Layout",
+    "View",
+    "by_column",
+    "empty",
+    "is_dense",
+    "layout_of",
+    "like",
+    "view",
+]
 
 PLANES, ROWS = 0, 1
 
@@ -45,7 +58,9 @@ def layout_of(x: Tensor) -> Layout | None:
     if space != 1 and _dense(shape[2:], strides[2:], 1):
         return Layout(PLANES, samples, channels, space)
     if channels == 1 or strides[1] == 1:
-        positions = [(size, stride) for size, stride in zip((samples, *shape[2:]), (strides[0], *strides[2:]), strict=True)]
+        positions = [
+            (size, stride) for size, stride in zip((samples, *shape[2:]), (strides[0], *strides[2:]), strict=True)
+        ]
         positions = [(size, stride) for size, stride in positions if size != 1]
         gap = positions[-1][1] if positions else channels
         if gap >= channels and _dense([p[0] for p in positions], [p[1] for p in positions], gap):
@@ -79,19 +94,38 @@ def view(x: Tensor | None, layout: Layout) -> View:
     if x is None:
         return NOTHING
     if layout.kind == PLANES:
-        by_column = layout.outer == 1 and x.shape[0] != 1  # (N, C), column by column
-        return x.data_ptr(), 0 if by_column else x.stride(0), x.stride(1)
+        return x.data_ptr(), 0 if by_column(x, layout) else x.stride(0), x.stride(1)
     return x.data_ptr(), _row_stride(x, layout), 1
+
+
+def by_column(x: Tensor, layout: Layout) -> bool:
+    """Whether the layout is that of (N, C), column by column: planes of one sample with N positions."""
+    return layout.kind == PLANES and layout.outer == 1 and x.shape[0] != 1
 
 
 def _row_stride(x: Tensor, layout: Layout) -> int:
     """Return the step from one row to the next: the smallest stride of a dimension that is not the channels."""
     for dim in (*range(x.dim() - 1, 1, -1), 0):
         if x.shape[dim] != 1:
-            return x.stride(dim)
+            stride: int = x.stride(dim)
+            return stride
     return layout.channels
+
+
+def empty(model: Tensor, layout: Layout) -> Tensor:
+    """Return an uninitialized tensor that lies as ``model`` does, or without gaps in the same layout."""
+    y = torch.empty_like(model)
+    if model.is_contiguous() or layout_of(y) == layout:
+        return y
+    # Of a tensor that overlaps itself, as sliding windows do, empty_like() may put the dimensions in another order.
+    samples, channels, *space = model.shape
+    if layout.kind == ROWS:
+        return torch.empty(samples, *space, channels, dtype=model.dtype, device="cpu").movedim(-1, 1)
+    if by_column(model, layout):
+        return torch.empty(channels, samples, dtype=model.dtype, device="cpu").t().view(model.shape)
+    return torch.empty(model.shape, dtype=model.dtype, device="cpu")
 
 
 def like(x: Tensor, model: Tensor, layout: Layout) -> Tensor:
     """Return ``x`` itself if it has the layout, else a copy of it that lies as ``model`` does."""
-    return x if layout_of(x) == layout else torch.empty_like(model).copy_(x)
+    return x if layout_of(x) == layout and not x.is_neg() else empty(model, layout).copy_(x)

@@ -22,13 +22,13 @@ __all__ = ["available_isas", "isa", "library", "missing", "use_isa"]
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        from batchnorm import _native  # type: ignore[attr-defined]
+        from batchnorm import _native
     except ImportError as error:
         if "_native" not in str(error) and "cannot import name" not in str(error):
             return None, f"the extension module does not load: {error}"
         return None, (
-            "the package was installed without native kernels, because no C++ compiler was found. Install g++ or clang, "
-            "then run: pip install --force-reinstall --no-deps batchnorm"
+            "the package was installed without native kernels, because no C++ compiler was found. Install g++ or "
+            "clang, then run: pip install --force-reinstall --no-deps batchnorm"
         )
     _native.set_parallel_for(_address_of_parallel_for())
     wanted = os.environ.get("BATCHNORM_ISA")
@@ -73,7 +73,9 @@ def use_isa(name: str) -> Iterator[None]:
     before = isa()
     if library is None or not library.use_isa(name):
         there = ", ".join(available_isas()) or "none"
-        raise UnknownNameError(f"{name!r}: no such instruction set here; there are {there}{closest(name, available_isas()) or '.'}")
+        raise UnknownNameError(
+            f"{name!r}: no such instruction set here; there are {there}{closest(name, available_isas()) or '.'}"
+        )
     try:
         yield
     finally:
