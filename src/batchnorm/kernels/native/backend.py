@@ -98,8 +98,10 @@ def _untransformed() -> bool:
 
 
 def _ordinary(tensor: Tensor | None) -> bool:
-    """Whether the tensor's values lie where its address says, as they are."""
-    return tensor is None or (type(tensor) in (Tensor, Parameter) and not tensor.is_neg())
+    """Whether the tensor's values lie where its address says, as they are; what is no tensor is found out elsewhere."""
+    if not isinstance(tensor, Tensor):
+        return True
+    return type(tensor) in (Tensor, Parameter) and not tensor.is_neg()
 
 
 def _count(x: Tensor) -> Tensor:
