@@ -291,8 +291,8 @@ def recovery_bounds(x, dy, t):
     """Return the bounds of the gradients where x̂ is found again from y.
 
     y = γ·x̂ + β is rounded to the data's precision: half a unit of |y| ≤ |γ·x̂| + |β|, and the forward pass's own errors.
-    Recovered, that is an error of x̂ of e = (eps/2 + 12 working units)·(|x̂| + |β/γ|) · (1, or through leaky_relu as well:
-    rounding is relative) plus 6 working units of X = rstd·(|x| + |mean|). It enters Σg·x̂ as Σ|g|·e, and
+    Recovered, that is an error of x̂ of e = (eps/2 + 12 working units)·(|x̂| + |β/γ|), through leaky_relu as well because
+    rounding is relative, plus 6 working units of X = rstd·(|x| + |mean|). It enters Σg·x̂ as Σ|g|·e, and
     dx = γ·rstd·(g − Σg/n − x̂·Σ(g·x̂)/n) as γ·rstd·(e·|Σg·x̂|/n + |x̂|·Σ|g|·e/n) to first order; 1% for the second.
     """
     a = ACCURACY[x.dtype]
@@ -331,9 +331,8 @@ def test_gradients_of_an_overwritten_input_are_recovered(layout, dtype, activati
         t = Transform(mean, rstd, weight, bias, None, activation)
         # a value whose sign rounding may change has another slope
         z = REFERENCE.normalize(x.double(), Transform(mean, rstd, weight.double(), bias.double()))
-        dy = dy.masked_fill(
-            z.abs() <= train_forward_bound(x, Transform(mean, rstd, weight, bias), z, Moments.of(x)), 0.0
-        )
+        of_z = train_forward_bound(x, Transform(mean, rstd, weight, bias), z, Moments.of(x))
+        dy = dy.masked_fill(z.abs() <= of_z, 0.0)
         over, y, (dx, dweight, dbias) = in_place(x, weight, bias, activation, dy, layout)
         assert over
         exact = REFERENCE.normalize(x.double(), Transform(mean, rstd, weight.double(), bias.double(), None, activation))

@@ -45,9 +45,12 @@ class Native(Backend):
         return None if _untransformed() and all(map(_ordinary, tensors)) else "it reads ordinary tensors only"
 
     def declines(self, request: Request) -> str | None:
-        """Leave small inputs to torch."""
+        """Leave small inputs to torch, and calls that a dispatch mode looks at: it knows torch's operators."""
         size = request.input.numel()
-        return f"with {size} values the call costs more than it saves" if size < SMALLEST else None
+        if size < SMALLEST:
+            return f"with {size} values the call costs more than it saves"
+        watched = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+        return "a dispatch mode looks at the operators, and knows torch's" if watched else None
 
     def moments(self, x: Tensor, mask: Tensor | None = None) -> Moments:
         """Return count, mean and M2 per channel."""
