@@ -124,12 +124,11 @@ def test_another_default_device_does_not_matter(device):
         return [*results, m.count, m.mean]
 
     expected = run()
-    before = torch.get_default_device()
     torch.set_default_device(device)
     try:
         got = run()
     finally:
-        torch.set_default_device(before)
+        torch.set_default_device(None)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 

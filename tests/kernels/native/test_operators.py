@@ -340,17 +340,29 @@ def test_recalibration_is_exact(fuse):
 
 
 @pytest.mark.parametrize("fuse", [False, True])
-def test_watch_and_check_see_the_norms(fuse):
+def test_watch_and_check_say_the_same_as_on_torch(fuse):
     net, x = trained()
     net.eval()
     if fuse:
         net = batchnorm.convert(net, x, fuse=True).model
-    with batchnorm.watch(net) as watching:
-        net(x)
-    same = watching.to_dict() if hasattr(watching, "to_dict") else None
-    assert same is None or same
-    found = batchnorm.check(net, x)
-    assert found.to_dict()
+    said = []
+    for backend in (None, "torch"):
+        with nullcontext() if backend is None else use_backend(backend):
+            with batchnorm.watch(net) as watching:
+                net(x)
+            said.append((str(watching.result()), str(batchnorm.check(net, x))))
+    assert said[0] == said[1]
+    assert "bn2" in said[0][0]
+
+
+def test_a_residual_that_still_waits_is_computed_first():
+    x = randn(*LARGE)
+    first, second = batchnorm.nn.BatchNorm1d(C), batchnorm.nn.BatchNorm1d(C, activation="relu")
+    expected = second(x, residual=first(x * 2))
+    first.fused = True
+    pending = first(x * 2)
+    assert type(pending) is not torch.Tensor
+    assert_same([second(x, residual=pending)], [expected], x)
 
 
 def test_fused_models_equal_plain_ones_in_training():
