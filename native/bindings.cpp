@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
+#include <utility>
 
 #include "kernels.hpp"
 
@@ -151,6 +152,9 @@ NB_MODULE(_native, m) {
             "dy"_a, "x"_a, "bits"_a, "residual"_a, "in_place"_a, "kept"_a, "slot"_a, "sums"_a, "dx"_a, "dresidual"_a,
             nb::call_guard<nb::gil_scoped_release>());
 
+    m.def(
+        "set_stream_bytes", [](int64_t bytes) { return std::exchange(stream_bytes, bytes); }, "bytes"_a,
+        "Let outputs of more bytes go around the caches; returns the limit that held. For tests and measurements.");
     m.def(
         "advise_huge_pages", [](uintptr_t data, int64_t bytes) { advise_huge_pages(at<void>(data), bytes); }, "data"_a,
         "bytes"_a);

@@ -1,24 +1,30 @@
 // What the kernels know of the machine's memory: the size of its caches, and its pages.
-#include <algorithm>
-#include <cmath>
+#include <cstdio>
 
 #include "kernels.hpp"
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#endif
 
 namespace batchnorm {
 
 namespace {
 
+// The size of the last cache of the first processor. Linux tells it per cache; what sysconf says may be the sum of several.
 int64_t last_level_cache() {
     int64_t bytes = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    bytes = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE));
+#if defined(__linux__)
+    for (const char* index : {"3", "2"}) {
+        char path[64];
+        std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%s/size", index);
+        std::FILE* file = std::fopen(path, "r");
+        if (!file) continue;
+        long long kibibytes = 0;
+        if (std::fscanf(file, "%lldK", &kibibytes) == 1) bytes = kibibytes * 1024;
+        std::fclose(file);
+        if (bytes > 0) break;
+    }
 #endif
     return bytes > 0 ? bytes : int64_t(32) << 20;
 }

@@ -7,9 +7,9 @@
 
 template <class T>
 struct Planes {
-    static constexpr int64_t block = 1024;    // elements of a channel whose moments are taken in the working precision
+    static constexpr int64_t block = 512;     // elements of a channel whose moments are taken in the working precision
     static constexpr int64_t stretch = 8192;  // bytes of a sample's runs in a group of channels
-    static constexpr int64_t unit = 16 * block;  // elements that are shared out when there are few channels
+    static constexpr int64_t unit = 32 * block;  // elements that are shared out when there are few channels
 
     int64_t outer, channels, inner;
     int64_t group;    // channels
@@ -135,7 +135,7 @@ template <class T>
 INLINE void merge_runs(const View& x, int64_t c, int64_t n0, int64_t n1, int64_t s0, int64_t s1, Moments& moments) {
     constexpr int64_t block = Planes<T>::block;
     if (s1 - s0 <= block / 2) {
-        const int64_t samples = std::max<int64_t>(1, block / 2 / std::max<int64_t>(1, s1 - s0));
+        const int64_t samples = std::max<int64_t>(1, block / 2 / std::max<int64_t>(Pack<Compute<T>>::size, s1 - s0));
         for (int64_t n = n0; n < n1; n += samples) {
             const int64_t runs = std::min(samples, n1 - n);
             merge_block(run_of<const T>(x, n, c, s0), runs, x.outer_stride, s1 - s0, x.channel_stride * sizeof(T),
@@ -319,7 +319,8 @@ INLINE void reduce_samples(const BackwardPlanes<T>& planes, int64_t c, int64_t n
         for (int64_t s = s0; s < s1; s += block) {
             const int64_t length = std::min(block, s1 - s);
             reduce_run<T, slope>(planes.run(n, c, s), length, mode, affines, inverse, total_g, total_gd);
-            if ((added += length) >= block / 2) flush();
+            // a run shorter than a pack puts one value into each of its lanes all the same
+            if ((added += std::max<int64_t>(Pack<A>::size, length)) >= block / 2) flush();
         }
     flush();
 }

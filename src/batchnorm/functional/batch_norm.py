@@ -136,7 +136,7 @@ def normalize(
     elif (
         mask is None
         and dispatch.takes_native(input, training, activation is not None or residual is not None)
-        and is_direct(input, running_mean, running_var, weight, bias, training, eps)
+        and is_direct(input, running_mean, running_var, weight, bias, residual, training, momentum, eps)
     ):
         return fused_batch_norm(
             input,

@@ -210,6 +210,8 @@ def plain(input: Tensor) -> bool:
         return False
     if missing is not None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
+    if torch.compiler.is_exporting():  # the number of values may be any: to ask for it would bound it in the program
+        return True
     return not isinstance(input, Tensor) or input.numel() < SMALLEST
 
 

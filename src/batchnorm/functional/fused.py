@@ -12,14 +12,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from batchnorm.errors import StateError
 from batchnorm.functional.observing import observed
 from batchnorm.kernels.activation import LEAKY_SLOPE
 from batchnorm.kernels.contract import Transform
 from batchnorm.kernels.native import calls
-from batchnorm.kernels.native.backend import is_ordinary
+from batchnorm.kernels.native.backend import is_ordinary, untransformed
 from batchnorm.kernels.native.calls import Saved
 from batchnorm.kernels.native.layout import DTYPES, is_dense
 from batchnorm.kernels.reference import REFERENCE, statistics
@@ -35,16 +34,22 @@ def is_direct(
     running_var: _Optional,
     weight: _Optional,
     bias: _Optional,
+    residual: _Optional,
     training: bool,
+    momentum: float,
     eps: float,
 ) -> bool:
     """Whether a call may go this way: plain tensors that fit together, nothing left to check, nobody watching.
 
     Every other call takes the long way, where it is checked in full and errors find their words.
     """
-    if torch.compiler.is_compiling() or not is_ordinary(x) or x.dim() < 2 or x.dtype not in DTYPES or not x.is_cpu:
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not untransformed():
         return False
-    if observed() or torch._C._len_torch_dispatch_stack():
+    if not (is_ordinary(x) and x.dim() > 1 and x.dtype in DTYPES and x.is_cpu and is_ordinary(residual)):
+        return False
+    if observed() or torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    if not isinstance(momentum, float | int) or not isinstance(eps, float | int):
         return False
     channels, size = x.shape[1], x.numel()
     if training:
@@ -52,20 +57,16 @@ def is_direct(
     else:
         fits = running_mean is not None and running_var is not None and size > 0 and eps >= 0
     wanted = calls.compute_dtype(x.dtype)
-    for running in (running_mean, running_var):
-        if running is not None and running.requires_grad:
+    for t in (running_mean, running_var, weight, bias):
+        if t is None:
+            continue
+        if not (isinstance(t, Tensor) and is_ordinary(t) and t.is_cpu and t.is_contiguous()):
             return False
-    return fits and all(
-        t is None
-        or (
-            type(t) in (Tensor, Parameter)
-            and t.dtype == wanted
-            and t.numel() == channels
-            and t.is_cpu
-            and t.is_contiguous()
-        )
-        for t in (running_mean, running_var, weight, bias)
-    )
+        if t.dtype != wanted or t.numel() != channels:
+            return False
+        if t.requires_grad and (t is running_mean or t is running_var):
+            return False
+    return fits
 
 
 def fused_batch_norm(
@@ -89,9 +90,12 @@ def fused_batch_norm(
     inplace = inplace and not (tracked and (input._is_view() or (input.is_leaf and input.requires_grad)))
     arguments = (input, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation, inplace)
     if not tracked:
-        return _run(*arguments, backward=False).y
-    y: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
-    return y
+        y = _run(*arguments, backward=False).y
+        if y is input:  # an earlier call may have kept it for its backward pass
+            torch.autograd.graph.increment_version(y)
+        return y
+    output: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
+    return output
 
 
 def _run(
@@ -224,27 +228,31 @@ def _differentiable_gradients(
 # -- writing dx over dy ------------------------------------------------------------------------------------------------
 #
 # The gradient that arrives is often held by nobody but the engine: then its memory can take the result. Whether it is
-# shows in three counts: references to the Python object, to the tensor, and to its memory. What they are when nobody
-# else holds it depends on the versions of Python and torch, so it is measured once, on a gradient that is known to be.
+# shows in four counts: references to the Python object, to the tensor, to its memory, and to the Python object of that.
+# What they are when nobody else holds it depends on the versions of Python and torch, so it is measured once, on a
+# gradient that is known to be. Memory that is not torch's own (numpy's, another process's) cannot be resized, and has
+# holders that no count shows.
 
-_alone: tuple[int, int, int] | None = None
+_alone: tuple[int, ...] | None = None
 _measuring = threading.local()
 
 
 def _unshared(dy: Tensor) -> bool:
     """Whether nobody else holds this gradient: to be called from the backward pass itself, which the counts include."""
     global _alone
-    counts = (sys.getrefcount(dy), dy._use_count(), _memory_references(dy))  # type: ignore[attr-defined]
+    memory = dy.untyped_storage()
+    of_memory = sys.getrefcount(memory), torch._C._storage_Use_Count(memory._cdata)
+    counts = (sys.getrefcount(dy), dy._use_count(), *of_memory)  # type: ignore[attr-defined]
     if getattr(_measuring, "now", False):
         _alone = counts
         return False
     if _alone is None:
+        if sys.gettrace() is not None or sys.getprofile() is not None:
+            return False  # a debugger holds what it looks at: another time
         _measure()
-    return counts == _alone and not dy._is_view() and is_dense(dy)
-
-
-def _memory_references(tensor: Tensor) -> int:
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+    if counts != _alone or dy._is_view() or not is_dense(dy):
+        return False
+    return memory.resizable() and not memory.is_shared()
 
 
 def _measure() -> None:
@@ -252,7 +260,7 @@ def _measure() -> None:
     _measuring.now = True
     try:
         with torch.enable_grad():
-            x = torch.zeros(2, 1, requires_grad=True)
+            x = torch.zeros(2, 1, dtype=torch.float32, device="cpu", requires_grad=True)
             y = _Fused.apply(x, None, None, None, None, None, True, 0.0, 1.0, None, False)  # type: ignore[no-untyped-call]
             torch.autograd.grad((y * 2).sum(), x)
     finally:

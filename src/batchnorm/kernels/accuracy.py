@@ -87,13 +87,17 @@ _EPS64 = torch.finfo(torch.float64).eps
 def moments_bounds(x: Tensor, exact: Moments, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the largest errors of mean and M2, float64, (C,).
 
-    The second term of the mean is a float64 sum of n values in any order: n · eps(float64) · (Σ|x| / n).
+    The second term of the mean is a float64 sum of n values in any order: n · eps(float64) · (Σ|x| / n). The last of M2
+    is what the rounding of the means of blocks does to the terms δ²·n·m/(n + m) that merge them: δ is off by 2 + b/4
+    units, where b ≤ n/16 blocks have been merged, and Σ |δ|·n·m/(n + m) ≤ √(n·M2).
     """
     a = ACCURACY[x.dtype]
     n = exact.count.clamp(min=1)
     total = _channel_sum(_valid(x.double().abs(), mask))
     mean = a.moments * a.working_eps * (exact.m2 / n).sqrt() + _EPS64 * total
+    delta = (2 + n / 64) * _EPS64 * exact.mean.abs()
     m2 = (2 * a.moments * a.working_eps + n * _EPS64) * exact.m2 + n * mean.square()
+    m2 = m2 + 2 * delta * (n * exact.m2).sqrt()
     return mean, m2
 
 

@@ -96,7 +96,7 @@ class Backend(ABC):
         """Return None if this backend can serve the call, else why not, as the end of a sentence."""
 
     def declines(self, request: Request) -> str | None:
-        """Return why a call that it could serve is better served by another backend, or None; not asked when forced."""
+        """Return why another had better serve a call that this one could, or None; not asked of a forced backend."""
         return None
 
     @abstractmethod

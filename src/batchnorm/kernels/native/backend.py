@@ -12,7 +12,7 @@ from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library, missing
 from batchnorm.moments import Moments
 
-__all__ = ["NATIVE", "SMALLEST", "Native", "is_ordinary", "pays"]
+__all__ = ["ALWAYS", "NATIVE", "SMALLEST", "Native", "is_ordinary", "pays", "untransformed"]
 
 # From how many values on the kernels pay, read off `python -m benchmarks.train_step.calibrate` (two cores of an AMD
 # EPYC 7003, float32, forward and backward, torch 2.13): the sizes at which they were last slower than torch's, and
@@ -26,12 +26,13 @@ __all__ = ["NATIVE", "SMALLEST", "Native", "is_ordinary", "pays"]
 #     rows, with ReLU     64 to 1024        100,000         300,000
 #
 # In evaluation torch makes one trip through memory too, and there is less to gain.
-SMALLEST = 30_000
-_PLANES = 200_000
-_ROWS = 500_000
-_ROWS_FUSED = 300_000
+SMALLEST = 32_768
+_PLANES = 196_608
+_ROWS_FUSED = 294_912
+_ROWS = 524_288
 _NARROW = 16  # channels of rows, fewer than a pack holds: torch's kernel is at its slowest there
-_EVALUATION = 500_000
+_EVALUATION = 524_288
+ALWAYS = max(_PLANES, _ROWS_FUSED, _ROWS, _EVALUATION)
 
 
 def pays(x: Tensor, training: bool, fused: bool) -> bool:
@@ -73,14 +74,18 @@ class Native(Backend):
         if torch.compiler.is_compiling():
             exporting = torch.compiler.is_exporting()
             return "an exported program holds only torch's own operators" if exporting else None
-        return None if is_ordinary(x) else "it reads ordinary tensors only"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "it has no derivatives in forward mode"
+        tensors = (x, request.weight, request.bias, request.residual)
+        return None if untransformed() and all(map(is_ordinary, tensors)) else "it reads ordinary tensors only"
 
     def declines(self, request: Request) -> str | None:
-        """Leave small inputs to torch."""
+        """Leave small inputs to torch, and calls that a dispatch mode looks at: it knows torch's operators."""
         fused = request.activation is not None or request.residual is not None
-        if pays(request.input, request.training, fused):
-            return None
-        return f"with {request.input.numel()} values the call costs more than it saves"
+        if not pays(request.input, request.training, fused):
+            return f"with {request.input.numel()} values the call costs more than it saves"
+        watched = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+        return "a dispatch mode looks at the operators, and knows torch's" if watched else None
 
     def moments(self, x: Tensor, mask: Tensor | None = None) -> Moments:
         """Return count, mean and M2 per channel."""
@@ -124,15 +129,21 @@ class Native(Backend):
         return Gradients(dx, _of_residual(dy, dresidual, t)), Reduced(_count(x), sums[0], sums[1])
 
 
-def is_ordinary(x: Tensor) -> bool:
-    """Whether the tensor's values lie where its address says: no subclass, no wrapper of a transform, no tracer."""
-    if type(x) not in (Tensor, Parameter) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return False
-    return not torch._C._are_functorch_transforms_active() and not (x.is_conj() or x.is_neg())
+def untransformed() -> bool:
+    """Whether tensors are what they seem: no tracer records the call, no transform wraps them."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return not tracing and not torch._C._are_functorch_transforms_active()
+
+
+def is_ordinary(tensor: Tensor | None) -> bool:
+    """Whether the tensor's values lie where its address says, as they are; what is no tensor is found out elsewhere."""
+    if not isinstance(tensor, Tensor):
+        return True
+    return type(tensor) in (Tensor, Parameter) and not tensor.is_neg()
 
 
 def _count(x: Tensor) -> Tensor:
-    return torch.full((x.shape[1],), x.numel() // x.shape[1], dtype=torch.float64)
+    return torch.full((x.shape[1],), x.numel() // x.shape[1], dtype=torch.float64, device="cpu")
 
 
 def _moments(x: Tensor, statistics: Tensor) -> Moments:

@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.activation import ACTIVATIONS
-from batchnorm.kernels.native.layout import DTYPES, NOTHING, PLANES, ROWS, Layout, is_dense, layout_of, like, view
+from batchnorm.kernels.native.layout import (
+    DTYPES,
+    NOTHING,
+    PLANES,
+    ROWS,
+    Layout,
+    by_column,
+    empty,
+    is_dense,
+    layout_of,
+    like,
+    view,
+)
 from batchnorm.kernels.native.library import library
 
 __all__ = [
@@ -93,9 +105,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    if parameter is None or (parameter.dtype == compute_dtype(x.dtype) and parameter.is_contiguous()):
+    if parameter is None:
+        return None
+    if parameter.dtype == compute_dtype(x.dtype) and parameter.is_contiguous() and not parameter.is_neg():
         return parameter
-    return parameter.detach().to(compute_dtype(x.dtype)).contiguous()
+    return parameter.detach().resolve_neg().to(compute_dtype(x.dtype)).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -129,9 +143,9 @@ def _call(
     )
 
 
-def fresh_like(x: Tensor) -> Tensor:
+def fresh_like(x: Tensor, layout: Layout) -> Tensor:
     """Return an uninitialized tensor that lies as ``x`` does, on large pages where that saves page faults."""
-    y = torch.empty_like(x)
+    y = empty(x, layout)
     if (size := y.numel() * y.element_size()) >= _HUGE:
         assert library is not None
         library.advise_huge_pages(y.data_ptr(), size)
@@ -139,14 +153,15 @@ def fresh_like(x: Tensor) -> Tensor:
 
 
 def _statistics(x: Tensor) -> Tensor:
-    return torch.empty(3, x.shape[1], dtype=torch.float64)
+    # the device is said everywhere: where none is, the user may have set another one
+    return torch.empty(3, x.shape[1], dtype=torch.float64, device="cpu")
 
 
 def moments(x: Tensor, eps: float = 0.0) -> Tensor:
     """Return mean, M2 and rstd of every channel, float64, (3, C)."""
     x, layout = _readable(x)
     statistics = _statistics(x)
-    _call(x, layout, None, None, None, statistics).moments(view(x), eps)
+    _call(x, layout, None, None, None, statistics).moments(view(x, layout), eps)
     return statistics
 
 
@@ -232,17 +247,17 @@ def _forward(
     call = _call(x, layout, weight, bias, activation, statistics)
     residual = None if residual is None else like(residual, x, layout)
     kept = slot = None
-    in_place = inplace and x is given and is_dense(x)
+    in_place = inplace and x is given and is_dense(x) and not _shifted(residual, x)
     if in_place and backward:
         in_place, kept, slot = _recoverable(call, x, layout, residual, activation)
         if kept is not None:  # which narrow planes have no way to read
             layout = layout._replace(kind=PLANES)
             call = _call(x, layout, weight, bias, activation, statistics)
-    y = x if in_place else fresh_like(x)
+    y = x if in_place else fresh_like(x, layout)
     bits = None
     if backward and residual is not None and activation in _BY_BITS:
-        bits = torch.empty(call.bit_words(), dtype=torch.int16)
-    views = view(x), view(residual), view(y), _address(bits)
+        bits = torch.empty(call.bit_words(), dtype=torch.int16, device="cpu")
+    views = view(x, layout), view(residual, layout), view(y, layout), _address(bits)
     if running is not None and running.momentum is not None:
         call.train_forward(views[0], *running, *views[1:])
     else:
@@ -255,22 +270,29 @@ def _forward(
     return Forward(y, saved)
 
 
+def _shifted(residual: Tensor | None, x: Tensor) -> bool:
+    """Whether a write to ``x`` would change values of the residual that are still to be read."""
+    if residual is None or residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+        return False
+    return residual.data_ptr() != x.data_ptr() or residual.stride() != x.stride()
+
+
 def _recoverable(
     call: Any, x: Tensor, layout: Layout, residual: Tensor | None, activation: str | None
 ) -> tuple[bool, Tensor | None, Tensor | None]:
     """Return whether y may take the place of x, and what must be kept of x for that."""
     if residual is not None or activation not in INVERTIBLE:
         return False, None, None
-    marks = torch.empty(layout.channels, dtype=torch.uint8)
+    marks = torch.empty(layout.channels, dtype=torch.uint8, device="cpu")
     unsafe = call.mark_unrecoverable(marks.data_ptr())
     if unsafe == 0:
         return True, None, None
     if layout.kind == ROWS or 2 * unsafe > layout.channels:
         return False, None, None
     where = marks.nonzero().reshape(-1)
-    slot = torch.full((layout.channels,), -1, dtype=torch.int32)
-    slot[where] = torch.arange(unsafe, dtype=torch.int32)
-    planes = x.as_strided((layout.outer, layout.channels, layout.inner), (*view(x)[1:], 1))
+    slot = torch.full((layout.channels,), -1, dtype=torch.int32, device="cpu")
+    slot[where] = torch.arange(unsafe, dtype=torch.int32, device="cpu")
+    planes = x.as_strided((layout.outer, layout.channels, layout.inner), (*view(x, layout)[1:], 1))
     return True, planes.index_select(1, where), slot
 
 
@@ -280,11 +302,12 @@ def unpack_bits(bits: Tensor, x: Tensor) -> Tensor:
     call = _call(x, layout, None, None, None, bits)
     run, width = call.bit_run(), call.bits_per_word()
     words = bits.reshape(-1, (run + width - 1) // width, 1)
-    flat = ((words >> torch.arange(width, dtype=torch.int16)) & 1).bool().flatten(1)[:, :run]
+    flat = ((words >> torch.arange(width, dtype=torch.int16, device="cpu")) & 1).bool().flatten(1)[:, :run]
     if layout.kind == ROWS:
         return flat.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-    by_column = layout.outer == 1 and x.shape[0] != 1
-    return flat.reshape(x.shape[1], x.shape[0]).t() if by_column else flat.reshape(x.shape)
+    if by_column(x, layout):
+        flat = flat.reshape(layout.channels, layout.inner).t()
+    return flat.reshape(x.shape)
 
 
 class _Backward:
@@ -296,26 +319,27 @@ class _Backward:
         self.copied = self.dy is not dy
         self._residual = None if saved.residual is None else like(saved.residual, self.x, self.layout)
         self._parameters = _parameter(saved.weight, self.x), _parameter(saved.bias, self.x)
-        layout = self.layout if saved.kept is None else self.layout._replace(kind=PLANES)
-        self.call = _call(self.x, layout, *self._parameters, saved.activation, saved.statistics)
+        if saved.kept is not None:
+            self.layout = self.layout._replace(kind=PLANES)
+        self.call = _call(self.x, self.layout, *self._parameters, saved.activation, saved.statistics)
         kept = saved.kept
         self.views = (
-            view(self.dy),
-            view(self.x),
+            view(self.dy, self.layout),
+            view(self.x, self.layout),
             _address(saved.bits),
-            view(self._residual),
+            view(self._residual, self.layout),
             saved.in_place,
             NOTHING if kept is None else (kept.data_ptr(), kept.stride(0), kept.stride(1)),
             _address(saved.slot),
         )
 
     def sums(self) -> Tensor:
-        return torch.empty(2, self.layout.channels, dtype=torch.float64)
+        return torch.empty(2, self.layout.channels, dtype=torch.float64, device="cpu")
 
     def gradients(self, saved: Saved, residual: bool, over_dy: bool) -> tuple[Tensor, Tensor | None]:
         """Return the tensors for the gradients of x and of the residual."""
-        dx = self.dy if over_dy or self.copied else fresh_like(self.x)
-        return dx, fresh_like(self.x) if residual and saved.activation is not None else None
+        dx = self.dy if over_dy or self.copied else fresh_like(self.x, self.layout)
+        return dx, fresh_like(self.x, self.layout) if residual and saved.activation is not None else None
 
 
 def backward_sums(dy: Tensor, saved: Saved) -> Tensor:
@@ -336,7 +360,7 @@ def backward_input(
     b = _Backward(dy, saved)
     sums = None if sums is None else sums.contiguous()
     dx, dresidual = b.gradients(saved, residual, over_dy)
-    b.call.backward_input(*b.views, _address(sums), count, view(dx), view(dresidual))
+    b.call.backward_input(*b.views, _address(sums), count, view(dx, b.layout), view(dresidual, b.layout))
     return dx, dresidual
 
 
@@ -354,5 +378,5 @@ def train_backward(
     b = _Backward(dy, saved)
     sums = b.sums()
     dx, dresidual = b.gradients(saved, residual, over_dy)
-    b.call.train_backward(*b.views, sums.data_ptr(), view(dx), view(dresidual))
+    b.call.train_backward(*b.views, sums.data_ptr(), view(dx, b.layout), view(dresidual, b.layout))
     return dx, dresidual, sums

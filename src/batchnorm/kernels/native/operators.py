@@ -40,13 +40,20 @@ def _nothing(x: Tensor) -> Tensor:
     return x.new_empty(0)
 
 
+def _placed(y: Tensor, x: Tensor) -> Tensor:
+    """Return ``y`` with the strides that compilers count on, of ``empty_like(x)``: where x was copied they differ."""
+    if x.is_contiguous() or y.stride() == (promised := torch.empty_like(x)).stride():
+        return y
+    return promised.copy_(y)
+
+
 moments = _operator("moments", "(Tensor x, float eps) -> Tensor", calls.moments, lambda x, eps: _per_channel(x, 3))
 
 
 def _normalize(
     x: Tensor, weight: _Optional, bias: _Optional, residual: _Optional, statistics: Tensor, activation: str | None
 ) -> Tensor:
-    return calls.normalize(x, weight, bias, residual, statistics, activation).y
+    return _placed(calls.normalize(x, weight, bias, residual, statistics, activation).y, x)
 
 
 normalize = _operator(
@@ -61,7 +68,7 @@ def _train_forward(
     x: Tensor, weight: _Optional, bias: _Optional, residual: _Optional, eps: float, activation: str | None
 ) -> tuple[Tensor, Tensor]:
     forward = calls.train_forward(x, weight, bias, residual, None, None, 0.0, eps, activation)
-    return forward.y, forward.saved.statistics
+    return _placed(forward.y, x), forward.saved.statistics
 
 
 train_forward = _operator(
@@ -99,7 +106,7 @@ def _backward_input(
 ) -> tuple[Tensor, Tensor]:
     saved = _saved(x, weight, bias, residual, statistics, activation)
     dx, dresidual = calls.backward_input(dy, saved, sums, count, residual=residual is not None)
-    return dx, _nothing(x) if dresidual is None else dresidual
+    return _placed(dx, x), _nothing(x) if dresidual is None else _placed(dresidual, x)
 
 
 def _fake_gradients(x: Tensor, residual: _Optional, activation: str | None) -> tuple[Tensor, Tensor]:
@@ -125,7 +132,7 @@ def _train_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     saved = _saved(x, weight, bias, residual, statistics, activation)
     dx, dresidual, sums = calls.train_backward(dy, saved, residual=residual is not None)
-    return dx, _nothing(x) if dresidual is None else dresidual, sums
+    return _placed(dx, x), _nothing(x) if dresidual is None else _placed(dresidual, x), sums
 
 
 train_backward = _operator(
