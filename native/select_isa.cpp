@@ -1,6 +1,10 @@
 // Which compilation of the kernels this machine runs.
 #include <atomic>
 
+#ifdef BATCHNORM_X86
+#include <cpuid.h>
+#endif
+
 #include "kernels.hpp"
 
 namespace batchnorm {
@@ -12,6 +16,8 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+#endif
+#ifdef BATCHNORM_AVX512
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -24,12 +30,22 @@ extern const Kernels kernels;
 
 namespace {
 
+#ifdef BATCHNORM_X86
+// __builtin_cpu_supports knows "f16c" in GCC and in later versions of clang only.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 std::vector<const Kernels*> detect() {
     std::vector<const Kernels*> found = {&baseline::kernels};
 #ifdef BATCHNORM_X86
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (avx2) found.push_back(&avx2::kernels);
+#endif
+#ifdef BATCHNORM_AVX512
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         found.push_back(&avx512::kernels);
