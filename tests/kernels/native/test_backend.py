@@ -16,7 +16,7 @@ from batchnorm.moments import Moments
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 EPS = 1e-5
-LARGE = torch.zeros(ALWAYS // 16, 16)
+LARGE = torch.zeros(ALWAYS // 256, 16, 16)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -44,7 +44,7 @@ class Subclass(torch.Tensor):
 
 
 REFUSED = {
-    "mask": (LARGE, {"mask": torch.ones(len(LARGE), dtype=torch.bool)}, "it takes no mask", "reference"),
+    "mask": (LARGE, {"mask": torch.ones(len(LARGE), 16, dtype=torch.bool)}, "it takes no mask", "reference"),
     "meta": (LARGE.to("meta"), {}, "it runs on the CPU; the input is on meta", "torch"),
     "integers": (LARGE.int(), {}, r"it has no torch\.int32", "torch"),
     "complex": (LARGE.cfloat(), {}, r"it has no torch\.complex64", "torch"),
@@ -94,7 +94,7 @@ def test_a_negated_gradient_counts_with_its_sign():
 def test_tangents_of_forward_mode_are_not_lost():
     from torch.autograd import forward_ad
 
-    x, tangent = randn(ALWAYS // 16, 16), randn(ALWAYS // 16, 16, seed=1)
+    x, tangent = randn(ALWAYS // 256, 16, 16), randn(ALWAYS // 256, 16, 16, seed=1)
     tangents = []
     for function in (batch_norm, F.batch_norm):
         with forward_ad.dual_level():
