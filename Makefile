@@ -26,7 +26,9 @@ test: $(VENV)/.test.stamp ## the whole test suite
 
 # The kernels' own test program, without Python. Each build has a folder of its own, so that it is made once.
 CXX_SOURCES := $(wildcard native/*.cpp native/*.hpp tests/native/*.cpp)
-self_test = cmake -S . -B build/$(1) -DBATCHNORM_PYTHON=OFF -DBATCHNORM_SELF_TEST=ON $(2) && cmake --build build/$(1)
+self_test = cmake -S . -B build/$(1) -DBATCHNORM_PYTHON=OFF -DBATCHNORM_SELF_TEST=ON $(2) && cmake --build build/$(1) --parallel $(JOBS)
+# A compiler of these takes half a GiB and minutes of a core: one at a time, unless JOBS says otherwise.
+JOBS ?= 1
 # Every eleventh, seventeenth or thirty-first case: instrumented or emulated, all of them would take long. Primes, so that
 # the steps do not keep to some of the 8 pairs of dtype and layout, 80 lengths and 9 activations.
 NATIVE_TEST_ARGS ?=

@@ -30,7 +30,7 @@ def test_kernels_agree_with_plain_loops() -> None:
     options = ["-DBATCHNORM_PYTHON=OFF", "-DBATCHNORM_SELF_TEST=ON"]
     for command in (
         ["cmake", "-S", str(ROOT), "-B", str(build), *options],
-        ["cmake", "--build", str(build)],
+        ["cmake", "--build", str(build), "--parallel", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "1")],
         [str(build / "test_kernels")],
     ):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
