@@ -109,23 +109,10 @@ NOINLINE void add_deviations(const View& x, int64_t rows, int64_t width, Spread<
         const int64_t end = std::min(rows, begin + NARROW_BLOCK);
         for_packs<A>(width, [&](int64_t i, auto where) {
             const Pack<A> shift = load(&spread.shift[i], where);
-            Pack<A> first = broadcast(A(0)), second = first, first_odd = first, second_odd = first;
-            int64_t r = begin;
-            for (; r + 2 <= end; r += 2) {  // two chains of additions, neither waiting for the other
-                const Pack<A> d = load(row_of<const T>(x, r) + i, where) - shift;
-                const Pack<A> e = load(row_of<const T>(x, r + 1) + i, where) - shift;
-                first = first + d;
-                first_odd = first_odd + e;
-                second = multiply_add(d, d, second);
-                second_odd = multiply_add(e, e, second_odd);
-            }
-            if (r < end) {
-                const Pack<A> d = load(row_of<const T>(x, r) + i, where) - shift;
-                first = first + d;
-                second = multiply_add(d, d, second);
-            }
-            store(&spread.sum[i], first + first_odd, where);
-            store(&spread.sum_of_products[i], second + second_odd, where);
+            Pack<A> first, second;
+            sum_deviations<T>(x, begin, end, i, where, shift, first, second);
+            store(&spread.sum[i], first, where);
+            store(&spread.sum_of_products[i], second, where);
         });
         for (int64_t i = 0; i < width; ++i) {
             spread.total[i] += spread.sum[i];

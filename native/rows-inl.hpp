@@ -138,6 +138,31 @@ INLINE void add_columns(const View& x, int64_t begin, int64_t end, int64_t chann
     }
 }
 
+// Sums, over rows, of the deviations of a pack of columns from a shift, and of their squares.
+template <class T, class Where>
+INLINE void sum_deviations(const View& x, int64_t begin, int64_t end, int64_t column, Where where,
+                           const Pack<Compute<T>>& shift, Pack<Compute<T>>& first, Pack<Compute<T>>& second) {
+    using A = Compute<T>;
+    Pack<A> first_odd = broadcast(A(0)), second_odd = first_odd;
+    first = second = first_odd;
+    int64_t r = begin;
+    for (; r + 2 <= end; r += 2) {  // two chains of additions, neither waiting for the other
+        const Pack<A> d = load(row_of<const T>(x, r) + column, where) - shift;
+        const Pack<A> e = load(row_of<const T>(x, r + 1) + column, where) - shift;
+        first = first + d;
+        first_odd = first_odd + e;
+        second = multiply_add(d, d, second);
+        second_odd = multiply_add(e, e, second_odd);
+    }
+    if (r < end) {
+        const Pack<A> d = load(row_of<const T>(x, r) + column, where) - shift;
+        first = first + d;
+        second = multiply_add(d, d, second);
+    }
+    first = first + first_odd;
+    second = second + second_odd;
+}
+
 // A block is read twice: once for its own means, then, from the cache, for the deviations from those.
 template <class T>
 INLINE void merge_rows(const View& x, int64_t begin, int64_t end, std::vector<Compute<T>>& scratch,
@@ -149,25 +174,12 @@ INLINE void merge_rows(const View& x, int64_t begin, int64_t end, std::vector<Co
     add_columns<T>(x, begin, end, channels, scratch.data());
     for_packs<A>(channels, [&](int64_t c, auto where) {
         const Pack<A> shift = load(&scratch[c], where) * broadcast(A(1 / n));
-        Pack<A> first = broadcast(A(0)), second = first, first_odd = first, second_odd = first;
-        int64_t r = begin;
-        for (; r + 2 <= end; r += 2) {  // two chains of additions, neither waiting for the other
-            const Pack<A> d = load(row_of<const T>(x, r) + c, where) - shift;
-            const Pack<A> e = load(row_of<const T>(x, r + 1) + c, where) - shift;
-            first = first + d;
-            first_odd = first_odd + e;
-            second = multiply_add(d, d, second);
-            second_odd = multiply_add(e, e, second_odd);
-        }
-        if (r < end) {
-            const Pack<A> d = load(row_of<const T>(x, r) + c, where) - shift;
-            first = first + d;
-            second = multiply_add(d, d, second);
-        }
+        Pack<A> first, second;
+        sum_deviations<T>(x, begin, end, c, where, shift, first, second);
         A shifts[Pack<A>::size], of_d[Pack<A>::size], of_dd[Pack<A>::size];
         store(shifts, shift, Whole{});
-        store(of_d, first + first_odd, Whole{});
-        store(of_dd, second + second_odd, Whole{});
+        store(of_d, first, Whole{});
+        store(of_dd, second, Whole{});
         const int lanes = int(std::min<int64_t>(Pack<A>::size, channels - c));
         for (int j = 0; j < lanes; ++j) {
             if (!std::isfinite(of_dd[j])) {
