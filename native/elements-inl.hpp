@@ -90,9 +90,17 @@ struct BackwardMode {
     bool streaming;  // dx goes around the caches
 };
 
+// Calls body(whether to recover) with a constant: it may be true only where the slope leaves something to recover from.
+template <Slope slope, class Body>
+INLINE void with_recover(bool recover, Body&& body) {
+    if constexpr (slope == Slope::one || slope == Slope::sign)
+        if (recover) return body(std::true_type{});
+    body(std::false_type{});
+}
+
 // g = dy · activation′ and d = x − shift.
-template <class T, Slope slope, class Where>
-INLINE void backward_terms(const BackwardRun<T>& run, int64_t i, Where where, const BackwardMode& mode,
+template <class T, Slope slope, class Where, class Recover>
+INLINE void backward_terms(const BackwardRun<T>& run, int64_t i, Where where, Recover recover, const BackwardMode& mode,
                            const Affines<Compute<T>>& affine, const Pack<Compute<T>>& inverse, Pack<Compute<T>>& g,
                            Pack<Compute<T>>& d) {
     using A = Compute<T>;
@@ -100,8 +108,7 @@ INLINE void backward_terms(const BackwardRun<T>& run, int64_t i, Where where, co
     g = load(run.dy + i, where);
     Pack<A> x = load(run.x + i, where);
     PackMask<A> positive;
-    constexpr bool invertible = slope == Slope::one || slope == Slope::sign;
-    if (invertible && mode.recover) {
+    if constexpr (recover) {
         positive = zero < x;
         if constexpr (slope == Slope::sign) x = select(positive, x, x * broadcast(A(1 / LEAKY_SLOPE)));
         d = (x - affine.offset) * inverse;
@@ -151,13 +158,13 @@ INLINE InputGradients<A> everywhere(const InputGradient<A>& c) {
     return {broadcast(c.scale), broadcast(c.of_d), broadcast(c.constant)};
 }
 
-template <class T, Slope slope, class Where>
-INLINE void backward_pack(const BackwardRun<T>& run, int64_t i, Where where, const BackwardMode& mode,
+template <class T, Slope slope, class Where, class Recover>
+INLINE void backward_pack(const BackwardRun<T>& run, int64_t i, Where where, Recover recover, const BackwardMode& mode,
                           const Affines<Compute<T>>& affine, const Pack<Compute<T>>& inverse,
                           const InputGradients<Compute<T>>& gradient) {
     using A = Compute<T>;
     Pack<A> g, d;
-    backward_terms<T, slope>(run, i, where, mode, affine, inverse, g, d);
+    backward_terms<T, slope>(run, i, where, recover, mode, affine, inverse, g, d);
     if (run.dresidual) put(run.dresidual + i, g, where, false);
     if (mode.centered) g = g + multiply_add(d, gradient.of_d, gradient.constant);
     put(run.dx + i, g * gradient.scale, where, mode.streaming);
@@ -185,6 +192,12 @@ struct Moments {
         count = total;
     }
 };
+
+// Whether n deviations from a shift, by their sum and the sum of their squares, tell the variance: at most half of the
+// squares is due to the shift's distance from the mean. Not so for what is infinite, or NaN.
+INLINE bool is_near(double of_d, double of_dd, double n) {
+    return std::isfinite(of_dd) && of_d * of_d <= 0.5 * n * of_dd;
+}
 
 template <class A>
 INLINE void update_running(const Running& running, int64_t c, double count, double mean, double m2) {

@@ -18,6 +18,7 @@ INLINE bool streams(const Shape& shape, const View& from, const View& to) {
 }
 
 #include "planes-inl.hpp"
+#include "table-inl.hpp"
 #include "rows-inl.hpp"
 #include "narrow-inl.hpp"
 

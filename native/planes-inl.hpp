@@ -106,28 +106,41 @@ NOINLINE void merge_exactly(const T* x, int64_t runs, int64_t stride, int64_t le
     moments.merge(n, mean, m2);
 }
 
-// A block is read twice while it is in the first-level cache: once for its own mean, then for the deviations from that.
+template <class T>
+INLINE double mean_of(const T* x, int64_t runs, int64_t stride, int64_t length) {
+    using A = Compute<T>;
+    Pack<A> total[2] = {broadcast(A(0)), broadcast(A(0))};
+    for (int64_t r = 0; r < runs; ++r)
+        for_packs_by_turns<A>(length, [&](int64_t i, auto where, auto turn) {
+            total[turn] = total[turn] + load(x + r * stride + i, where);
+        });
+    return sum(total[0] + total[1]) / (double(runs) * double(length));
+}
+
+// A block's deviations are taken from the mean of the blocks before it, in one reading; where that is far away, or there
+// are none yet, from its own mean: it is in the first-level cache then.
 template <class T>
 NOINLINE void merge_block(const T* x, int64_t runs, int64_t stride, int64_t length, int64_t ahead, Moments& moments) {
     using A = Compute<T>;
     const double n = double(runs) * double(length);
-    Pack<A> total = broadcast(A(0));
-    for (int64_t r = 0; r < runs; ++r)
-        for_packs<A>(length, [&](int64_t i, auto where) { total = total + load(x + r * stride + i, where); });
-    const A shift = A(sum(total) / n);
-    const Pack<A> shifts = broadcast(shift);
-    Pack<A> first = broadcast(A(0)), second = broadcast(A(0));
-    for (int64_t r = 0; r < runs; ++r)
-        for_packs<A>(length, [&](int64_t i, auto where) {
-            __builtin_prefetch(reinterpret_cast<const char*>(x + r * stride + i) + ahead);
-            const Pack<A> d = only(load(x + r * stride + i, where) - shifts, where);
-            first = first + d;
-            second = multiply_add(d, d, second);
-        });
-    const double of_d = sum(first), of_dd = sum(second);
-    if (!std::isfinite(of_dd)) return merge_exactly(x, runs, stride, length, moments);
-    const double m2 = of_dd - of_d * of_d / n;
-    moments.merge(n, double(shift) + of_d / n, m2 > 0 ? m2 : 0);
+    const bool first_block = moments.count == 0;
+    for (bool own : {false, true}) {
+        if (!own && first_block) continue;
+        const A shift = A(own ? mean_of(x, runs, stride, length) : moments.mean);
+        const Pack<A> shifts = broadcast(shift), zero = broadcast(A(0));
+        Pack<A> d[2] = {zero, zero}, dd[2] = {zero, zero};
+        for (int64_t r = 0; r < runs; ++r)
+            for_packs_by_turns<A>(length, [&](int64_t i, auto where, auto turn) {
+                __builtin_prefetch(reinterpret_cast<const char*>(x + r * stride + i) + ahead);
+                const Pack<A> e = only(load(x + r * stride + i, where) - shifts, where);
+                d[turn] = d[turn] + e;
+                dd[turn] = multiply_add(e, e, dd[turn]);
+            });
+        const double of_d = sum(d[0] + d[1]), of_dd = sum(dd[0] + dd[1]);
+        if (own ? std::isfinite(of_dd) : is_near(of_d, of_dd, n))
+            return moments.merge(n, double(shift) + of_d / n, std::max(0.0, of_dd - of_d * of_d / n));
+    }
+    merge_exactly(x, runs, stride, length, moments);
 }
 
 // Samples n0 to n1 and positions s0 to s1 of a channel.
@@ -175,11 +188,13 @@ NOINLINE void reduce_run(const BackwardRun<T>& run, int64_t length, const Backwa
                          Pack<Compute<T>>& total_gd) {
     using A = Compute<T>;
     Pack<A> sum_g = total_g, sum_gd = total_gd;
-    for_packs<A>(length, [&](int64_t i, auto where) {
-        Pack<A> g, d;
-        backward_terms<T, slope>(run, i, where, mode, affines, inverse, g, d);
-        sum_g = sum_g + g;  // beyond the end dy is 0, and so is g
-        sum_gd = multiply_add(g, d, sum_gd);
+    with_recover<slope>(mode.recover, [&](auto recover) {
+        for_packs<A>(length, [&](int64_t i, auto where) {
+            Pack<A> g, d;
+            backward_terms<T, slope>(run, i, where, recover, mode, affines, inverse, g, d);
+            sum_g = sum_g + g;  // beyond the end dy is 0, and so is g
+            sum_gd = multiply_add(g, d, sum_gd);
+        });
     });
     total_g = sum_g;
     total_gd = sum_gd;
@@ -193,8 +208,10 @@ NOINLINE void backward_run(const BackwardRun<T>& run, int64_t length, BackwardMo
     const Pack<A> inverse = broadcast(A(1 / double(c.scale)));
     const InputGradients<A> gradients = everywhere(gradient);
     mode.streaming = mode.streaming && aligned(run.dx);
-    for_packs<A>(length, [&](int64_t i, auto where) {
-        backward_pack<T, slope>(run, i, where, mode, affines, inverse, gradients);
+    with_recover<slope>(mode.recover, [&](auto recover) {
+        for_packs<A>(length, [&](int64_t i, auto where) {
+            backward_pack<T, slope>(run, i, where, recover, mode, affines, inverse, gradients);
+        });
     });
 }
 

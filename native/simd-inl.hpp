@@ -220,4 +220,49 @@ INLINE void for_packs(int64_t n, Body&& body) {
     for (; i + Pack<A>::size <= n; i += Pack<A>::size) body(i, Whole{});
     if (i < n) body(i, Part{int(n - i)});
 }
+// Likewise, and tells body by turns 0 and 1, for two chains of additions that do not wait for each other.
+template <class A, class Body>
+INLINE void for_packs_by_turns(int64_t n, Body&& body) {
+    constexpr std::integral_constant<int, 0> even;
+    constexpr std::integral_constant<int, 1> odd;
+    int64_t i = 0;
+    for (; i + 2 * Pack<A>::size <= n; i += 2 * Pack<A>::size) {
+        body(i, Whole{}, even);
+        body(i + Pack<A>::size, Whole{}, odd);
+    }
+    if (i + Pack<A>::size <= n) {
+        body(i, Whole{}, even);
+        i += Pack<A>::size;
+    }
+    if (i < n) body(i, Part{int(n - i)}, odd);
+}
+
+// -- sums in double --------------------------------------------------------------------------------------------------
+
+// total[i] += p[i]
+INLINE void add_widened(double* total, const double* p, int64_t n) {
+    using A = double;
+    for_packs<A>(n, [&](int64_t i, auto where) { store(total + i, load(total + i, where) + load(p + i, where), where); });
+}
+INLINE void add_widened(double* total, const float* p, int64_t n) {
+    typedef float Half __attribute__((vector_size(BATCHNORM_BYTES / 2)));
+    typedef double Wide __attribute__((vector_size(BATCHNORM_BYTES)));
+    constexpr int lanes = BATCHNORM_BYTES / 8;
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) {
+        Half half;
+        Wide wide;
+        __builtin_memcpy(&half, p + i, sizeof half);
+        __builtin_memcpy(&wide, total + i, sizeof wide);
+        wide += __builtin_convertvector(half, Wide);
+        __builtin_memcpy(total + i, &wide, sizeof wide);
+    }
+    for (; i < n; ++i) total[i] += p[i];
+}
+template <class A>
+INLINE double total_of(const A* p, int64_t n) {
+    Pack<A> total[2] = {broadcast(A(0)), broadcast(A(0))};
+    for_packs_by_turns<A>(n, [&](int64_t i, auto where, auto turn) { total[turn] = total[turn] + load(p + i, where); });
+    return sum(total[0] + total[1]);
+}
 #undef EACH_PART
