@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <utility>
 
@@ -31,33 +32,108 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-struct Call {
+// What all calls on inputs of one size and layout share.
+struct Plan {
     Shape shape;
-    Affine affine;
-    Statistics statistics;
-    Pool pool;
+    Activation activation;
 };
+
+// What one call has beside its tensors: parameters and statistics, by address, and threads.
+struct Parameters {
+    uintptr_t weight, bias, statistics;
+    int threads;
+
+    Affine affine(const Plan& plan) const { return {at<void>(weight), at<void>(bias), plan.activation}; }
+    Statistics of(const Plan& plan) const {
+        double* first = at<double>(statistics);
+        return {first, first + plan.shape.channels, first + 2 * plan.shape.channels};
+    }
+    Pool pool() const { return {run_on_pool, threads}; }
+};
+
+// dy, and what is left of the forward pass: x, bits, residual, whether in place, the kept channels and their slots.
+struct Backward {
+    View dy;
+    Saved saved;
+};
+
+Sums sums_at(uintptr_t address, const Plan& plan) {
+    double* of_dy = at<double>(address);
+    return {of_dy, of_dy ? of_dy + plan.shape.channels : nullptr};
+}
+
+// The gradients of the parameters, in their dtype; 0: not wanted.
+void put_gradients(const Plan& plan, const Sums& sums, uintptr_t of_weight, uintptr_t of_bias) {
+    const auto put = [&](uintptr_t address, const double* values) {
+        if (!address) return;
+        const int64_t n = plan.shape.channels;
+        if (plan.shape.dtype == DType::float64)
+            std::copy_n(values, n, at<double>(address));
+        else
+            std::transform(values, values + n, at<float>(address), [](double v) { return float(v); });
+    };
+    put(of_weight, sums.dy_xhat);
+    put(of_bias, sums.dy);
+}
 
 }  // namespace
 
+// Tuples of numbers become these; anything else is a TypeError.
 namespace nanobind::detail {
+template <class Body>
+bool from_tuple(handle source, Py_ssize_t size, Body&& body) noexcept {
+    if (!PyTuple_Check(source.ptr()) || PyTuple_Size(source.ptr()) != size) return false;
+    body([&](Py_ssize_t i) { return PyTuple_GetItem(source.ptr(), i); });
+    if (!PyErr_Occurred()) return true;
+    PyErr_Clear();
+    return false;
+}
+inline bool to_view(handle source, View& view) noexcept {
+    return from_tuple(source, 3, [&](auto&& item) {
+        view.data = static_cast<char*>(PyLong_AsVoidPtr(item(0)));
+        view.outer_stride = PyLong_AsLongLong(item(1));
+        view.channel_stride = PyLong_AsLongLong(item(2));
+    });
+}
+
 template <>
 struct type_caster<View> {
     NB_TYPE_CASTER(View, const_name("tuple[int, int, int]"))
+    bool from_python(handle source, uint8_t, cleanup_list*) noexcept { return to_view(source, value); }
+};
+
+template <>
+struct type_caster<Parameters> {
+    NB_TYPE_CASTER(Parameters, const_name("tuple[int, int, int, int]"))
     bool from_python(handle source, uint8_t, cleanup_list*) noexcept {
-        if (!PyTuple_Check(source.ptr()) || PyTuple_Size(source.ptr()) != 3) return false;
-        const auto item = [&](Py_ssize_t i) { return PyTuple_GetItem(source.ptr(), i); };
-        value.data = static_cast<char*>(PyLong_AsVoidPtr(item(0)));
-        value.outer_stride = PyLong_AsLongLong(item(1));
-        value.channel_stride = PyLong_AsLongLong(item(2));
-        if (!PyErr_Occurred()) return true;
-        PyErr_Clear();
-        return false;
+        return from_tuple(source, 4, [&](auto&& item) {
+            value.weight = reinterpret_cast<uintptr_t>(PyLong_AsVoidPtr(item(0)));
+            value.bias = reinterpret_cast<uintptr_t>(PyLong_AsVoidPtr(item(1)));
+            value.statistics = reinterpret_cast<uintptr_t>(PyLong_AsVoidPtr(item(2)));
+            value.threads = int(PyLong_AsLong(item(3)));
+        });
+    }
+};
+
+template <>
+struct type_caster<Backward> {
+    NB_TYPE_CASTER(Backward, const_name("tuple[View, View, int, View, bool, View, int]"))
+    bool from_python(handle source, uint8_t, cleanup_list*) noexcept {
+        bool views = true;
+        const bool rest = from_tuple(source, 7, [&](auto&& item) {
+            views = to_view(item(0), value.dy) && to_view(item(1), value.saved.x) &&
+                    to_view(item(3), value.saved.residual) && to_view(item(5), value.saved.kept);
+            value.saved.bits = static_cast<uint16_t*>(PyLong_AsVoidPtr(item(2)));
+            value.saved.in_place = PyObject_IsTrue(item(4)) == 1;
+            value.saved.slot = static_cast<int32_t*>(PyLong_AsVoidPtr(item(6)));
+        });
+        return views && rest;
     }
 };
 }  // namespace nanobind::detail
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // plans are cached until the process ends
     m.doc() = "Native kernels of batch normalization; batchnorm.kernels.native is how they are called.";
 
     m.def("isas", &available_isas, "The instruction sets that this build has and this machine runs, the best last.");
@@ -67,90 +143,83 @@ NB_MODULE(_native, m) {
         "set_parallel_for", [](uintptr_t address) { parallel_for = reinterpret_cast<ParallelFor>(address); },
         "address"_a, "Run on the thread pool behind this function; 0: on the calling thread.");
 
-    nb::class_<Call>(m, "Call", "What all phases of one call share: sizes, parameters and statistics, by address.")
+    const auto free = nb::call_guard<nb::gil_scoped_release>();
+    nb::class_<Plan>(m, "Plan", "What all calls on inputs of one size and layout share; the calls themselves.")
         .def(
             "__init__",
-            [](Call* call, int layout, int dtype, int64_t outer, int64_t channels, int64_t inner, uintptr_t weight,
-               uintptr_t bias, int activation, uintptr_t statistics, int threads) {
-                double* per_channel = at<double>(statistics);
-                new (call) Call{{Layout(layout), DType(dtype), outer, channels, inner},
-                                {at<void>(weight), at<void>(bias), Activation(activation)},
-                                {per_channel, per_channel + channels, per_channel + 2 * channels},
-                                {run_on_pool, threads}};
+            [](Plan* plan, int layout, int dtype, int64_t outer, int64_t channels, int64_t inner, int activation) {
+                new (plan) Plan{{Layout(layout), DType(dtype), outer, channels, inner}, Activation(activation)};
             },
-            "layout"_a, "dtype"_a, "outer"_a, "channels"_a, "inner"_a, "weight"_a, "bias"_a, "activation"_a,
-            "statistics"_a, "threads"_a)
-        .def("bit_words", [](const Call& call) { return words(call.shape); })
-        .def("bit_run", [](const Call& call) { return bit_run(call.shape); })
-        .def("bits_per_word", [](const Call& call) { return per_word(call.shape); })
+            "layout"_a, "dtype"_a, "outer"_a, "channels"_a, "inner"_a, "activation"_a)
+        .def("bit_words", [](const Plan& plan) { return words(plan.shape); })
+        .def("bit_run", [](const Plan& plan) { return bit_run(plan.shape); })
+        .def("bits_per_word", [](const Plan& plan) { return per_word(plan.shape); })
         .def(
             "mark_unrecoverable",
-            [](const Call& call, uintptr_t marks) {
-                return mark_unrecoverable(call.shape, call.affine, at<uint8_t>(marks));
+            [](const Plan& plan, uintptr_t weight, uintptr_t bias, uintptr_t marks) {
+                std::vector<uint8_t> scratch(marks ? 0 : plan.shape.channels);
+                return mark_unrecoverable(plan.shape, {at<void>(weight), at<void>(bias), plan.activation},
+                                          marks ? at<uint8_t>(marks) : scratch.data());
             },
-            "marks"_a)
-        .def(
-            "take_stored",
-            [](const Call& call, uintptr_t mean, uintptr_t variance, double eps) {
-                take_stored(call.shape, at<void>(mean), at<void>(variance), eps, call.statistics);
-            },
-            "mean"_a, "variance"_a, "eps"_a)
+            "weight"_a, "bias"_a, "marks"_a)
         .def(
             "moments",
-            [](const Call& call, View x, double eps) {
-                active_kernels().moments(call.shape, x, call.statistics, eps, call.pool);
+            [](const Plan& plan, View x, Parameters p, double eps) {
+                active_kernels().moments(plan.shape, x, p.of(plan), eps, p.pool());
             },
-            "x"_a, "eps"_a, nb::call_guard<nb::gil_scoped_release>())
+            "x"_a, "parameters"_a, "eps"_a, free)
         .def(
             "normalize",
-            [](const Call& call, View x, View residual, View y, uintptr_t bits) {
-                active_kernels().normalize(call.shape, x, call.affine, call.statistics, residual, y, at<uint16_t>(bits),
-                                           call.pool);
+            [](const Plan& plan, View x, View residual, View y, uintptr_t bits, Parameters p) {
+                active_kernels().normalize(plan.shape, x, p.affine(plan), p.of(plan), residual, y, at<uint16_t>(bits),
+                                           p.pool());
             },
-            "x"_a, "residual"_a, "y"_a, "bits"_a, nb::call_guard<nb::gil_scoped_release>())
+            "x"_a, "residual"_a, "y"_a, "bits"_a, "parameters"_a, free)
+        .def(
+            "evaluate",
+            [](const Plan& plan, View x, View residual, View y, uintptr_t bits, Parameters p, double eps,
+               uintptr_t running_mean, uintptr_t running_var) {
+                take_stored(plan.shape, at<void>(running_mean), at<void>(running_var), eps, p.of(plan));
+                active_kernels().normalize(plan.shape, x, p.affine(plan), p.of(plan), residual, y, at<uint16_t>(bits),
+                                           p.pool());
+            },
+            "x"_a, "residual"_a, "y"_a, "bits"_a, "parameters"_a, "eps"_a, "running_mean"_a, "running_var"_a, free)
         .def(
             "train_forward",
-            [](const Call& call, View x, double eps, uintptr_t running_mean, uintptr_t running_var, double momentum,
-               View residual, View y, uintptr_t bits) {
-                active_kernels().train_forward(call.shape, x, call.affine, call.statistics, eps,
+            [](const Plan& plan, View x, View residual, View y, uintptr_t bits, Parameters p, double eps,
+               uintptr_t running_mean, uintptr_t running_var, double momentum) {
+                active_kernels().train_forward(plan.shape, x, p.affine(plan), p.of(plan), eps,
                                                {at<void>(running_mean), at<void>(running_var), momentum}, residual, y,
-                                               at<uint16_t>(bits), call.pool);
+                                               at<uint16_t>(bits), p.pool());
             },
-            "x"_a, "eps"_a, "running_mean"_a, "running_var"_a, "momentum"_a, "residual"_a, "y"_a, "bits"_a,
-            nb::call_guard<nb::gil_scoped_release>())
+            "x"_a, "residual"_a, "y"_a, "bits"_a, "parameters"_a, "eps"_a, "running_mean"_a, "running_var"_a,
+            "momentum"_a, free)
         .def(
             "backward_reduce",
-            [](const Call& call, View dy, View x, uintptr_t bits, View residual, bool in_place, View kept,
-               uintptr_t slot, uintptr_t sums) {
-                const Saved saved{x, at<uint16_t>(bits), residual, in_place, kept, at<int32_t>(slot)};
-                active_kernels().backward_reduce(call.shape, dy, saved, call.affine, call.statistics,
-                                                 {at<double>(sums), at<double>(sums) + call.shape.channels}, call.pool);
+            [](const Plan& plan, const Backward& b, Parameters p, uintptr_t sums) {
+                active_kernels().backward_reduce(plan.shape, b.dy, b.saved, p.affine(plan), p.of(plan),
+                                                 sums_at(sums, plan), p.pool());
             },
-            "dy"_a, "x"_a, "bits"_a, "residual"_a, "in_place"_a, "kept"_a, "slot"_a, "sums"_a,
-            nb::call_guard<nb::gil_scoped_release>())
+            "backward"_a, "parameters"_a, "sums"_a, free)
         .def(
             "backward_input",
-            [](const Call& call, View dy, View x, uintptr_t bits, View residual, bool in_place, View kept,
-               uintptr_t slot, uintptr_t sums, double count, View dx, View dresidual) {
-                const Saved saved{x, at<uint16_t>(bits), residual, in_place, kept, at<int32_t>(slot)};
-                double* of_dy = at<double>(sums);
-                active_kernels().backward_input(call.shape, dy, saved, call.affine, call.statistics,
-                                                {of_dy, of_dy ? of_dy + call.shape.channels : nullptr}, count, dx,
-                                                dresidual, call.pool);
+            [](const Plan& plan, const Backward& b, Parameters p, uintptr_t sums, double count, View dx,
+               View dresidual) {
+                active_kernels().backward_input(plan.shape, b.dy, b.saved, p.affine(plan), p.of(plan),
+                                                sums_at(sums, plan), count, dx, dresidual, p.pool());
             },
-            "dy"_a, "x"_a, "bits"_a, "residual"_a, "in_place"_a, "kept"_a, "slot"_a, "sums"_a, "count"_a, "dx"_a,
-            "dresidual"_a, nb::call_guard<nb::gil_scoped_release>())
+            "backward"_a, "parameters"_a, "sums"_a, "count"_a, "dx"_a, "dresidual"_a, free)
         .def(
             "train_backward",
-            [](const Call& call, View dy, View x, uintptr_t bits, View residual, bool in_place, View kept,
-               uintptr_t slot, uintptr_t sums, View dx, View dresidual) {
-                const Saved saved{x, at<uint16_t>(bits), residual, in_place, kept, at<int32_t>(slot)};
-                active_kernels().train_backward(call.shape, dy, saved, call.affine, call.statistics,
-                                                {at<double>(sums), at<double>(sums) + call.shape.channels}, dx,
-                                                dresidual, call.pool);
+            [](const Plan& plan, const Backward& b, Parameters p, uintptr_t sums, View dx, View dresidual,
+               uintptr_t of_weight, uintptr_t of_bias) {
+                std::vector<double> scratch(sums ? 0 : 2 * plan.shape.channels);
+                const Sums found = sums_at(sums ? sums : reinterpret_cast<uintptr_t>(scratch.data()), plan);
+                active_kernels().train_backward(plan.shape, b.dy, b.saved, p.affine(plan), p.of(plan), found, dx,
+                                                dresidual, p.pool());
+                put_gradients(plan, found, of_weight, of_bias);
             },
-            "dy"_a, "x"_a, "bits"_a, "residual"_a, "in_place"_a, "kept"_a, "slot"_a, "sums"_a, "dx"_a, "dresidual"_a,
-            nb::call_guard<nb::gil_scoped_release>());
+            "backward"_a, "parameters"_a, "sums"_a, "dx"_a, "dresidual"_a, "of_weight"_a, "of_bias"_a, free);
 
     m.def(
         "set_stream_bytes", [](int64_t bytes) { return std::exchange(stream_bytes, bytes); }, "bytes"_a,

@@ -3,7 +3,6 @@
 // a channel is spread out over its columns, and the loops below go through a few rows at a time, which share what they
 // load of the columns. How a tensor is shared out among threads is said elsewhere.
 
-constexpr int64_t ADDED_ROWS = 128;  // rows that are added up in the working precision
 template <int n>
 using Count = std::integral_constant<int, n>;
 
@@ -17,6 +16,9 @@ INLINE T* row_of(const View& view, int64_t r) {
 struct Pace {
     int64_t block;  // rows of a block, that is gone through from its beginning to its end
     bool single;
+
+    // Rows that are added up in the working precision: at most 32 additions, of four rows each or of one.
+    int64_t added() const { return single ? 32 : 128; }
 };
 
 // Calls body(first row, how many) for all rows.
@@ -101,15 +103,15 @@ struct ColumnSums {
 
     explicit ColumnSums(int64_t width) : first(width), second(width), total_first(width), total_second(width) {}
 
-    // Calls add(first row, last row) for blocks of rows; it adds to `first` and `second`.
+    // Calls add(first row, last row) for the rows that are added up together; it adds to `first` and `second`.
     template <class Add>
-    INLINE void over(int64_t begin, int64_t end, int64_t width, Add&& add) {
+    INLINE void over(int64_t begin, int64_t end, int64_t width, const Pace& pace, Add&& add) {
         std::fill_n(total_first.begin(), width, 0.0);
         std::fill_n(total_second.begin(), width, 0.0);
-        for (int64_t r = begin; r < end; r += ADDED_ROWS) {
+        for (int64_t r = begin; r < end; r += pace.added()) {
             std::fill_n(first.begin(), width, A(0));
             std::fill_n(second.begin(), width, A(0));
-            add(r, std::min(end, r + ADDED_ROWS));
+            add(r, std::min(end, r + pace.added()));
             add_widened(&total_first[0], &first[0], width);
             add_widened(&total_second[0], &second[0], width);
         }
@@ -123,7 +125,7 @@ template <class T>
 NOINLINE void add_deviations(const View& x, int64_t begin, int64_t end, int64_t width, const Pace& pace,
                              const Compute<T>* shift, ColumnSums<Compute<T>>& sums) {
     using A = Compute<T>;
-    sums.over(begin, end, width, [&](int64_t block_begin, int64_t block_end) {
+    sums.over(begin, end, width, pace, [&](int64_t block_begin, int64_t block_end) {
         for_rows(block_begin, block_end, pace, [&](int64_t r, auto rows) {
             const T* row[rows];
             for (int k = 0; k < rows; ++k) row[k] = row_of<const T>(x, r + k);
@@ -213,7 +215,7 @@ NOINLINE void add_gradients(const BackwardTable<T>& table, int64_t begin, int64_
                             const BackwardMode& mode, const Columns<Compute<T>>& columns,
                             ColumnSums<Compute<T>>& sums) {
     using A = Compute<T>;
-    sums.over(begin, end, width, [&](int64_t block_begin, int64_t block_end) {
+    sums.over(begin, end, width, pace, [&](int64_t block_begin, int64_t block_end) {
         for_rows(block_begin, block_end, pace, [&](int64_t r, auto rows) {
             BackwardRun<T> run[rows];
             for (int k = 0; k < rows; ++k) run[k] = table.row(r + k);

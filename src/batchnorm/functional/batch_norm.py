@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from batchnorm.errors import InputError
 from batchnorm.functional import dispatch
-from batchnorm.functional.fused import fused_batch_norm, is_direct
+from batchnorm.functional.fused import fused_batch_norm
 from batchnorm.functional.operator import batch_norm_operator, composite
 from batchnorm.functional.validation import check_extras, check_valid_counts, first_problem
 from batchnorm.kernels.activation import ACTIVATIONS
@@ -129,16 +131,10 @@ def normalize(
     inplace: bool = False,
 ) -> Tensor:
     """Do what :func:`batch_norm` does; messages open with ``where``."""
-    if activation is not None or residual is not None or mask is not None:
-        check_extras(_text(where), input, activation, residual, mask)
-    if mask is None and dispatch.plain(input):
-        backend = "torch"
-    elif (
-        mask is None
-        and dispatch.takes_native(input, training, activation is not None or residual is not None)
-        and is_direct(input, running_mean, running_var, weight, bias, residual, training, momentum, eps)
-    ):
-        return fused_batch_norm(
+    extras = activation is not None or residual is not None
+    backend = None if mask is not None else dispatch.at_once(input, training, extras)
+    if backend == "native":
+        y = fused_batch_norm(
             input,
             running_mean,
             running_var,
@@ -151,7 +147,12 @@ def normalize(
             residual,
             inplace,
         )
-    else:
+        if y is not None:
+            return y
+        backend = None
+    if extras or mask is not None:
+        check_extras(_text(where), input, activation, residual, mask)
+    if backend is None:
         backend = dispatch.choose(Request(input, weight, bias, training, activation, residual, mask))
     if backend != "torch":
         _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -176,9 +177,34 @@ def normalize(
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
         raise
+    return _finish(y, residual, activation) if extras else y
+
+
+# Written over their argument: as much as one line each of torch's own.
+_OVER: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "leaky_relu": F.leaky_relu_,
+    "relu6": partial(F.relu6, inplace=True),
+}
+
+
+def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """Add and activate: over ``y``, which nobody else has, unless somebody watches the operators."""
+    alone = (
+        type(y) is Tensor
+        and (residual is None or type(residual) in (Tensor, Parameter))
+        and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch.autograd.forward_ad._current_level < 0
+    )
     if residual is not None:
-        y = y + residual
-    return y if activation is None else ACTIVATIONS[activation].function(y)
+        y = y.add_(residual) if alone else y + residual
+    if activation is None:
+        return y
+    over = _OVER.get(activation) if alone else None
+    return ACTIVATIONS[activation].function(y) if over is None else over(y)
 
 
 def _operator() -> Callable[..., Tensor]:

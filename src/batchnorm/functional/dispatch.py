@@ -22,7 +22,7 @@ from batchnorm.kernels.native import NATIVE, missing
 from batchnorm.kernels.native.backend import SMALLEST, pays
 from batchnorm.kernels.reference import REFERENCE
 
-__all__ = ["active_backend", "backend", "backends", "choose", "plain", "register", "use_backend"]
+__all__ = ["active_backend", "at_once", "backend", "backends", "choose", "register", "use_backend"]
 
 
 class Candidate(Protocol):
@@ -204,24 +204,22 @@ def choose(request: Request, *, split: bool = False) -> str:
     raise InputError(f"no backend can serve this call ({'; '.join(reasons)}). Move the tensors to another device.")
 
 
-def plain(input: Tensor) -> bool:
-    """Return whether a call without mask is certain to go to torch, so that nothing has to be asked."""
-    if _open or _candidates is not _ALWAYS:
-        return False
-    if missing is not None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return True
-    if torch.compiler.is_exporting():  # the number of values may be any: to ask for it would bound it in the program
-        return True
-    return not isinstance(input, Tensor) or input.numel() < SMALLEST
+def at_once(input: Tensor, training: bool, fused: bool) -> str | None:
+    """Return the backend of a call without mask where little has to be asked for that, else None.
 
-
-def takes_native(input: Tensor, training: bool, fused: bool) -> bool:
-    """Return whether a call goes to the native backend if that can serve it, so that nothing else has to be asked."""
-    if missing is not None:
-        return False
+    ``"torch"`` is certain; ``"native"`` is what serves the call unless it refuses.
+    """
     if _open:
-        return _forced_name() == NATIVE.name
-    return _candidates is _ALWAYS and pays(input, training, fused)
+        return NATIVE.name if _forced_name() == NATIVE.name else None
+    if _candidates is not _ALWAYS:
+        return None
+    if missing is not None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "torch"
+    if torch.compiler.is_exporting():  # the number of values may be any: to ask for it would bound it in the program
+        return "torch"
+    if not isinstance(input, Tensor) or input.numel() < SMALLEST:
+        return "torch"
+    return NATIVE.name if pays(input, training, fused) else "torch"
 
 
 def _forced_name() -> str | None:

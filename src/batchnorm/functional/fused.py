@@ -2,6 +2,7 @@
 
 Most calls in training and inference on the CPU are plain: ordinary tensors, nobody watching. They need neither an
 operator that others can see nor float64 moments as tensors, and for a small layer those cost more than the norm itself.
+So do many small functions, see :mod:`batchnorm.kernels.native.calls`: what can be asked in one place is.
 """
 
 from __future__ import annotations
@@ -12,214 +13,176 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from batchnorm.errors import StateError
 from batchnorm.functional.observing import observed
-from batchnorm.kernels.activation import LEAKY_SLOPE
+from batchnorm.kernels.activation import ACTIVATIONS, LEAKY_SLOPE
 from batchnorm.kernels.contract import Transform
 from batchnorm.kernels.native import calls
-from batchnorm.kernels.native.backend import is_ordinary, untransformed
-from batchnorm.kernels.native.calls import Saved
+from batchnorm.kernels.native.calls import Running, Saved
 from batchnorm.kernels.native.layout import DTYPES, is_dense
 from batchnorm.kernels.reference import REFERENCE, statistics
 
-__all__ = ["fused_batch_norm", "is_direct"]
+__all__ = ["fused_batch_norm"]
 
 _Optional: TypeAlias = Tensor | None
+_ORDINARY = (Tensor, Parameter)
 
 
-def is_direct(
+def fused_batch_norm(
     x: Tensor,
     running_mean: _Optional,
     running_var: _Optional,
     weight: _Optional,
     bias: _Optional,
-    residual: _Optional,
     training: bool,
     momentum: float,
     eps: float,
-) -> bool:
-    """Whether a call may go this way: plain tensors that fit together, nothing left to check, nobody watching.
+    activation: str | None,
+    residual: _Optional,
+    inplace: bool,
+) -> _Optional:
+    """Do what :func:`batchnorm.functional.batch_norm` does if the call is plain; else do nothing and return None.
 
-    Every other call takes the long way, where it is checked in full and errors find their words.
+    A plain call has ordinary tensors that fit together, nothing is left to check, and nobody watches. Every other call
+    takes the long way, where it is checked in full and errors find their words.
     """
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not untransformed():
-        return False
-    if not (is_ordinary(x) and x.dim() > 1 and x.dtype in DTYPES and x.is_cpu and is_ordinary(residual)):
-        return False
-    if observed() or torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    if not isinstance(momentum, float | int) or not isinstance(eps, float | int):
-        return False
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+        or observed()
+    ):
+        return None
+    if not _is_plain(x) or x.dim() < 2 or x.dtype not in DTYPES:
+        return None
+    if activation is not None and (type(activation) is not str or activation not in ACTIVATIONS):
+        return None
+    if residual is not None and not (_is_plain(residual) and residual.shape == x.shape and residual.dtype is x.dtype):
+        return None
+    if not isinstance(eps, float | int) or not isinstance(momentum, float | int):
+        return None
     channels, size = x.shape[1], x.numel()
     if training:
         fits = (running_mean is None) == (running_var is None) and size > channels and eps > 0
     else:
         fits = running_mean is not None and running_var is not None and size > 0 and eps >= 0
+    if not fits:
+        return None
     wanted = calls.compute_dtype(x.dtype)
-    for t in (running_mean, running_var, weight, bias):
-        if t is None:
-            continue
-        if not (isinstance(t, Tensor) and is_ordinary(t) and t.is_cpu and t.is_contiguous()):
-            return False
-        if t.dtype != wanted or t.numel() != channels:
-            return False
-        if t.requires_grad and (t is running_mean or t is running_var):
-            return False
-    return fits
+    tracked = x.requires_grad or (residual is not None and residual.requires_grad)
+    for parameter in (weight, bias):
+        if parameter is not None:
+            if not _is_per_channel(parameter, wanted, channels):
+                return None
+            tracked = tracked or parameter.requires_grad
+    for statistic in (running_mean, running_var):
+        if statistic is not None and (statistic.requires_grad or not _is_per_channel(statistic, wanted, channels)):
+            return None
+    running = Running(running_mean, running_var, momentum if training else None)
+    if tracked and torch.is_grad_enabled():
+        # autograd forbids to write over these
+        inplace = inplace and not x._is_view() and not (x.is_leaf and x.requires_grad)
+        options = (activation, eps, running, inplace)
+        output: Tensor = _Fused.apply(x, weight, bias, residual, options)  # type: ignore[no-untyped-call]
+        return output
+    y, _ = calls.forward(x, weight, bias, residual, activation, eps, running, inplace=inplace)
+    _count_writes(running, x if y is x else None)
+    return y
 
 
-def fused_batch_norm(
-    input: Tensor,
-    running_mean: _Optional,
-    running_var: _Optional,
-    weight: _Optional,
-    bias: _Optional,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: str | None,
-    residual: _Optional,
-    inplace: bool,
-) -> Tensor:
-    """Do what :func:`batchnorm.functional.batch_norm` does; the arguments have been checked."""
-    tracked = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, weight, bias, residual)
-    )
-    # autograd forbids to write over these
-    inplace = inplace and not (tracked and (input._is_view() or (input.is_leaf and input.requires_grad)))
-    arguments = (input, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation, inplace)
-    if not tracked:
-        y = _run(*arguments, backward=False).y
-        if y is input:  # an earlier call may have kept it for its backward pass
-            torch.autograd.graph.increment_version(y)
-        return y
-    output: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
-    return output
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the values lie in memory where the tensor's address and strides say, as they are."""
+    return type(tensor) in _ORDINARY and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
 
 
-def _run(
-    x: Tensor,
-    weight: _Optional,
-    bias: _Optional,
-    residual: _Optional,
-    running_mean: _Optional,
-    running_var: _Optional,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: str | None,
-    inplace: bool,
-    *,
-    backward: bool,
-) -> calls.Forward:
-    if training:
-        forward = calls.train_forward(
-            x,
-            weight,
-            bias,
-            residual,
-            running_mean,
-            running_var,
-            momentum,
-            eps,
-            activation,
-            inplace=inplace,
-            backward=backward,
-        )
-        if running_mean is not None and running_var is not None:  # the kernel has written into them unseen by autograd
-            torch.autograd.graph.increment_version((running_mean, running_var))
-        return forward
-    assert running_mean is not None
-    assert running_var is not None
-    return calls.evaluate(
-        x,
-        weight,
-        bias,
-        residual,
-        running_mean,
-        running_var,
-        eps,
-        activation,
-        inplace=inplace,
-        backward=backward,
-    )
+def _is_per_channel(tensor: Tensor, dtype: torch.dtype, channels: int) -> bool:
+    return _is_plain(tensor) and tensor.dtype is dtype and tensor.numel() == channels and tensor.is_contiguous()
+
+
+def _count_writes(running: Running, x: _Optional) -> None:
+    """Tell autograd what the kernels have written unseen: an earlier call may have kept it for its backward pass."""
+    written = [] if x is None else [x]
+    if running.momentum is not None and running.mean is not None and running.var is not None:
+        written += running.mean, running.var
+    if written:
+        torch.autograd.graph.increment_version(written)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: _Optional, bias: _Optional, residual: _Optional, *rest: Any) -> Tensor:
-        forward = _run(x, weight, bias, residual, *rest, backward=True)
-        s = forward.saved
-        ctx.training, ctx.eps = rest[2], rest[4]
-        ctx.activation, ctx.in_place, ctx.has_residual = s.activation, s.in_place, residual is not None
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: _Optional,
+        bias: _Optional,
+        residual: _Optional,
+        options: tuple[str | None, float, Running, bool],
+    ) -> Tensor:
+        activation, eps, running, inplace = options
+        y, saved = calls.forward(x, weight, bias, residual, activation, eps, running, inplace=inplace, backward=True)
+        _count_writes(running, None)
+        in_place = saved.in_place
+        ctx.about = (activation, in_place, running.momentum is not None, eps, residual is not None)
         ctx.set_materialize_grads(False)
-        if s.in_place:
+        if in_place:
             ctx.mark_dirty(x)
-        kept = residual if s.residual is not None else None
-        ctx.save_for_backward(s.x if s.in_place else x, weight, bias, kept, s.bits, s.statistics, s.kept, s.slot)
-        return forward.y
+        ctx.save_for_backward(x, weight, bias, saved.residual, saved.bits, saved.statistics, saved.kept, saved.slot)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: _Optional) -> tuple[_Optional, ...]:
         if dy is None:
-            return (None,) * 11
-        return (*_gradients(ctx, dy), *(None,) * 7)
+            return None, None, None, None, None
+        return *_gradients(ctx, dy), None
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[_Optional, ...]:
-    x, weight, bias, residual, bits, stored, kept, slot = ctx.saved_tensors
+    activation, in_place, training, eps, added = ctx.about
+    saved = Saved._make((*ctx.saved_tensors, activation, in_place))
     if torch.is_grad_enabled():
-        return _differentiable_gradients(ctx, dy, x, weight, bias, residual, bits, stored)
-    saved = Saved(x, weight, bias, residual, bits, stored, kept, slot, ctx.activation, ctx.in_place)
-    has_residual = ctx.has_residual and ctx.needs_input_grad[3]
-    over_dy = not (has_residual and ctx.activation is None) and _unshared(dy)
-    of_parameters: _Optional
-    if ctx.training:
-        dx, dresidual, of_parameters = calls.train_backward(dy, saved, residual=has_residual, over_dy=over_dy)
+        return _differentiable_gradients(dy, saved, training, eps, added)
+    has_residual = added and ctx.needs_input_grad[3]
+    over_dy = not (has_residual and activation is None) and _unshared(dy)
+    if training:
+        dx, dresidual, dweight, dbias = calls.train_gradients(dy, saved, residual=has_residual, over_dy=over_dy)
     else:
         needed = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        of_parameters = calls.backward_sums(dy, saved) if needed else None
+        dweight, dbias = _constant_gradients(dy, saved) if needed else (None, None)
         dx, dresidual = calls.backward_input(dy, saved, None, 1.0, residual=has_residual, over_dy=over_dy)
-    if has_residual and dresidual is None:
-        dresidual = dy
-    if of_parameters is None or (weight is None and bias is None):
-        return dx, None, None, dresidual
-    of_bias, of_weight = of_parameters.to(calls.compute_dtype(x.dtype)).unbind()
-    return dx, None if weight is None else of_weight, None if bias is None else of_bias, dresidual
+    return dx, dweight, dbias, dy if has_residual and dresidual is None else dresidual
+
+
+def _constant_gradients(dy: Tensor, saved: Saved) -> tuple[_Optional, _Optional]:
+    """Return the gradients of γ and β in evaluation."""
+    of_bias, of_weight = calls.backward_sums(dy, saved).to(calls.compute_dtype(saved.x.dtype)).unbind()
+    return None if saved.weight is None else of_weight, None if saved.bias is None else of_bias
 
 
 def _differentiable_gradients(
-    ctx: Any,
-    dy: Tensor,
-    x: Tensor,
-    weight: _Optional,
-    bias: _Optional,
-    residual: _Optional,
-    bits: _Optional,
-    stored: Tensor,
+    dy: Tensor, saved: Saved, training: bool, eps: float, added: bool
 ) -> tuple[_Optional, ...]:
     """Return the gradients as differentiable functions of everything, from the reference."""
-    if ctx.in_place:
+    x, weight, bias, residual, bits, stored, _, _, activation, in_place = saved
+    if in_place:
         raise StateError(
             "batch_norm: the input was overwritten (inplace=True), so that gradients of gradients cannot be taken. "
             "Pass inplace=False."
         )
-    activation = ctx.activation
     if bits is not None:
         # A slope that is 1 here and another number there has no derivative of its own, so it may be a factor of dy;
         # then there is no activation left, and the values of the residual do not matter.
         dy = torch.where(calls.unpack_bits(bits, x), dy, LEAKY_SLOPE * dy if activation == "leaky_relu" else 0.0)
         activation = None
-    if ctx.has_residual and residual is None:
+    if added and residual is None:
         residual = dy
-    if ctx.training:
-        mean, rstd = statistics(x, None, ctx.eps)
-    else:
-        mean, rstd = stored[0], stored[2]
+    mean, rstd = statistics(x, None, eps) if training else (stored[0], stored[2])
     transform = Transform(mean, rstd, weight, bias, residual, activation, None)
     reduced = REFERENCE.backward_reduce(dy, x, transform)
-    gradients = REFERENCE.backward_input(dy, x, transform, reduced if ctx.training else None)
+    gradients = REFERENCE.backward_input(dy, x, transform, reduced if training else None)
     of_weight = None if weight is None else reduced.sum_dy_xhat.to(weight.dtype)
     of_bias = None if bias is None else reduced.sum_dy.to(bias.dtype)
     return gradients.input, of_weight, of_bias, gradients.residual
@@ -261,7 +224,7 @@ def _measure() -> None:
     try:
         with torch.enable_grad():
             x = torch.zeros(2, 1, dtype=torch.float32, device="cpu", requires_grad=True)
-            y = _Fused.apply(x, None, None, None, None, None, True, 0.0, 1.0, None, False)  # type: ignore[no-untyped-call]
+            y = _Fused.apply(x, None, None, None, (None, 1.0, Running(None, None, 0.0), False))  # type: ignore[no-untyped-call]
             torch.autograd.grad((y * 2).sum(), x)
     finally:
         _measuring.now = False

@@ -6,7 +6,8 @@ no order of summation can do better where they cancel. The units count the round
 "Accuracy and Stability of Numerical Algorithms", ch. 2-4), each of which adds at most half a unit:
 
 - ``moments``: deviations from a shift near the mean (half), their squares (half), summed in blocks whose partial sums
-  are added in float64 (3).
+  are added in float64 (3). The roundings of a block's additions are taken for random. M2 is what is left of the squares
+  when the shift's distance from the mean is taken out; of which it may explain half, hence twice the units.
 - ``normalize``: mean, rstd and weight · rstd brought to the working precision (1.5), difference, product, and the two
   additions (2), times the steepest slope of an activation, hardswish's 1.5: 5.25, so 6. The activation's own library
   function: 4.

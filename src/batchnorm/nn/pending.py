@@ -80,7 +80,7 @@ def deferring_always() -> Iterator[None]:
 
 
 def _pays(layer: _Layer, input: Any) -> bool:
-    return isinstance(input, Tensor) and dispatch.takes_native(input, layer.training, True)
+    return isinstance(input, Tensor) and dispatch.at_once(input, layer.training, True) == "native"
 
 
 def _watched() -> bool:

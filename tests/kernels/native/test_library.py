@@ -109,9 +109,9 @@ def test_torchs_threads_run_the_kernels():
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(calls.train_forward(x, None, None, None, None, None, 0.0, 1e-5, None).y)
+            results.append(calls.train_forward(x, None, None, None, 1e-5, None)[0])
         library.set_parallel_for(0)  # none to be had: the calling thread does it all
-        results.append(calls.train_forward(x, None, None, None, None, None, 0.0, 1e-5, None).y)
+        results.append(calls.train_forward(x, None, None, None, 1e-5, None)[0])
     finally:
         torch.set_num_threads(threads)
         library.set_parallel_for(_address_of_parallel_for())

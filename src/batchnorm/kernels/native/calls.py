@@ -1,12 +1,16 @@
 """One call of the kernels: tensors in, addresses to the extension, tensors out.
 
 Nothing here knows of autograd. Everything has been checked above; what the kernels cannot read as it lies is copied.
+
+Between two calls a network has moved more memory than the caches hold, so that every Python function, and every object,
+comes from memory again: a call costs as much as a megabyte of the norm. Hence what depends on sizes, layout, dtype and
+activation alone is planned once, and :func:`forward` and :func:`train_gradients` are long rather than many.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,30 +18,33 @@ from torch import Tensor
 from batchnorm.kernels.activation import ACTIVATIONS
 from batchnorm.kernels.native.layout import (
     DTYPES,
+    NARROW,
     NOTHING,
     PLANES,
     ROWS,
     Layout,
+    View,
     by_column,
     empty,
     is_dense,
     layout_of,
     like,
+    steps,
     view,
 )
 from batchnorm.kernels.native.library import library
 
 __all__ = [
-    "Forward",
     "Saved",
     "backward_input",
     "backward_sums",
     "compute_dtype",
-    "evaluate",
+    "forward",
     "moments",
     "normalize",
     "train_backward",
     "train_forward",
+    "train_gradients",
     "unpack_bits",
 ]
 
@@ -53,8 +60,10 @@ Sigmoid and tanh have inverses too, but where they saturate these multiply a rou
 _HUGE = 4 << 20
 
 
-@dataclass(slots=True)
-class Saved:
+_Optional: TypeAlias = Tensor | None
+
+
+class Saved(NamedTuple):
     """What the backward pass needs of the forward pass.
 
     Attributes:
@@ -82,21 +91,73 @@ class Saved:
     in_place: bool
 
 
-@dataclass(slots=True)
-class Forward:
-    """What the forward pass gives: y, and what its backward pass needs."""
+class Running(NamedTuple):
+    """Running statistics, contiguous and of :func:`compute_dtype`, or None.
 
-    y: Tensor
-    saved: Saved
+    With a momentum the batch is normalized by its own statistics and enters them with that weight; without one they are
+    what normalizes.
+    """
 
-
-class _Running(NamedTuple):
-    """Running statistics by address, and how the batch enters them; without momentum they are what normalizes."""
-
-    eps: float
-    mean: int
-    variance: int
+    mean: Tensor | None
+    var: Tensor | None
     momentum: float | None
+
+
+class Plan(NamedTuple):
+    """What all calls on inputs of one size, layout, dtype and activation have in common.
+
+    Attributes:
+        layout: of the input.
+        kernels: the extension's view of it, with the calls.
+        strides: what the kernels are told of the input's strides.
+        dense: every element has a place of its own, without gaps, so that a result may take the input's place.
+        fresh: the same of a new tensor of that kind, which ``empty_like`` makes; None if it would lie differently.
+        size: bytes of a new tensor.
+        statistics: of the dtype and shape of statistics; nobody reads or writes it.
+    """
+
+    layout: Layout
+    kernels: Any
+    strides: tuple[int, int]
+    dense: bool
+    fresh: tuple[int, int] | None
+    size: int
+    statistics: Tensor
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, activation: str | None, planes: bool = False
+) -> Plan | None:
+    """Return the plan, None if the input has to be copied first; ``planes``: not as narrow ones."""
+    assert library is not None
+    like_it = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    layout = layout_of(like_it)
+    if layout is None:
+        return None
+    new = torch.empty_like(like_it)
+    lies_so = like_it.is_contiguous() or layout_of(new) == layout
+    if planes and layout.kind == NARROW:
+        layout = layout._replace(kind=PLANES)
+    return Plan(
+        layout,
+        library.Plan(layout.kind, DTYPES[dtype], *layout[1:], _ACTIVATIONS[activation]),
+        steps(like_it, layout),
+        is_dense(like_it),
+        steps(new, layout) if lies_so else None,
+        new.numel() * new.element_size(),
+        torch.empty(3, shape[1], dtype=torch.float64, device="cpu"),
+    )
+
+
+def _planned(x: Tensor, activation: str | None, planes: bool = False) -> tuple[Tensor, Plan]:
+    """Return ``x``, or a contiguous copy of it, and its plan."""
+    plan = _plan(x.shape, x.stride(), x.dtype, activation, planes)
+    if plan is None:
+        x = x.contiguous()
+        plan = _plan(x.shape, x.stride(), x.dtype, activation, planes)
+        assert plan is not None
+    return x, plan
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -104,7 +165,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+def _parameter(parameter: _Optional, x: Tensor) -> _Optional:
     if parameter is None:
         return None
     if parameter.dtype == compute_dtype(x.dtype) and parameter.is_contiguous() and not parameter.is_neg():
@@ -112,195 +173,158 @@ def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return parameter.detach().resolve_neg().to(compute_dtype(x.dtype)).contiguous()
 
 
-def _address(tensor: Tensor | None) -> int:
+def _address(tensor: _Optional) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _readable(x: Tensor) -> tuple[Tensor, Layout]:
-    """Return ``x``, or a contiguous copy of it, and its layout."""
-    layout = layout_of(x)
-    if layout is None:
-        x = x.contiguous()
-        layout = layout_of(x)
-        assert layout is not None
-    return x, layout
-
-
-def _call(
-    x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None, activation: str | None, statistics: Tensor
-) -> Any:
-    """Return the extension's view of a call; it holds addresses, so the tensors must outlive it."""
-    assert library is not None
-    return library.Call(
-        *layout[:1],
-        DTYPES[x.dtype],
-        *layout[1:],
-        _address(weight),
-        _address(bias),
-        _ACTIVATIONS[activation],
-        statistics.data_ptr(),
-        torch.get_num_threads(),
-    )
-
-
-def fresh_like(x: Tensor, layout: Layout) -> Tensor:
+def _fresh(x: Tensor, plan: Plan) -> tuple[Tensor, View]:
     """Return an uninitialized tensor that lies as ``x`` does, on large pages where that saves page faults."""
-    y = empty(x, layout)
-    if (size := y.numel() * y.element_size()) >= _HUGE:
+    if plan.fresh is None:
+        y = empty(x, plan.layout)
+        return y, view(y, plan.layout)
+    y = torch.empty_like(x)
+    address = y.data_ptr()
+    if plan.size >= _HUGE:
         assert library is not None
-        library.advise_huge_pages(y.data_ptr(), size)
-    return y
-
-
-def _statistics(x: Tensor) -> Tensor:
-    # the device is said everywhere: where none is, the user may have set another one
-    return torch.empty(3, x.shape[1], dtype=torch.float64, device="cpu")
+        library.advise_huge_pages(address, plan.size)
+    return y, (address, *plan.fresh)
 
 
 def moments(x: Tensor, eps: float = 0.0) -> Tensor:
     """Return mean, M2 and rstd of every channel, float64, (3, C)."""
-    x, layout = _readable(x)
-    statistics = _statistics(x)
-    _call(x, layout, None, None, None, statistics).moments(view(x, layout), eps)
+    x, plan = _planned(x, None)
+    statistics = torch.empty_like(plan.statistics)
+    plan.kernels.moments((x.data_ptr(), *plan.strides), (0, 0, statistics.data_ptr(), torch.get_num_threads()), eps)
     return statistics
 
 
 def normalize(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    weight: _Optional,
+    bias: _Optional,
+    residual: _Optional,
     statistics: Tensor,
     activation: str | None,
     *,
-    inplace: bool = False,
     backward: bool = False,
-) -> Forward:
-    """Normalize by given statistics; arguments as for :func:`train_forward`."""
-    return _forward(x, weight, bias, residual, statistics, activation, None, inplace, backward)
-
-
-def evaluate(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    activation: str | None,
-    *,
-    inplace: bool = False,
-    backward: bool = False,
-) -> Forward:
-    """Normalize by the running statistics; arguments as for :func:`train_forward`."""
-    stored = _Running(eps, running_mean.data_ptr(), running_var.data_ptr(), None)
-    return _forward(x, weight, bias, residual, _statistics(x), activation, stored, inplace, backward)
+) -> tuple[Tensor, Saved]:
+    """Normalize by given statistics; arguments and result as for :func:`forward`."""
+    parameters = _parameter(weight, x), _parameter(bias, x)
+    return forward(x, *parameters, residual, activation, 0.0, None, statistics=statistics, backward=backward)
 
 
 def train_forward(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
+    weight: _Optional,
+    bias: _Optional,
+    residual: _Optional,
     eps: float,
     activation: str | None,
     *,
+    running: Running | None = None,
+    backward: bool = False,
+) -> tuple[Tensor, Saved]:
+    """Normalize by the batch's own statistics; arguments and result as for :func:`forward`."""
+    parameters = _parameter(weight, x), _parameter(bias, x)
+    running = Running(None, None, 0.0) if running is None else running
+    return forward(x, *parameters, residual, activation, eps, running, backward=backward)
+
+
+def forward(
+    given: Tensor,
+    weight: _Optional,
+    bias: _Optional,
+    residual: _Optional,
+    activation: str | None,
+    eps: float,
+    running: Running | None,
+    *,
+    statistics: _Optional = None,
     inplace: bool = False,
     backward: bool = False,
-) -> Forward:
-    """Normalize by the batch's own statistics, and move the running ones.
+) -> tuple[Tensor, Saved]:
+    """Normalize, and return y and what its backward pass needs.
 
     Args:
-        x: what to normalize.
-        weight: γ or None.
-        bias: β or None.
+        given: what to normalize.
+        weight: γ, contiguous and of :func:`compute_dtype`, or None.
+        bias: β, likewise.
         residual: or None.
-        running_mean: contiguous, of :func:`compute_dtype`; or None.
-        running_var: likewise.
-        momentum: weight of the batch in the running statistics.
-        eps: added to the variance.
         activation: or None.
+        eps: added to the variance.
+        running: where the statistics come from, or go to; None: they are given.
+        statistics: mean, M2 and rstd to normalize by, where ``running`` is None.
         inplace: y may take the place of x.
         backward: a backward pass will follow, so that what it needs is kept.
     """
-    running = _Running(eps, _address(running_mean), _address(running_var), momentum)
-    return _forward(x, weight, bias, residual, _statistics(x), activation, running, inplace, backward)
-
-
-def _forward(
-    given: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    statistics: Tensor,
-    activation: str | None,
-    running: _Running | None,
-    inplace: bool,
-    backward: bool,
-) -> Forward:
-    x, layout = _readable(given)
-    weight, bias = _parameter(weight, x), _parameter(bias, x)
-    call = _call(x, layout, weight, bias, activation, statistics)
-    residual = None if residual is None else like(residual, x, layout)
-    kept = slot = None
-    in_place = inplace and x is given and is_dense(x) and not _shifted(residual, x)
-    if in_place and backward:
-        in_place, kept, slot = _recoverable(call, x, layout, residual, activation)
-        if kept is not None:  # which narrow planes have no way to read
-            layout = layout._replace(kind=PLANES)
-            call = _call(x, layout, weight, bias, activation, statistics)
-    y = x if in_place else fresh_like(x, layout)
-    bits = None
+    x, plan = _planned(given, activation)
+    if statistics is None:
+        statistics = torch.empty_like(plan.statistics)
+    if residual is not None:
+        residual = like(residual, x, plan.layout)
+    at_weight = 0 if weight is None else weight.data_ptr()
+    at_bias = 0 if bias is None else bias.data_ptr()
+    in_place, kept, slot = False, None, None
+    if inplace and x is given and plan.dense and (residual is None or not _shifted(residual, x)):
+        in_place = True
+        if backward:
+            in_place, kept, slot = _recoverable(plan, x, residual, activation, at_weight, at_bias)
+            if kept is not None:  # which narrow planes have no way to read
+                x, plan = _planned(x, activation, planes=True)
+    of_x = (x.data_ptr(), *plan.strides)
+    y, of_y = (x, of_x) if in_place else _fresh(x, plan)
+    of_residual = NOTHING if residual is None else view(residual, plan.layout)
+    bits, at_bits = None, 0
     if backward and residual is not None and activation in _BY_BITS:
-        bits = torch.empty(call.bit_words(), dtype=torch.int16, device="cpu")
-    views = view(x, layout), view(residual, layout), view(y, layout), _address(bits)
-    if running is not None and running.momentum is not None:
-        call.train_forward(views[0], *running, *views[1:])
+        bits = torch.empty(plan.kernels.bit_words(), dtype=torch.int16, device="cpu")
+        at_bits = bits.data_ptr()
+    parameters = (at_weight, at_bias, statistics.data_ptr(), torch.get_num_threads())
+    if running is None:
+        plan.kernels.normalize(of_x, of_residual, of_y, at_bits, parameters)
     else:
-        if running is not None:
-            call.take_stored(running.mean, running.variance, running.eps)
-        call.normalize(*views)
+        mean, var, momentum = running
+        stored = (0, 0) if mean is None or var is None else (mean.data_ptr(), var.data_ptr())
+        if momentum is None:
+            plan.kernels.evaluate(of_x, of_residual, of_y, at_bits, parameters, eps, *stored)
+        else:
+            plan.kernels.train_forward(of_x, of_residual, of_y, at_bits, parameters, eps, *stored, momentum)
     if residual is not None and (activation is None or bits is not None):
         residual = None  # its values do not matter to the gradients
-    saved = Saved(y if in_place else x, weight, bias, residual, bits, statistics, kept, slot, activation, in_place)
-    return Forward(y, saved)
+    return y, Saved(x, weight, bias, residual, bits, statistics, kept, slot, activation, in_place)
 
 
-def _shifted(residual: Tensor | None, x: Tensor) -> bool:
+def _shifted(residual: Tensor, x: Tensor) -> bool:
     """Whether a write to ``x`` would change values of the residual that are still to be read."""
-    if residual is None or residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+    if residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
         return False
     return residual.data_ptr() != x.data_ptr() or residual.stride() != x.stride()
 
 
 def _recoverable(
-    call: Any, x: Tensor, layout: Layout, residual: Tensor | None, activation: str | None
-) -> tuple[bool, Tensor | None, Tensor | None]:
+    plan: Plan, x: Tensor, residual: _Optional, activation: str | None, at_weight: int, at_bias: int
+) -> tuple[bool, _Optional, _Optional]:
     """Return whether y may take the place of x, and what must be kept of x for that."""
     if residual is not None or activation not in INVERTIBLE:
         return False, None, None
-    marks = torch.empty(layout.channels, dtype=torch.uint8, device="cpu")
-    unsafe = call.mark_unrecoverable(marks.data_ptr())
+    layout = plan.layout
+    unsafe = plan.kernels.mark_unrecoverable(at_weight, at_bias, 0)
     if unsafe == 0:
         return True, None, None
     if layout.kind == ROWS or 2 * unsafe > layout.channels:
         return False, None, None
+    marks = torch.empty(layout.channels, dtype=torch.uint8, device="cpu")
+    plan.kernels.mark_unrecoverable(at_weight, at_bias, marks.data_ptr())
     where = marks.nonzero().reshape(-1)
     slot = torch.full((layout.channels,), -1, dtype=torch.int32, device="cpu")
     slot[where] = torch.arange(unsafe, dtype=torch.int32, device="cpu")
-    planes = x.as_strided((layout.outer, layout.channels, layout.inner), (*view(x, layout)[1:], 1))
+    planes = x.as_strided((layout.outer, layout.channels, layout.inner), (*plan.strides, 1))
     return True, planes.index_select(1, where), slot
 
 
 def unpack_bits(bits: Tensor, x: Tensor) -> Tensor:
     """Return the bits that a forward pass on ``x`` has kept as booleans of the shape of ``x``."""
-    x, layout = _readable(x)
-    call = _call(x, layout, None, None, None, bits)
-    run, width = call.bit_run(), call.bits_per_word()
+    x, plan = _planned(x, None)
+    layout, run, width = plan.layout, plan.kernels.bit_run(), plan.kernels.bits_per_word()
     words = bits.reshape(-1, (run + width - 1) // width, 1)
     flat = ((words >> torch.arange(width, dtype=torch.int16, device="cpu")) & 1).bool().flatten(1)[:, :run]
     if layout.kind == ROWS:
@@ -310,64 +334,89 @@ def unpack_bits(bits: Tensor, x: Tensor) -> Tensor:
     return flat.reshape(x.shape)
 
 
-class _Backward:
-    """What the backward phases share: the tensors as the kernels can read them, and the call."""
+class _Prepared(NamedTuple):
+    """The tensors of a backward pass as the kernels can read them, which must outlive the call, and their addresses."""
 
-    def __init__(self, dy: Tensor, saved: Saved) -> None:
-        self.x, self.layout = _readable(saved.x)
-        self.dy = like(dy, self.x, self.layout)
-        self.copied = self.dy is not dy
-        self._residual = None if saved.residual is None else like(saved.residual, self.x, self.layout)
-        self._parameters = _parameter(saved.weight, self.x), _parameter(saved.bias, self.x)
-        if saved.kept is not None:
-            self.layout = self.layout._replace(kind=PLANES)
-        self.call = _call(self.x, self.layout, *self._parameters, saved.activation, saved.statistics)
-        kept = saved.kept
-        self.views = (
-            view(self.dy, self.layout),
-            view(self.x, self.layout),
-            _address(saved.bits),
-            view(self._residual, self.layout),
-            saved.in_place,
-            NOTHING if kept is None else (kept.data_ptr(), kept.stride(0), kept.stride(1)),
-            _address(saved.slot),
-        )
+    plan: Plan
+    tensors: tuple[_Optional, ...]
+    dy: Tensor
+    of_dy: View
+    addresses: tuple[Any, ...]
+    parameters: tuple[int, int, int, int]
 
-    def sums(self) -> Tensor:
-        return torch.empty(2, self.layout.channels, dtype=torch.float64, device="cpu")
 
-    def gradients(self, saved: Saved, residual: bool, over_dy: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the tensors for the gradients of x and of the residual."""
-        dx = self.dy if over_dy or self.copied else fresh_like(self.x, self.layout)
-        return dx, fresh_like(self.x, self.layout) if residual and saved.activation is not None else None
+def _prepare(dy: Tensor, saved: Saved) -> _Prepared:
+    x, weight, bias, residual, bits, statistics, kept, slot, activation, in_place = saved
+    x, plan = _planned(x, activation, kept is not None)
+    weight, bias = _parameter(weight, x), _parameter(bias, x)
+    layout = plan.layout if kept is None else layout_of(x)
+    assert layout is not None
+    if dy.stride() != x.stride() or dy.is_neg():
+        dy = like(dy, x, layout)
+    if residual is not None:
+        residual = like(residual, x, layout)
+    of_dy = view(dy, plan.layout)
+    addresses = (
+        of_dy,
+        (x.data_ptr(), *plan.strides),
+        0 if bits is None else bits.data_ptr(),
+        NOTHING if residual is None else view(residual, plan.layout),
+        in_place,
+        NOTHING if kept is None else (kept.data_ptr(), kept.stride(0), kept.stride(1)),
+        0 if slot is None else slot.data_ptr(),
+    )
+    parameters = (_address(weight), _address(bias), statistics.data_ptr(), torch.get_num_threads())
+    return _Prepared(plan, (x, weight, bias, residual), dy, of_dy, addresses, parameters)
+
+
+def _gradients(
+    ready: _Prepared, dy: Tensor, saved: Saved, residual: bool, over_dy: bool
+) -> tuple[Tensor, View, _Optional, View]:
+    """Return the tensors for the gradients of x and of the residual, and their addresses."""
+    x, plan = ready.tensors[0], ready.plan
+    assert x is not None
+    copied = ready.dy is not dy
+    dx, of_dx = (ready.dy, ready.of_dy) if over_dy or copied else _fresh(x, plan)
+    if not residual or saved.activation is None:
+        return dx, of_dx, None, NOTHING
+    return dx, of_dx, *_fresh(x, plan)
 
 
 def backward_sums(dy: Tensor, saved: Saved) -> Tensor:
     """Return Σg and Σg·x̂, float64, (2, C)."""
-    b = _Backward(dy, saved)
-    sums = b.sums()
-    b.call.backward_reduce(*b.views, sums.data_ptr())
+    ready = _prepare(dy, saved)
+    sums = torch.empty(2, saved.x.shape[1], dtype=torch.float64, device="cpu")
+    ready.plan.kernels.backward_reduce(ready.addresses, ready.parameters, sums.data_ptr())
     return sums
 
 
 def backward_input(
-    dy: Tensor, saved: Saved, sums: Tensor | None, count: float, *, residual: bool, over_dy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Return dx and the residual's gradient; arguments as for :func:`train_backward`.
+    dy: Tensor, saved: Saved, sums: _Optional, count: float, *, residual: bool, over_dy: bool = False
+) -> tuple[Tensor, _Optional]:
+    """Return dx and the residual's gradient; arguments as for :func:`train_gradients`.
 
     ``sums`` are those of :func:`backward_sums`, ``count`` their divisor; None: mean and rstd are constants.
     """
-    b = _Backward(dy, saved)
+    ready = _prepare(dy, saved)
     sums = None if sums is None else sums.contiguous()
-    dx, dresidual = b.gradients(saved, residual, over_dy)
-    b.call.backward_input(*b.views, _address(sums), count, view(dx, b.layout), view(dresidual, b.layout))
+    dx, of_dx, dresidual, of_dresidual = _gradients(ready, dy, saved, residual, over_dy)
+    ready.plan.kernels.backward_input(ready.addresses, ready.parameters, _address(sums), count, of_dx, of_dresidual)
     return dx, dresidual
 
 
-def train_backward(
+def train_backward(dy: Tensor, saved: Saved, *, residual: bool) -> tuple[Tensor, _Optional, Tensor]:
+    """Return dx, the residual's gradient, and Σg and Σg·x̂ as float64 (2, C); see :func:`train_gradients`."""
+    ready = _prepare(dy, saved)
+    sums = torch.empty(2, saved.x.shape[1], dtype=torch.float64, device="cpu")
+    dx, of_dx, dresidual, of_dresidual = _gradients(ready, dy, saved, residual, False)
+    ready.plan.kernels.train_backward(ready.addresses, ready.parameters, sums.data_ptr(), of_dx, of_dresidual, 0, 0)
+    return dx, dresidual, sums
+
+
+def train_gradients(
     dy: Tensor, saved: Saved, *, residual: bool, over_dy: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return dx, the residual's gradient, and Σg and Σg·x̂ as float64 (2, C).
+) -> tuple[Tensor, _Optional, _Optional, _Optional]:
+    """Return the gradients of x, of the residual, of γ and of β; of γ and β, None for what is None itself.
 
     Args:
         dy: gradient of y.
@@ -375,8 +424,18 @@ def train_backward(
         residual: its gradient is wanted; without activation it is ``dy`` itself, and None is returned.
         over_dy: nobody else holds ``dy``, so that dx may take its place.
     """
-    b = _Backward(dy, saved)
-    sums = b.sums()
-    dx, dresidual = b.gradients(saved, residual, over_dy)
-    b.call.train_backward(*b.views, sums.data_ptr(), view(dx, b.layout), view(dresidual, b.layout))
-    return dx, dresidual, sums
+    ready = _prepare(dy, saved)
+    dx, of_dx, dresidual, of_dresidual = _gradients(ready, dy, saved, residual, over_dy)
+    _, weight, bias, _ = ready.tensors
+    dweight = None if weight is None else torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
+    ready.plan.kernels.train_backward(
+        ready.addresses,
+        ready.parameters,
+        0,
+        of_dx,
+        of_dresidual,
+        0 if dweight is None else dweight.data_ptr(),
+        0 if dbias is None else dbias.data_ptr(),
+    )
+    return dx, dresidual, dweight, dbias

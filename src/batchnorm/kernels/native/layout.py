@@ -30,6 +30,7 @@ __all__ = [
     "is_dense",
     "layout_of",
     "like",
+    "steps",
     "view",
 ]
 
@@ -102,6 +103,11 @@ def view(x: Tensor | None, layout: Layout) -> View:
     if x is None:
         return NOTHING
     return x.data_ptr(), *_strides(x.shape, x.stride(), layout)
+
+
+def steps(x: Tensor, layout: Layout) -> tuple[int, int]:
+    """Return what the kernels are told of the strides of a tensor of that layout, with or without data."""
+    return _strides(x.shape, x.stride(), layout)
 
 
 @lru_cache(maxsize=4096)

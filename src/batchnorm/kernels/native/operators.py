@@ -53,7 +53,8 @@ moments = _operator("moments", "(Tensor x, float eps) -> Tensor", calls.moments,
 def _normalize(
     x: Tensor, weight: _Optional, bias: _Optional, residual: _Optional, statistics: Tensor, activation: str | None
 ) -> Tensor:
-    return _placed(calls.normalize(x, weight, bias, residual, statistics, activation).y, x)
+    y, _ = calls.normalize(x, weight, bias, residual, statistics, activation)
+    return _placed(y, x)
 
 
 normalize = _operator(
@@ -67,8 +68,8 @@ normalize = _operator(
 def _train_forward(
     x: Tensor, weight: _Optional, bias: _Optional, residual: _Optional, eps: float, activation: str | None
 ) -> tuple[Tensor, Tensor]:
-    forward = calls.train_forward(x, weight, bias, residual, None, None, 0.0, eps, activation)
-    return _placed(forward.y, x), forward.saved.statistics
+    y, saved = calls.train_forward(x, weight, bias, residual, eps, activation)
+    return _placed(y, x), saved.statistics
 
 
 train_forward = _operator(
