@@ -36,6 +36,11 @@ struct ForwardRun {
     uint16_t* bits;
 };
 
+template <class T>
+INLINE bool aligned(const T* p) {
+    return reinterpret_cast<uintptr_t>(p) % BATCHNORM_BYTES == 0;
+}
+
 // Streaming stores go around the caches; whole packs only, at aligned addresses (see `streams`).
 template <class T, class Where>
 INLINE void put(T* p, const Pack<Compute<T>>& a, Where where, bool streaming) {
@@ -85,9 +90,17 @@ struct BackwardRun {
 // would only make the library larger.
 struct BackwardMode {
     Activation activation;
-    bool recover;    // x holds the output, from which the input is found
-    bool centered;   // mean and rstd depend on x
-    bool streaming;  // dx goes around the caches
+    bool recover;                     // x holds the output, from which the input is found
+    bool centered;                    // mean and rstd depend on x
+    bool streaming = false;           // dx goes around the caches,
+    bool streaming_residual = false;  // and the residual's gradient
+
+    // Only to addresses that allow it: to be asked for each run.
+    template <class T>
+    INLINE void align(const BackwardRun<T>& run) {
+        streaming = streaming && aligned(run.dx);
+        streaming_residual = streaming_residual && aligned(run.dresidual);
+    }
 };
 
 // Calls body(whether to recover) with a constant: it may be true only where the slope leaves something to recover from.
@@ -165,7 +178,7 @@ INLINE void backward_pack(const BackwardRun<T>& run, int64_t i, Where where, Rec
     using A = Compute<T>;
     Pack<A> g, d;
     backward_terms<T, slope>(run, i, where, recover, mode, affine, inverse, g, d);
-    if (run.dresidual) put(run.dresidual + i, g, where, false);
+    if (run.dresidual) put(run.dresidual + i, g, where, mode.streaming_residual);
     if (mode.centered) g = g + multiply_add(d, gradient.of_d, gradient.constant);
     put(run.dx + i, g * gradient.scale, where, mode.streaming);
 }

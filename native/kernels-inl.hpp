@@ -17,6 +17,12 @@ INLINE bool streams(const Shape& shape, const View& from, const View& to) {
     return from.data != to.data && shape.outer * shape.channels * shape.inner * width > stream_bytes;
 }
 
+// Of the backward pass that writes gradients.
+INLINE BackwardMode gradient_mode(const Shape& shape, const Affine& affine, const Saved& saved, bool centered,
+                                  const View& dy, const View& dx, const View& dresidual) {
+    return {affine.activation, saved.in_place, centered, streams(shape, dy, dx), streams(shape, dy, dresidual)};
+}
+
 #include "planes-inl.hpp"
 #include "table-inl.hpp"
 #include "rows-inl.hpp"

@@ -118,8 +118,9 @@ int64_t mark_unrecoverable(const Shape& shape, const Affine& affine, uint8_t* ma
 // Asks for large pages behind a fresh output, before its first bytes are written: fewer page faults. Best effort.
 void advise_huge_pages(void* data, int64_t bytes);
 
-// Outputs of more bytes than this go around the caches: the size of the last of them. Tests lower it, so that small
-// tensors go that way too.
+// Outputs of more bytes than this go around the caches: a quarter of the last of them, which it shares with its input and
+// with what the layers around have in hand. Measured with the convolution that reads the output next, by
+// `python -m benchmarks.train_step.streaming`. Tests lower it, so that small tensors go that way too.
 extern int64_t stream_bytes;
 
 // The instruction sets that this build has and this machine runs, the best last.

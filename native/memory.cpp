@@ -31,7 +31,7 @@ int64_t last_level_cache() {
 
 }  // namespace
 
-int64_t stream_bytes = last_level_cache();
+int64_t stream_bytes = last_level_cache() / 4;
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

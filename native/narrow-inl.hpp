@@ -7,7 +7,7 @@ struct Narrow {
     using A = Compute<T>;
     static constexpr int64_t cache = 256 * 1024;   // bytes of a group, and
     static constexpr int64_t stretch = 16 * 1024;  // of its row
-    static constexpr Pace pace = {4, false};
+    static constexpr Pace pace = Pace::four;       // it is in the cache
 
     int64_t samples, channels, inner;
     int64_t group;  // channels, such that rows begin with whole packs
@@ -27,8 +27,7 @@ struct Narrow {
         parallel(pool, groups(), [&](int64_t begin, int64_t end) {
             Columns<A> columns(width());
             ColumnSums<A> sums(width());
-            for (int64_t k = begin; k < end; ++k)
-                body(k * group, std::min(group, channels - k * group), columns, sums);
+            for (int64_t k = begin; k < end; ++k) body(k * group, std::min(group, channels - k * group), columns, sums);
             fence();
         });
     }
@@ -107,8 +106,8 @@ void narrow_forward(const Shape& shape, const View& x, const Affine& affine, con
             narrow_statistics<T>(xs, shape.outer, inner, c0, count, x, statistics, running, eps, columns, sums);
         columns.affine(affine, statistics, c0, count, inner, false);
         uint16_t* of_group = bits ? bits + c0 * inner / Pack<A>::size : nullptr;
-        forward_rows<T, kind, add>(xs, residuals, ys, of_group, words, 0, shape.outer, count * inner,
-                                   narrow.pace, affine.activation, streaming, columns);
+        forward_rows<T, kind, add>(xs, residuals, ys, of_group, words, 0, shape.outer, count * inner, narrow.pace,
+                                   affine.activation, streaming, columns);
     });
 }
 
@@ -146,7 +145,7 @@ void narrow_backward(const Shape& shape, const View& dy, const Saved& saved, con
                      const View& dresidual, const Pool& pool, bool take_sums) {
     using A = Compute<T>;
     const Narrow<T> narrow(shape, pool);
-    const BackwardMode mode = {affine.activation, saved.in_place, sums.dy != nullptr, streams(shape, dy, dx)};
+    const BackwardMode mode = gradient_mode(shape, affine, saved, sums.dy != nullptr, dy, dx, dresidual);
     const int64_t inner = shape.inner;
     narrow.for_groups(pool, [&](int64_t c0, int64_t channels, Columns<A>& columns, ColumnSums<A>& found) {
         const BackwardTable<T> table = backward_group<T>(shape, dy, saved, dx, dresidual, c0);

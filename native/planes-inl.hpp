@@ -165,11 +165,6 @@ INLINE void merge_runs(const View& x, int64_t c, int64_t n0, int64_t n1, int64_t
 
 // -- loops over one run ----------------------------------------------------------------------------------------------
 
-template <class T>
-INLINE bool aligned(const T* p) {
-    return reinterpret_cast<uintptr_t>(p) % BATCHNORM_BYTES == 0;
-}
-
 template <class T, Kind kind, bool add>
 NOINLINE void forward_run(const ForwardRun<T>& run, int64_t length, const Affine& affine,
                           const Coefficients<Compute<T>>& c, bool streaming) {
@@ -207,7 +202,7 @@ NOINLINE void backward_run(const BackwardRun<T>& run, int64_t length, BackwardMo
     const Affines<A> affines = everywhere(c);
     const Pack<A> inverse = broadcast(A(1 / double(c.scale)));
     const InputGradients<A> gradients = everywhere(gradient);
-    mode.streaming = mode.streaming && aligned(run.dx);
+    mode.align(run);
     with_recover<slope>(mode.recover, [&](auto recover) {
         for_packs<A>(length, [&](int64_t i, auto where) {
             backward_pack<T, slope>(run, i, where, recover, mode, affines, inverse, gradients);
@@ -348,7 +343,8 @@ void planes_backward_reduce(const Shape& shape, const View& dy, const Saved& sav
     using A = Compute<T>;
     const Planes<T> planes(shape, pool);
     const View none{};
-    const BackwardPlanes<T> backward{shape, dy, saved, none, none, {affine.activation, saved.in_place, true, false}};
+    const BackwardMode mode = {affine.activation, saved.in_place, true};
+    const BackwardPlanes<T> backward{shape, dy, saved, none, none, mode};
     std::vector<double> of_g(shape.channels * planes.units()), of_gd(of_g.size());
     planes.for_units(pool, [&](int64_t c, int64_t k, int64_t n0, int64_t n1, int64_t s0, int64_t s1) {
         const int64_t at = c * planes.units() + k;
@@ -368,7 +364,7 @@ void planes_backward_input(const Shape& shape, const View& dy, const Saved& save
                            const View& dresidual, const Pool& pool) {
     using A = Compute<T>;
     const Planes<T> planes(shape, pool);
-    const BackwardMode mode = {affine.activation, saved.in_place, sums.dy != nullptr, streams(shape, dy, dx)};
+    const BackwardMode mode = gradient_mode(shape, affine, saved, sums.dy != nullptr, dy, dx, dresidual);
     const BackwardPlanes<T> backward{shape, dy, saved, dx, dresidual, mode};
     planes.for_runs(pool, [&](int64_t n, int64_t c, int64_t s0, int64_t s1) {
         backward_run<T, slope>(backward.run(n, c, s0), s1 - s0, backward.mode_of(c),
@@ -388,7 +384,7 @@ void planes_train_backward(const Shape& shape, const View& dy, const Saved& save
         planes_backward_reduce<T, slope>(shape, dy, saved, affine, statistics, sums, pool);
         return planes_backward_input<T, slope>(shape, dy, saved, affine, statistics, sums, count, dx, dresidual, pool);
     }
-    const BackwardMode mode = {affine.activation, saved.in_place, true, streams(shape, dy, dx)};
+    const BackwardMode mode = gradient_mode(shape, affine, saved, true, dy, dx, dresidual);
     const BackwardPlanes<T> backward{shape, dy, saved, dx, dresidual, mode};
     std::vector<double> of_g(shape.channels), of_gd(shape.channels);
     std::vector<Coefficients<A>> coefficient(shape.channels);

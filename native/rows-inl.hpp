@@ -1,22 +1,21 @@
 // Channels-last rows: every row holds one value of each channel, side by side.
 //
 // Threads share out the rows. Each sums the deviations of its rows from the mean of a sample of them, and what they found
-// is merged; then all threads go through their rows a second time, backwards, because what was read last is still in the
-// cache.
+// is merged; then all threads go through their rows a second time. Not backwards, although what was read last is still in
+// the cache: memory is read faster forwards, and that was never slower.
 
 template <class T>
 struct Rows {
-    static constexpr int64_t bytes = 128 * 1024;  // of a block
-    static constexpr int64_t fewest = 16;         // rows of a share
+    static constexpr int64_t fewest = 16;  // rows of a share
 
-    int64_t rows, channels;
+    int64_t rows;
     int64_t tasks;  // shares of the rows
     Pace pace;
 
     // tensors: how many of that size a phase reads and writes
-    Rows(const Shape& shape, const Pool& pool, int64_t tensors) : rows(shape.outer), channels(shape.channels) {
-        const int64_t row = channels * int64_t(sizeof(T));
-        pace = {std::max<int64_t>(4, bytes / (row + 1)), tensors * rows * row > stream_bytes / 2};
+    Rows(const Shape& shape, const Pool& pool, int64_t tensors) : rows(shape.outer) {
+        const int64_t bytes = tensors * rows * shape.channels * int64_t(sizeof(T));
+        pace = bytes > stream_bytes / 2 ? Pace::one : Pace::four;
         tasks = std::max<int64_t>(1, std::min<int64_t>(pool.threads, rows / fewest));
     }
     int64_t begin_of(int64_t task) const { return rows * task / tasks; }
@@ -50,7 +49,7 @@ NOINLINE Moments exact_column(const View& x, int64_t c, int64_t begin, int64_t e
 // latter is known after the first reading, and those channels are read once more: only those, so that no channel's result
 // depends on its neighbours.
 template <class T>
-void share_moments(const View& x, int64_t begin, int64_t end, int64_t channels, const Pace& pace, Moments* found) {
+void share_moments(const View& x, int64_t begin, int64_t end, int64_t channels, Pace pace, Moments* found) {
     using A = Compute<T>;
     ColumnSums<A> sums(channels);
     std::vector<A> shift(channels);
@@ -148,8 +147,7 @@ void rows_backward_reduce(const Shape& shape, const View& dy, const Saved& saved
     Columns<Compute<T>> columns(shape.channels);
     columns.affine(affine, statistics, 0, shape.channels, 1, saved.in_place);
     const BackwardTable<T> table{dy, saved, {}, {}, words_per_run(shape)};
-    rows_sums<T, slope>(shape, table, {affine.activation, saved.in_place, true, false}, columns, statistics, sums,
-                        pool);
+    rows_sums<T, slope>(shape, table, {affine.activation, saved.in_place, true}, columns, statistics, sums, pool);
 }
 
 template <class T, Slope slope>
@@ -160,7 +158,7 @@ void rows_backward_input(const Shape& shape, const View& dy, const Saved& saved,
     columns.affine(affine, statistics, 0, shape.channels, 1, saved.in_place);
     columns.gradient(affine, statistics, sums, count, 0, shape.channels, 1);
     const BackwardTable<T> table{dy, saved, dx, dresidual, words_per_run(shape)};
-    const BackwardMode mode = {affine.activation, saved.in_place, sums.dy != nullptr, streams(shape, dy, dx)};
+    const BackwardMode mode = gradient_mode(shape, affine, saved, sums.dy != nullptr, dy, dx, dresidual);
     rows_gradients<T, slope>(shape, table, mode, columns, pool);
 }
 
@@ -171,7 +169,7 @@ void rows_train_backward(const Shape& shape, const View& dy, const Saved& saved,
     Columns<Compute<T>> columns(shape.channels);
     columns.affine(affine, statistics, 0, shape.channels, 1, saved.in_place);
     const BackwardTable<T> table{dy, saved, dx, dresidual, words_per_run(shape)};
-    const BackwardMode mode = {affine.activation, saved.in_place, true, streams(shape, dy, dx)};
+    const BackwardMode mode = gradient_mode(shape, affine, saved, true, dy, dx, dresidual);
     rows_sums<T, slope>(shape, table, mode, columns, statistics, sums, pool);
     columns.gradient(affine, statistics, sums, double(shape.outer), 0, shape.channels, 1);
     rows_gradients<T, slope>(shape, table, mode, columns, pool);

@@ -242,7 +242,8 @@ INLINE void for_packs_by_turns(int64_t n, Body&& body) {
 // total[i] += p[i]
 INLINE void add_widened(double* total, const double* p, int64_t n) {
     using A = double;
-    for_packs<A>(n, [&](int64_t i, auto where) { store(total + i, load(total + i, where) + load(p + i, where), where); });
+    for_packs<A>(n,
+                 [&](int64_t i, auto where) { store(total + i, load(total + i, where) + load(p + i, where), where); });
 }
 INLINE void add_widened(double* total, const float* p, int64_t n) {
     typedef float Half __attribute__((vector_size(BATCHNORM_BYTES / 2)));

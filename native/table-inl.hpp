@@ -11,29 +11,20 @@ INLINE T* row_of(const View& view, int64_t r) {
     return view.data ? reinterpret_cast<T*>(view.data) + r * view.outer_stride : nullptr;
 }
 
-// How the rows of a table are gone through: several at a time, which share what is loaded of the columns, or one by one:
-// that is one long stretch of memory instead of several, and faster where it does not come from a cache.
-struct Pace {
-    int64_t block;  // rows of a block, that is gone through from its beginning to its end
-    bool single;
+// How the rows of a table are gone through: four at a time, which share what is loaded of the columns, or one by one: that
+// is one long stretch of memory instead of four, and faster where it does not come from the nearest caches.
+enum class Pace { four, one };
 
-    // Rows that are added up in the working precision: at most 32 additions, of four rows each or of one.
-    int64_t added() const { return single ? 32 : 128; }
-};
+// Rows that are added up in the working precision: 32 additions, of four rows each or of one.
+INLINE int64_t added_rows(Pace pace) { return pace == Pace::one ? 32 : 128; }
 
 // Calls body(first row, how many) for all rows.
 template <class Body>
-INLINE void for_rows(int64_t begin, int64_t end, const Pace& pace, Body&& body) {
+INLINE void for_rows(int64_t begin, int64_t end, Pace pace, Body&& body) {
     int64_t r = begin;
-    if (!pace.single)
+    if (pace == Pace::four)
         for (; r + 4 <= end; r += 4) body(r, Count<4>{});
     for (; r < end; ++r) body(r, Count<1>{});
-}
-// Likewise block by block, the last block first: what was read last is still in the cache.
-template <class Body>
-INLINE void for_rows_backwards(int64_t begin, int64_t end, const Pace& pace, Body&& body) {
-    for (int64_t last = end; last > begin; last -= std::min(pace.block, last - begin))
-        for_rows(std::max(begin, last - pace.block), last, pace, body);
 }
 
 // -- what is known of the columns ------------------------------------------------------------------------------------
@@ -105,13 +96,13 @@ struct ColumnSums {
 
     // Calls add(first row, last row) for the rows that are added up together; it adds to `first` and `second`.
     template <class Add>
-    INLINE void over(int64_t begin, int64_t end, int64_t width, const Pace& pace, Add&& add) {
+    INLINE void over(int64_t begin, int64_t end, int64_t width, Pace pace, Add&& add) {
         std::fill_n(total_first.begin(), width, 0.0);
         std::fill_n(total_second.begin(), width, 0.0);
-        for (int64_t r = begin; r < end; r += pace.added()) {
+        for (int64_t r = begin; r < end; r += added_rows(pace)) {
             std::fill_n(first.begin(), width, A(0));
             std::fill_n(second.begin(), width, A(0));
-            add(r, std::min(end, r + pace.added()));
+            add(r, std::min(end, r + added_rows(pace)));
             add_widened(&total_first[0], &first[0], width);
             add_widened(&total_second[0], &second[0], width);
         }
@@ -122,7 +113,7 @@ struct ColumnSums {
 
 // Deviations from a shift near the mean, and their squares.
 template <class T>
-NOINLINE void add_deviations(const View& x, int64_t begin, int64_t end, int64_t width, const Pace& pace,
+NOINLINE void add_deviations(const View& x, int64_t begin, int64_t end, int64_t width, Pace pace,
                              const Compute<T>* shift, ColumnSums<Compute<T>>& sums) {
     using A = Compute<T>;
     sums.over(begin, end, width, pace, [&](int64_t block_begin, int64_t block_end) {
@@ -165,14 +156,13 @@ NOINLINE void sample_means(const View& x, int64_t begin, int64_t end, int64_t ro
 
 // -- forward ---------------------------------------------------------------------------------------------------------
 
-// Rows begin to end, backwards.
 template <class T, Kind kind, bool add>
 NOINLINE void forward_rows(const View& x, const View& residual, const View& y, uint16_t* bits, int64_t words,
-                           int64_t begin, int64_t end, int64_t width, const Pace& pace, Activation activation,
-                           bool streaming, const Columns<Compute<T>>& columns) {
+                           int64_t begin, int64_t end, int64_t width, Pace pace, Activation activation, bool streaming,
+                           const Columns<Compute<T>>& columns) {
     using A = Compute<T>;
     const Pack<A> low = broadcast(A(low_slope(activation)));
-    for_rows_backwards(begin, end, pace, [&](int64_t first, auto rows) {
+    for_rows(begin, end, pace, [&](int64_t first, auto rows) {
         ForwardRun<T> run[rows];
         bool around = streaming;
         for (int k = 0; k < rows; ++k) {
@@ -211,7 +201,7 @@ struct BackwardTable {
 
 // Σg and Σg·d.
 template <class T, Slope slope>
-NOINLINE void add_gradients(const BackwardTable<T>& table, int64_t begin, int64_t end, int64_t width, const Pace& pace,
+NOINLINE void add_gradients(const BackwardTable<T>& table, int64_t begin, int64_t end, int64_t width, Pace pace,
                             const BackwardMode& mode, const Columns<Compute<T>>& columns,
                             ColumnSums<Compute<T>>& sums) {
     using A = Compute<T>;
@@ -238,17 +228,16 @@ NOINLINE void add_gradients(const BackwardTable<T>& table, int64_t begin, int64_
     });
 }
 
-// In the order of `forward_rows`.
 template <class T, Slope slope>
-NOINLINE void backward_rows(const BackwardTable<T>& table, int64_t begin, int64_t end, int64_t width, const Pace& pace,
+NOINLINE void backward_rows(const BackwardTable<T>& table, int64_t begin, int64_t end, int64_t width, Pace pace,
                             const BackwardMode& all, const Columns<Compute<T>>& columns) {
     using A = Compute<T>;
-    for_rows_backwards(begin, end, pace, [&](int64_t first, auto rows) {
+    for_rows(begin, end, pace, [&](int64_t first, auto rows) {
         BackwardRun<T> run[rows];
         BackwardMode mode = all;
         for (int k = 0; k < rows; ++k) {
             run[k] = table.row(first + k);
-            mode.streaming = mode.streaming && aligned(run[k].dx);
+            mode.align(run[k]);
         }
         with_recover<slope>(mode.recover, [&](auto recover) {
             for_packs<A>(width, [&](int64_t i, auto where) {

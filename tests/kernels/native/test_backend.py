@@ -26,17 +26,37 @@ def randn(*shape, seed=0, dtype=torch.float32):
 # -- which calls it serves ---------------------------------------------------------------------------------------------
 
 
-def test_it_is_taken_from_the_threshold_on():
+FUSED = {"activation": "gelu"}
+TRAINED = {"training": True}
+THRESHOLDS = [
+    ("planes", 16, TRAINED, 65_536),
+    ("planes", 16, TRAINED | FUSED, SMALLEST),
+    ("planes", 16, {}, 8_388_608),
+    ("planes", 16, FUSED, 131_072),
+    ("rows", 16, TRAINED, 393_216),
+    ("rows", 16, TRAINED | FUSED, 131_072),
+    ("rows", 16, {}, 262_144),
+    ("rows", 16, FUSED, 131_072),
+    ("rows", 8, TRAINED, SMALLEST),
+    ("rows", 8, {}, 8_388_608),
+    ("rows", 8, FUSED, 8_388_608),
+]
+
+
+@pytest.mark.parametrize(("layout", "channels", "options", "threshold"), THRESHOLDS)
+def test_it_is_taken_from_the_threshold_on(layout, channels, options, threshold):
     assert backends() == ("native", "torch", "reference")
-    below = torch.zeros(SMALLEST // 16 - 1, 16)
-    for options in ({}, {"training": True}, {"training": True, "activation": "gelu"}):
-        assert active_backend(LARGE, **options) == "native"
-        assert active_backend(below, **options) == "torch"
-    with use_backend("native"):
-        assert active_backend(below[:2]) == "native"
-    with use_backend("torch"):
-        assert active_backend(LARGE) == "torch"
-    assert "the call costs more than it saves" in NATIVE.declines(Request(below))
+    samples = threshold // (16 * channels)
+    for n, expected in ((samples, "native"), (samples - 1, "torch")):
+        x = torch.empty(n, channels, 4, 4)
+        if layout == "rows":
+            x = x.to(memory_format=torch.channels_last)
+        assert active_backend(x, **options) == expected
+        with use_backend("torch"):
+            assert active_backend(x, **options) == "torch"
+        with use_backend("native"):
+            assert active_backend(x, **options) == "native"
+    assert "the call costs more than it saves" in NATIVE.declines(Request(x, **options))
 
 
 class Subclass(torch.Tensor):

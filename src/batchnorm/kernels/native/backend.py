@@ -16,25 +16,32 @@ __all__ = ["ALWAYS", "NATIVE", "SMALLEST", "Native", "is_ordinary", "pays", "unt
 
 # From how many values on the kernels pay, read off `python -m benchmarks.train_step.calibrate` (two cores of an AMD
 # EPYC 7003, float32, forward and backward, torch 2.13): the sizes at which they were last slower than torch's, and
-# first faster. Below, the call costs more than the norm: about 0.1 ms more than torch's for both ways.
+# first faster. Below, the call costs more than the norm.
 #
 #                         channels      last slower    first faster
-#     planes              8, 64              30,000         100,000
-#     planes              256, 1024         100,000         300,000
-#     rows                8                  10,000          30,000
-#     rows                64 to 1024        300,000       1,000,000   (1.5 to 1.9 times)
-#     rows, with ReLU     64 to 1024        100,000         300,000
+#     planes              8 to 256           30,000         100,000   (1.1 to 1.3 times)
+#     planes, with ReLU   8 to 1024          10,000          30,000
+#     rows                8                   3,000          10,000
+#     rows                64 to 1024        100,000         300,000   (1.0 to 1.1 times)
+#     rows, with ReLU     8                   3,000          10,000
+#     rows, with ReLU     64 to 1024         30,000         100,000   (1.0 to 1.1 times)
 #
-# Of rows alone, without activation or residual, more: in the frame of the benchmark, where memory is as fresh as in a
-# network, torch's kernel is ahead by up to a fifth as long as the tensor fits the last-level cache (32 MB here).
-# In evaluation torch makes one trip through memory too, and there is less to gain.
+# In evaluation (`--evaluation`) torch makes one trip through memory too:
+#
+#     planes              8 to 1024       4,000,000       8,000,000   (2 to 3 times: with large pages)
+#     planes, with ReLU   8 to 1024         100,000         300,000
+#     rows                64 to 1024        100,000         300,000
+#     rows, with ReLU     64 to 1024              -          30,000
+#     rows                8               4,000,000       8,000,000   (a pack is half empty)
 SMALLEST = 32_768
-_PLANES = 294_912
-_ROWS_FUSED = 524_288
-_ROWS = 8_388_608
+_PLANES = 65_536
+_ROWS = 393_216
+_ROWS_FUSED = 131_072
 _NARROW = 16  # channels of rows, fewer than a pack holds: torch's kernel is at its slowest there
-_EVALUATION = 524_288
-ALWAYS = max(_PLANES, _ROWS_FUSED, _EVALUATION)  # from here on, but for rows of a norm alone
+_EVALUATION = 8_388_608
+_EVALUATION_ROWS = 262_144
+_EVALUATION_FUSED = 131_072
+ALWAYS = 393_216  # from here on, but for some in evaluation
 
 
 def pays(x: Tensor, training: bool, fused: bool) -> bool:
@@ -46,11 +53,15 @@ def pays(x: Tensor, training: bool, fused: bool) -> bool:
         fused: with an activation or a residual.
     """
     size = x.numel()
+    planes = x.dim() > 2 and x.is_contiguous()
+    narrow = not planes and x.dim() > 1 and x.shape[1] < _NARROW
     if not training:
-        return size >= _EVALUATION
-    if x.dim() > 2 and x.is_contiguous():
-        return size >= _PLANES
-    if x.dim() > 1 and x.shape[1] < _NARROW:
+        if narrow or (planes and not fused):
+            return size >= _EVALUATION
+        return size >= (_EVALUATION_FUSED if fused else _EVALUATION_ROWS)
+    if planes:
+        return size >= (SMALLEST if fused else _PLANES)
+    if narrow:
         return size >= SMALLEST
     return size >= (_ROWS_FUSED if fused else _ROWS)
 
