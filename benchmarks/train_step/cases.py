@@ -29,7 +29,7 @@ class Layer:
 
     Attributes:
         group: which part of the report it belongs to.
-        work: one of ``WORKS``.
+        work: one of ``WORKS``, or "norm+leaky_relu".
         shape: (N, C, H, W), or (N, C).
         layout: "nchw"; "nhwc", that is channels-last; "rows" for (N, C).
         dtype: of the activations; parameters are float32.
@@ -110,8 +110,9 @@ def all_cases() -> Iterator[Case]:
             yield Layer("bfloat16", "norm+relu", (32, channels, side, side), layout, "bfloat16")
     for shape in SMALL:
         yield Layer("small", "norm", shape, "rows" if len(shape) == 2 else "nchw")
-    for channels, side in MEMORY:
-        yield Layer("memory", "norm+relu", (32, channels, side, side))
+    for work in ("norm+relu", "norm+leaky_relu"):
+        for channels, side in MEMORY:
+            yield Layer("memory", work, (32, channels, side, side))
     for name in NETWORKS:
         for layout in ("nchw", "nhwc"):
             yield Network(name, layout)

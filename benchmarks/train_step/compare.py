@@ -10,7 +10,12 @@ from benchmarks.train_step.rows import Row
 
 WHOLE = "forward+backward"
 LAYOUTS = {"nchw": "NCHW", "nhwc": "channels-last", "rows": "rows"}
-WORKS = {"norm": "norm", "norm+relu": "norm + ReLU", "norm+add+relu": "norm + add + ReLU"}
+WORKS = {
+    "norm": "norm",
+    "norm+relu": "norm + ReLU",
+    "norm+add+relu": "norm + add + ReLU",
+    "norm+leaky_relu": "norm + LeakyReLU",
+}
 
 
 @dataclass(frozen=True)

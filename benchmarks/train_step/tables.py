@@ -85,9 +85,10 @@ def memory(rows: Rows) -> str:
     lines = []
     for row in rows.all:
         size = row["activation_bytes"]
-        name = f"{row['shape'][0]}×{shape_name(row['shape'])}: {TITLES[row['competitor']]}"
+        shape = f"{row['shape'][0]}×{shape_name(row['shape'])}"
+        name = f"{WORKS[row['work']]}, {shape}: {TITLES[row['competitor']]}"
         lines.append([name, *_peak(row["allocated_peak"], size), *_peak(row["resident_peak"], size)])
-    return markdown(["norm + ReLU", "allocated, MB", "in activations", "resident, MB", "in activations"], lines)
+    return markdown(["layer", "allocated, MB", "in activations", "resident, MB", "in activations"], lines)
 
 
 def _combinations(rows: Rows) -> list[tuple[object, object, object]]:

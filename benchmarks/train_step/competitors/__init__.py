@@ -51,6 +51,7 @@ COMPETITORS = (
     Competitor("torch-compile", "torch.compile", "torch_compile", ("layers", "bfloat16", "memory")),
     Competitor("batchnorm", "batchnorm", "ours", (*_LAYERS, "nets")),
     Competitor("batchnorm-thp", "batchnorm, huge pages", "ours", (*_LAYERS, "nets"), _HUGE),
+    Competitor("batchnorm-inplace", "batchnorm, in place", "ours_inplace", ("layers",)),
     Competitor("batchnorm-convert", "batchnorm, convert without fuse", "ours_convert", ("nets",)),
     Competitor("nothing", "the frame with no layer", "nothing", ("small",)),
     Competitor(COPY, "copy", "copy_speed", ("layers", "bfloat16", "small"), _HUGE),

@@ -18,7 +18,7 @@ def layer(case: Layer) -> nn.Module:
     if "relu" not in case.work:
         return kind(case.channels)
     extra = {"inplace": True} if "inplace" in inspect.signature(kind).parameters else {}
-    return kind(case.channels, activation="relu", **extra)
+    return kind(case.channels, activation="leaky_relu" if "leaky" in case.work else "relu", **extra)
 
 
 def backend(layer: batchnorm.nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> str:

@@ -14,12 +14,15 @@ class Work(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm1d(case.channels) if len(case.shape) == 2 else nn.BatchNorm2d(case.channels)
         self.relu = "relu" in case.work
+        self.slope = 0.01 if "leaky" in case.work else 0.0
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return what the norm, the add and ReLU make of x."""
         y = self.norm(x)
         if residual is not None:
             y += residual
+        if self.slope:
+            return F.leaky_relu(y, self.slope, inplace=True)
         return F.relu(y, inplace=True) if self.relu else y
 
 
