@@ -51,7 +51,7 @@ bool moments_about(const View& x, int64_t rows, int64_t samples, int64_t inner, 
     const double n = double(samples) * double(inner);
     sample_means<T>(x, 0, samples, rows, width, &sums.first[0]);
     for (int64_t c = 0; c < count; ++c)
-        Columns<A>::put(columns.shift, c, inner, A(total_of(&sums.first[c * inner], inner) / double(inner)));
+        Columns<A>::spread(columns.shift, c, inner, A(total_of(&sums.first[c * inner], inner) / double(inner)));
     add_deviations<T>(x, 0, samples, width, Narrow<T>::pace, &columns.shift[0], sums);
     bool all = true;
     for (int64_t c = 0; c < count; ++c) {

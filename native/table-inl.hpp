@@ -37,8 +37,8 @@ struct Columns {
 
     static int64_t padded(int64_t width) { return width + Pack<A>::size; }
 
-    // Puts a value into the `run` columns of a channel. What whole packs put beyond them the next channel overwrites.
-    static INLINE void put(std::vector<A>& to, int64_t channel, int64_t run, A value) {
+    // Gives a value to all `run` columns of a channel. What whole packs put beyond them the next channel overwrites.
+    static INLINE void spread(std::vector<A>& to, int64_t channel, int64_t run, A value) {
         A* p = &to[channel * run];
         if (run == 1) {
             *p = value;
@@ -53,10 +53,10 @@ struct Columns {
         if (recover) inverse.resize(shift.size());
         for (int64_t c = 0; c < count; ++c) {
             const Coefficients<A> of_channel = coefficients<A>(affine, statistics, c0 + c);
-            put(shift, c, run, of_channel.shift);
-            put(scale, c, run, of_channel.scale);
-            put(offset, c, run, of_channel.offset);
-            if (recover) put(inverse, c, run, A(1 / double(of_channel.scale)));
+            spread(shift, c, run, of_channel.shift);
+            spread(scale, c, run, of_channel.scale);
+            spread(offset, c, run, of_channel.offset);
+            if (recover) spread(inverse, c, run, A(1 / double(of_channel.scale)));
         }
     }
     void gradient(const Affine& affine, const Statistics& statistics, const Sums& sums, double n, int64_t c0,
@@ -64,9 +64,9 @@ struct Columns {
         for (std::vector<A>* v : {&gradient_scale, &of_d, &constant}) v->resize(shift.size());
         for (int64_t c = 0; c < count; ++c) {
             const InputGradient<A> of_channel = input_gradient<A>(affine, statistics, sums, n, c0 + c);
-            put(gradient_scale, c, run, of_channel.scale);
-            put(of_d, c, run, of_channel.of_d);
-            put(constant, c, run, of_channel.constant);
+            spread(gradient_scale, c, run, of_channel.scale);
+            spread(of_d, c, run, of_channel.of_d);
+            spread(constant, c, run, of_channel.constant);
         }
     }
     template <class Where>

@@ -42,8 +42,11 @@ def draw(rows: Rows, path: Path) -> None:
     panels[0][0].set_ylim(min(0.5, *ratios) / 1.1, max(2, *ratios) * 1.3)  # all panels share it
     for panel in panels[-1]:
         panel.set_xlabel("channels @ height = width")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=6, frameon=False)
+    named: dict[str, Any] = {}  # not every competitor is in every panel
+    for panel in panels.flat:
+        handles, labels = panel.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    figure.legend(list(named.values()), list(named), loc="upper center", ncols=6, frameon=False)
     figure.suptitle(f"Training, forward + backward, float32, batch {batch}: lower is faster", y=0.945, fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.94))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from benchmarks.train_step.rows import ROOT, ROWS, read
 
 _PAGES = ("performance.md", "performance-table.md")
 _PLOT = "images/train_step.svg"
+_LARGE = 25e6  # bytes of a tensor that no longer shares the cache with another
 
 
 def main() -> None:
@@ -57,6 +58,8 @@ def _facts(rows: Rows) -> dict[str, Any]:
         "torch_over_limit": layers.select(phase=WHOLE).over_limit("torch"),
         "speedups": tables.speedups(layers, "batchnorm", ("torch", "torch-compile"), WHOLE),
         "speedups_thp": tables.speedups(layers, "batchnorm-thp", ("torch-thp", "torch"), WHOLE),
+        "inplace_norm": tables.speedups(layers.select(work="norm"), "batchnorm-inplace", ("torch", "batchnorm"), WHOLE),
+        "large": tables.near_limit(layers, ("torch", "batchnorm", "batchnorm-thp"), WHOLE, _LARGE),
         "speedups_forward": tables.speedups(layers, "batchnorm", ("torch", "torch-compile"), "forward"),
         "speedups_forward_thp": tables.speedups(layers, "batchnorm-thp", ("torch-thp", "torch"), "forward"),
         "every_shape": tables.every_shape(layers),

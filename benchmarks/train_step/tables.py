@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
+import torch
 from benchmarks.train_step.compare import LAYOUTS, WHOLE, WORKS, Rows, Speedup, shape_name
 from benchmarks.train_step.competitors import COMPETITORS
 from benchmarks.train_step.rows import Row
@@ -33,6 +35,23 @@ def speedups(rows: Rows, ours: str, rivals: Sequence[str], phase: str) -> str:
             cells += _speedup(some.speedup(ours, rival))
         lines.append([*cells, _factor(some.over_limit(ours))])
     return markdown([*header, "time ÷ limit"], lines)
+
+
+def near_limit(rows: Rows, competitors: Sequence[str], phase: str, least_bytes: float) -> str:
+    """Return a row for each work and layout: time ÷ limit of large tensors, geometric mean and worst."""
+    some = Rows(row for row in rows.select(phase=phase).all if _bytes(row) >= least_bytes)
+    header = ["work, layout"]
+    for name in competitors:
+        header += [TITLES[name], "worst"]
+    lines = []
+    for work, layout in itertools.product(some.values("work"), some.values("layout")):
+        cells = [f"{WORKS[str(work)]}, {LAYOUTS[str(layout)]}"]
+        for name in competitors:
+            here = some.select(work=work, layout=layout, competitor=name)
+            worst = max((row["ratio"] for row in here.all if "ratio" in row), default=None)
+            cells += [_factor(here.over_limit(name)), _factor(worst)]
+        lines.append(cells)
+    return markdown(header, lines)
 
 
 def shapes(rows: Rows, work: object, layout: object, batch: object, phase: str) -> str:
@@ -105,6 +124,11 @@ def _speedup(found: Speedup | None) -> list[str]:
 
 def _factor(value: float | None) -> str:
     return _MISSING if value is None else f"{value:.2f}"
+
+
+def _bytes(row: Row) -> int:
+    found: int = math.prod(row["shape"]) * getattr(torch, row["dtype"]).itemsize
+    return found
 
 
 def _median(row: Row | None) -> float | None:
