@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from benchmarks.train_step.cases import Layer
 from benchmarks.train_step.frame import Frame
-from benchmarks.train_step.rows import machine
+from benchmarks.train_step.rows import heading
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -46,8 +46,7 @@ def main() -> None:
         raise SystemExit(f"there is no backend {options.backend!r} here; there are {', '.join(backends())}")
     torch.set_num_threads(options.threads)
     console = Console(width=120)
-    about = machine(options.threads, 0)
-    console.print(*(f"{name} {about[name]};" for name in ("device", "threads", "torch", "commit", "date")))
+    console.print(heading(options.threads))
     for layout in ("planes", "rows"):
         console.print(_table(layout, options))
 

@@ -39,6 +39,12 @@ def machine(threads: int, cache: int) -> Row:
     }
 
 
+def heading(threads: int) -> str:
+    """Return a line that says where the figures below it were measured."""
+    about = machine(threads, 0)
+    return " ".join(f"{name} {about[name]};" for name in ("device", "threads", "torch", "commit", "date"))
+
+
 def about(case: Case) -> Row:
     """Return the columns that say what was measured."""
     return {

@@ -15,7 +15,7 @@ import statistics
 import time
 
 import torch
-from benchmarks.train_step.rows import machine
+from benchmarks.train_step.rows import heading
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -37,8 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console = Console(width=120)
-    about = machine(options.threads, 0)
-    console.print(*(f"{name} {about[name]};" for name in ("device", "threads", "torch", "commit", "date")))
+    console.print(heading(options.threads))
     table = Table("batch × channels @ side", "layout", "convolution", "output, MB", *_STORES)
     for case in CASES:
         for layout in ("nchw", "channels-last"):

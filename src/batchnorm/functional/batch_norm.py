@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from batchnorm.errors import InputError
 from batchnorm.functional import dispatch
 from batchnorm.functional.fused import fused_batch_norm
+from batchnorm.functional.observing import followed
 from batchnorm.functional.operator import batch_norm_operator, composite
 from batchnorm.functional.validation import check_extras, check_valid_counts, first_problem
 from batchnorm.kernels.activation import ACTIVATIONS
@@ -190,15 +191,7 @@ _OVER: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     """Add and activate: over ``y``, which nobody else has, unless somebody watches the operators."""
-    alone = (
-        type(y) is Tensor
-        and (residual is None or type(residual) in (Tensor, Parameter))
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch.autograd.forward_ad._current_level < 0
-    )
+    alone = type(y) is Tensor and (residual is None or type(residual) in (Tensor, Parameter)) and not followed()
     if residual is not None:
         y = y.add_(residual) if alone else y + residual
     if activation is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from batchnorm.errors import StateError
-from batchnorm.functional.observing import observed
+from batchnorm.functional.observing import followed, observed
 from batchnorm.kernels.activation import ACTIVATIONS, LEAKY_SLOPE
 from batchnorm.kernels.contract import Transform
 from batchnorm.kernels.native import calls
@@ -48,14 +48,7 @@ def fused_batch_norm(
     A plain call has ordinary tensors that fit together, nothing is left to check, and nobody watches. Every other call
     takes the long way, where it is checked in full and errors find their words.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.autograd.forward_ad._current_level >= 0
-        or observed()
-    ):
+    if followed() or observed():
         return None
     if not _is_plain(x) or x.dim() < 2 or x.dtype not in DTYPES:
         return None

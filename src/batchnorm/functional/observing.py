@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
-__all__ = ["Observer", "notify", "observed", "observing"]
+__all__ = ["Observer", "followed", "notify", "observed", "observing"]
 
 Observer: TypeAlias = Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor | None], None]
 """Called with input, running_mean, running_var, eps and mask before the call is served; it must not change them."""
@@ -45,3 +46,14 @@ def notify(x: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float, 
 def observed() -> bool:
     """Whether anybody watches this thread."""
     return bool(_observers.all)
+
+
+def followed() -> bool:
+    """Whether torch itself follows the operators of this thread: a compiler, a tracer, a transform or a mode."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

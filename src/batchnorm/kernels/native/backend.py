@@ -12,7 +12,7 @@ from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library, missing
 from batchnorm.moments import Moments
 
-__all__ = ["ALWAYS", "NATIVE", "SMALLEST", "Native", "is_ordinary", "pays", "untransformed"]
+__all__ = ["ALWAYS", "NATIVE", "SMALLEST", "Native", "pays"]
 
 # From how many values on the kernels pay, read off `python -m benchmarks.train_step.calibrate` (two cores of an AMD
 # EPYC 7003, float32, forward and backward, torch 2.13): the sizes at which they were last slower than torch's, and
@@ -41,7 +41,8 @@ _NARROW = 16  # channels of rows, fewer than a pack holds: torch's kernel is at 
 _EVALUATION = 8_388_608
 _EVALUATION_ROWS = 262_144
 _EVALUATION_FUSED = 131_072
-ALWAYS = 393_216  # from here on, but for some in evaluation
+# from here on, but for planes alone and narrow rows in evaluation
+ALWAYS = max(SMALLEST, _PLANES, _ROWS, _ROWS_FUSED, _EVALUATION_ROWS, _EVALUATION_FUSED)
 
 
 def pays(x: Tensor, training: bool, fused: bool) -> bool:
@@ -90,7 +91,7 @@ class Native(Backend):
         if torch.autograd.forward_ad._current_level >= 0:
             return "it has no derivatives in forward mode"
         tensors = (x, request.weight, request.bias, request.residual)
-        return None if untransformed() and all(map(is_ordinary, tensors)) else "it reads ordinary tensors only"
+        return None if _untransformed() and all(map(_is_ordinary, tensors)) else "it reads ordinary tensors only"
 
     def declines(self, request: Request) -> str | None:
         """Leave small inputs to torch, and calls that a dispatch mode looks at: it knows torch's operators."""
@@ -142,13 +143,13 @@ class Native(Backend):
         return Gradients(dx, _of_residual(dy, dresidual, t)), Reduced(_count(x), sums[0], sums[1])
 
 
-def untransformed() -> bool:
+def _untransformed() -> bool:
     """Whether tensors are what they seem: no tracer records the call, no transform wraps them."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return not tracing and not torch._C._are_functorch_transforms_active()
 
 
-def is_ordinary(tensor: Tensor | None) -> bool:
+def _is_ordinary(tensor: Tensor | None) -> bool:
     """Whether the tensor's values lie where its address says, as they are; what is no tensor is found out elsewhere."""
     if not isinstance(tensor, Tensor):
         return True

@@ -262,8 +262,7 @@ def forward(
         statistics = torch.empty_like(plan.statistics)
     if residual is not None:
         residual = like(residual, x, plan.layout)
-    at_weight = 0 if weight is None else weight.data_ptr()
-    at_bias = 0 if bias is None else bias.data_ptr()
+    at_weight, at_bias = _address(weight), _address(bias)
     in_place, kept, slot = False, None, None
     if inplace and x is given and plan.dense and (residual is None or not _shifted(residual, x)):
         in_place = True
@@ -274,10 +273,10 @@ def forward(
     of_x = (x.data_ptr(), *plan.strides)
     y, of_y = (x, of_x) if in_place else _fresh(x, plan)
     of_residual = NOTHING if residual is None else view(residual, plan.layout)
-    bits, at_bits = None, 0
+    bits = None
     if backward and residual is not None and activation in _BY_BITS:
         bits = torch.empty(plan.kernels.bit_words(), dtype=torch.int16, device="cpu")
-        at_bits = bits.data_ptr()
+    at_bits = _address(bits)
     parameters = (at_weight, at_bias, statistics.data_ptr(), torch.get_num_threads())
     if running is None:
         plan.kernels.normalize(of_x, of_residual, of_y, at_bits, parameters)
@@ -359,11 +358,11 @@ def _prepare(dy: Tensor, saved: Saved) -> _Prepared:
     addresses = (
         of_dy,
         (x.data_ptr(), *plan.strides),
-        0 if bits is None else bits.data_ptr(),
+        _address(bits),
         NOTHING if residual is None else view(residual, plan.layout),
         in_place,
         NOTHING if kept is None else (kept.data_ptr(), kept.stride(0), kept.stride(1)),
-        0 if slot is None else slot.data_ptr(),
+        _address(slot),
     )
     parameters = (_address(weight), _address(bias), statistics.data_ptr(), torch.get_num_threads())
     return _Prepared(plan, (x, weight, bias, residual), dy, of_dy, addresses, parameters)
@@ -435,7 +434,7 @@ def train_gradients(
         0,
         of_dx,
         of_dresidual,
-        0 if dweight is None else dweight.data_ptr(),
-        0 if dbias is None else dbias.data_ptr(),
+        _address(dweight),
+        _address(dbias),
     )
     return dx, dresidual, dweight, dbias
