@@ -1,9 +1,10 @@
-"""The moments of what each norm meets while a model runs, with the norms on batch statistics."""
+"""The moments of what each norm meets while a model runs, and what the norms normalize by meanwhile."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import repeat
 from typing import Any
@@ -18,8 +19,9 @@ from batchnorm.nn.calling import below_autograd
 from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.operators import NormCall
 from batchnorm.statistics.sites import Site, Sites
+from batchnorm.statistics.spread import Spread
 
-__all__ = ["Collector", "Tally"]
+__all__ = ["Collector", "OnBatch", "OnStored", "Tally"]
 
 _CHUNK = 1 << 20
 """How many values are turned into float64 at a time: 8 MiB, whatever the size of the batch."""
@@ -35,6 +37,7 @@ class Tally:
         batches: in how many batches it met values.
         calls: how many times it was called on values; more than ``batches`` if several times in one forward pass.
         single_calls: how many of them brought a single value to some channel.
+        spread: how far the batches are apart.
     """
 
     estimator: Estimator
@@ -42,18 +45,26 @@ class Tally:
     batches: int = 0
     calls: int = 0
     single_calls: int = 0
-    last_batch: int = -1
+    spread: Spread = field(default_factory=Spread)
+    _last_batch: int = -1
+
+    def add(self, met: Moments, batch: int, *, any_values: bool = True) -> None:
+        """Take in what one call was given, in the batch of that index."""
+        self.estimator.add(met)
+        if not any_values:
+            return
+        again = self._last_batch == batch
+        self.spread.add(met, same_batch=again)
+        self.calls += 1
+        self.batches += not again
+        self._last_batch = batch
 
 
 class Collector(TorchDispatchMode):
-    """Measures what the chosen norms of a model meet, and runs them on it.
+    """Measures what the chosen norms of a model meet; by what they normalize it, a subclass says.
 
-    A norm normalizes by the mean and the biased variance (divisor m) of what it is given, as in training, and its
-    buffers are left alone; every other norm runs as it would without this mode, except that it cannot update its
-    buffers either. In a channel that is given a single value there is no variance: it is normalized by the moments of
-    everything the norm met so far, that value included; if it is the very first, by the stored statistics.
-
-    Nothing is attached to the model, so whatever calls a batch norm operator is seen: modules, subclasses with a
+    Their buffers are left alone; every other norm runs as it would without this mode, except that it cannot update its
+    buffers either. Nothing is attached to the model, so whatever calls a batch norm operator is seen: modules, subclasses with a
     forward of their own, functional calls, scripted modules, exported programs.
 
     Attributes:
@@ -105,18 +116,12 @@ class Collector(TorchDispatchMode):
         if tally is None:
             estimator = self._estimator(met.num_features, call.input.device)
             tally = self.tallies[site] = Tally(estimator, call.eps)
-        tally.estimator.add(met)
-        fewest, most = _counts(call.input, met, call.mask)
-        if most > 0:
-            tally.calls += 1
-            tally.batches += tally.last_batch != self._batch
-            tally.last_batch = self._batch
-        mean, variance = met.mean, met.variance()
-        if fewest < 2:
-            tally.single_calls += 1
-            mean, variance = _with_fallback(met, tally.estimator.pooled, site)
-        dtype = torch.promote_types(site.running_mean.dtype, torch.float32)
-        return call.run_on(mean.to(dtype), variance.to(dtype))
+        tally.add(met, self._batch, any_values=_counts(call.input, met, call.mask)[1] > 0)
+        return self._normalize(site, call, met, tally)
+
+    @abstractmethod
+    def _normalize(self, site: Site, call: NormCall, met: Moments, tally: Tally) -> Any:
+        """Run the call, by whatever statistics; ``met`` is what it was given and is part of the tally already."""
 
     def _require_finite(self, site: Site, call: NormCall, met: Moments) -> None:
         bad = ~met.isfinite()
@@ -128,6 +133,29 @@ class Collector(TorchDispatchMode):
                 f"({listed})"
             )
             raise self._failure
+
+
+class OnBatch(Collector):
+    """The norms run as in training: on the mean and the biased variance (divisor m) of what they are given.
+
+    In a channel that is given a single value there is no variance: it is normalized by the moments of everything the
+    norm met so far, that value included; if it is the very first, by the stored statistics.
+    """
+
+    def _normalize(self, site: Site, call: NormCall, met: Moments, tally: Tally) -> Any:
+        mean, variance = met.mean, met.variance()
+        if _counts(call.input, met, call.mask)[0] < 2:
+            tally.single_calls += 1
+            mean, variance = _with_fallback(met, tally.estimator.pooled, site)
+        dtype = torch.promote_types(site.running_mean.dtype, torch.float32)
+        return call.run_on(mean.to(dtype), variance.to(dtype))
+
+
+class OnStored(Collector):
+    """The norms run as they would without this mode: in eval mode, on the stored statistics."""
+
+    def _normalize(self, site: Site, call: NormCall, met: Moments, tally: Tally) -> Any:
+        return call.run()
 
 
 def _moments(x: Tensor, mask: Tensor | None) -> Moments:

@@ -25,7 +25,7 @@ from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
 from batchnorm.report.progress import progress_bar
 from batchnorm.statistics.buffers import write_all
-from batchnorm.statistics.collect import Collector, Tally
+from batchnorm.statistics.collect import Collector, OnBatch, Tally
 from batchnorm.statistics.estimators import ESTIMATORS, Within
 from batchnorm.statistics.result import LayerStatistics, RecalibrateResult, Written
 from batchnorm.statistics.sites import Left, Site, Sites
@@ -118,7 +118,7 @@ def recalibrate(
         )
     require_stream("recalibrate", batches)
     sites = Sites(model, names)
-    collector = Collector(sites, ESTIMATORS[estimator])
+    collector = OnBatch(sites, ESTIMATORS[estimator])
     call = call_on_batch if forward is None else forward
     with untouched(model), progress_bar("Recalibrating", length_of(batches), progress) as advance:
         _set_eval(model)
