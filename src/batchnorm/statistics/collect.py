@@ -64,8 +64,8 @@ class Collector(TorchDispatchMode):
     """Measures what the chosen norms of a model meet; by what they normalize it, a subclass says.
 
     Their buffers are left alone; every other norm runs as it would without this mode, except that it cannot update its
-    buffers either. Nothing is attached to the model, so whatever calls a batch norm operator is seen: modules, subclasses with a
-    forward of their own, functional calls, scripted modules, exported programs.
+    buffers either. Nothing is attached to the model, so whatever calls a batch norm operator is seen: modules,
+    subclasses with a forward of their own, functional calls, scripted modules, exported programs.
 
     Attributes:
         tallies: what each site has met.
