@@ -81,7 +81,7 @@ def test_the_first_norm_holds_the_moments_of_the_stream_whatever_the_cut(cuts: l
 def test_every_norm_holds_the_moments_of_what_it_met() -> None:
     model, batches = network(), images(6, 6, 3)
     met = concatenation(model, batches)
-    result = recalibrate(model, batches)
+    result = recalibrate(model, batches, order="parallel")
     assert_population(model, met)
     assert [(layer.name, layer.batches, layer.values) for layer in result.layers] == [
         ("1", 3, 15 * 36),
@@ -134,7 +134,7 @@ def test_single_samples_at_a_fully_connected_norm_count_as_one() -> None:
     torch.manual_seed(0)
     x = torch.randn(9, 3, dtype=torch.float64)
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
-    result = recalibrate(model, x.split([8, 1]))
+    result = recalibrate(model, x.split([8, 1]), order="parallel")
     assert_population(model, {"0": x})
     # the tail is normalized by the moments of all nine
     head = F.batch_norm(x[:8], None, None, model[0].weight, model[0].bias, training=True)
@@ -151,7 +151,7 @@ def test_the_very_first_sample_alone_meets_the_stored_statistics() -> None:
     x = torch.randn(3, 2, dtype=torch.float64)
     first = F.batch_norm(x[:1], model[0].running_mean.clone(), model[0].running_var.clone())
     rest = F.batch_norm(x[1:], None, None, training=True)
-    recalibrate(model, x.split([1, 2]))
+    recalibrate(model, x.split([1, 2]), order="parallel")
     assert_population(model, {"0": x, "1": torch.cat([first, rest])})
 
 
@@ -186,7 +186,7 @@ def test_half_precision_buffers_are_computed_in_float64(dtype: torch.dtype) -> N
 def test_a_half_precision_norm_normalizes_by_more_than_half_precision() -> None:
     x = torch.tensor([1000.0, 1000.0, 1000.0, 1000.5]).view(4, 1).half()  # their mean, 1000.125, is no float16
     model = nn.Sequential(nn.BatchNorm1d(1, affine=False), nn.BatchNorm1d(1)).half()
-    recalibrate(model, [x])
+    recalibrate(model, [x], order="parallel")
     assert model[1].running_mean.abs() < 4 * torch.finfo(torch.float16).eps
 
 
@@ -255,7 +255,7 @@ def test_only_named_norms_are_measured() -> None:
     model, batches = network(), images(6, 6)
     met = concatenation(model, batches, names=["5", "8"])
     before = model[1].running_mean.clone()
-    recalibrate(model, batches, names=["5", "8"])
+    recalibrate(model, batches, order="parallel", names=["5", "8"])
     assert_population(model, met)
     assert torch.equal(model[1].running_mean, before)
 
@@ -294,7 +294,7 @@ def test_a_norm_called_twice_merges_both_calls() -> None:
     model = nn.Sequential(norm, nn.ReLU(), norm).double()
     batches = [torch.randn(6, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64) + 1]
     met = concatenation(model, batches)
-    result = recalibrate(model, batches)
+    result = recalibrate(model, batches, order="parallel")
     assert len(met["0"]) == 20
     assert_population(model, met)
     assert (result.layers[0].batches, result.layers[0].calls) == (2, 4)
@@ -312,7 +312,7 @@ def test_norms_called_in_another_order_than_registered() -> None:
 
     model, batches = Backwards().double(), [torch.randn(6, 2, dtype=torch.float64) for _ in range(3)]
     met = concatenation(model, batches)
-    assert [layer.name for layer in recalibrate(model, batches).layers] == ["first", "last"]
+    assert [layer.name for layer in recalibrate(model, batches, order="parallel").layers] == ["first", "last"]
     assert_population(model, met)
 
 
@@ -427,7 +427,7 @@ def test_two_norms_that_share_buffers_are_measured_as_one() -> None:
     model[2].running_mean, model[2].running_var = model[0].running_mean, model[0].running_var
     batches = [torch.randn(8, 2, dtype=torch.float64)]
     met = concatenation(model, batches)
-    recalibrate(model, batches)
+    recalibrate(model, batches, order="parallel")
     assert_population(model, {"0": torch.cat([met["0"], met["2"]])})
 
 
@@ -531,7 +531,7 @@ def test_two_threads_recalibrate_two_models_at_once() -> None:
 
     def work(model: nn.Module, stream: list[Tensor]) -> None:
         try:
-            recalibrate(model, stream, progress=True)
+            recalibrate(model, stream, order="parallel", progress=True)
         except BaseException as error:
             errors.append(error)
 

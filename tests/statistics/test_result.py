@@ -47,7 +47,7 @@ def test_the_report_and_the_data() -> None:
     freeze(model, "1")
     result = recalibrated(model)
     text = str(result)
-    assert "1 norm measured on 2 batches, pooled estimate; 1 left as they were." in text
+    assert "1 norm measured on 2 batches, sequential order, pooled estimate; 1 left as they were." in text
     assert "1 call brought a single value per channel" in text
     assert "frozen" in text
     data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
@@ -60,6 +60,7 @@ def test_the_report_and_the_data() -> None:
         "largest_mean_shift": pytest.approx(2.0),
         "smallest_variance_ratio": pytest.approx(1.0),
         "largest_variance_ratio": pytest.approx(5.8),
+        "uncertainty": pytest.approx(result.layers[0].overall_uncertainty),
     }
     assert data["left"] == [{"name": "1", "reason": "frozen"}]
 

@@ -12,8 +12,8 @@ from batchnorm.statistics.spread import MOST_GROUPS, Spread
 
 def _spread(batches):
     spread = Spread()
-    for batch in batches:
-        spread.add(Moments.of(batch))
+    for index, batch in enumerate(batches):
+        spread.add(Moments.of(batch), index)
     return spread
 
 
@@ -70,8 +70,19 @@ def test_a_large_mean_costs_no_digits():
 
 
 def test_channels_that_a_batch_misses_do_not_count_it():
-    empty = Moments.zero(1)
+    a, b = Moments.of(torch.tensor([[1.0], [3.0]])), Moments.of(torch.tensor([[3.0], [5.0]]))
     spread = Spread()
-    for batch in (Moments.of(torch.tensor([[1.0], [3.0]])), empty, Moments.of(torch.tensor([[3.0], [5.0]]))):
-        spread.add(batch)
+    for index, batch in enumerate((a, Moments.zero(1), b)):
+        spread.add(batch, index)
     assert spread.standard_errors()[0].tolist() == [1.0]
+
+
+def test_values_that_come_later_belong_to_their_batch():
+    whole, parts = Spread(), Spread()
+    batches = torch.randn(100, 6, 2, dtype=torch.float64)
+    for index, batch in enumerate(batches):
+        whole.add(Moments.of(batch), index)
+    for half in (batches[:, :2], batches[:, 2:]):
+        for index, batch in enumerate(half):
+            parts.add(Moments.of(batch), index)
+    torch.testing.assert_close(parts.standard_errors(), whole.standard_errors(), rtol=1e-12, atol=0)

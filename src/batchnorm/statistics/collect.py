@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import reduce
 from itertools import repeat
 from typing import Any
@@ -14,50 +13,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.errors import NonFiniteError
+from batchnorm.kernels.contract import Request
+from batchnorm.kernels.native import NATIVE
 from batchnorm.moments import Moments, expand_mask
 from batchnorm.nn.calling import below_autograd
 from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.operators import NormCall
 from batchnorm.statistics.sites import Site, Sites
-from batchnorm.statistics.spread import Spread
+from batchnorm.statistics.tally import Tally
 
-__all__ = ["Collector", "OnBatch", "OnStored", "Tally"]
+__all__ = ["Collector", "OnBatch", "OnStored", "counts_of", "moments_of", "require_finite"]
 
 _CHUNK = 1 << 20
 """How many values are turned into float64 at a time: 8 MiB, whatever the size of the batch."""
-
-
-@dataclass
-class Tally:
-    """What one site has met so far.
-
-    Attributes:
-        estimator: the moments.
-        eps: what the norm adds to the variance.
-        batches: in how many batches it met values.
-        calls: how many times it was called on values; more than ``batches`` if several times in one forward pass.
-        single_calls: how many of them brought a single value to some channel.
-        spread: how far the batches are apart.
-    """
-
-    estimator: Estimator
-    eps: float
-    batches: int = 0
-    calls: int = 0
-    single_calls: int = 0
-    spread: Spread = field(default_factory=Spread)
-    _last_batch: int = -1
-
-    def add(self, met: Moments, batch: int, *, any_values: bool = True) -> None:
-        """Take in what one call was given, in the batch of that index."""
-        self.estimator.add(met)
-        if not any_values:
-            return
-        again = self._last_batch == batch
-        self.spread.add(met, same_batch=again)
-        self.calls += 1
-        self.batches += not again
-        self._last_batch = batch
 
 
 class Collector(TorchDispatchMode):
@@ -77,6 +45,7 @@ class Collector(TorchDispatchMode):
         self._sites = sites
         self._estimator = estimator
         self._batch = 0
+        self._last_batches: dict[Site, int] = {}
         self._failure: NonFiniteError | None = None
 
     def run(self, batch: int, call: Callable[[], Any]) -> None:
@@ -110,29 +79,29 @@ class Collector(TorchDispatchMode):
         return call.run() if site is None else self._measure(site, call)
 
     def _measure(self, site: Site, call: NormCall) -> Any:
-        met = _moments(call.input, call.mask)
-        self._require_finite(site, call, met)
+        met = moments_of(call.input, call.mask)
+        self._require_finite(site, met)
         tally = self.tallies.get(site)
         if tally is None:
             estimator = self._estimator(met.num_features, call.input.device)
             tally = self.tallies[site] = Tally(estimator, call.eps)
-        tally.add(met, self._batch, any_values=_counts(call.input, met, call.mask)[1] > 0)
+        fewest, most = counts_of(call.input, met, call.mask)
+        first = self._last_batches.get(site) != self._batch
+        tally.add(met, self._batch, first=first, fewest=fewest, most=most)
+        if most > 0:
+            self._last_batches[site] = self._batch
         return self._normalize(site, call, met, tally)
 
     @abstractmethod
     def _normalize(self, site: Site, call: NormCall, met: Moments, tally: Tally) -> Any:
         """Run the call, by whatever statistics; ``met`` is what it was given and is part of the tally already."""
 
-    def _require_finite(self, site: Site, call: NormCall, met: Moments) -> None:
-        bad = ~met.isfinite()
-        if bool(bad.any()):
-            channels = bad.nonzero().flatten().tolist()
-            listed = ", ".join(map(str, channels[:4])) + (", ..." if len(channels) > 4 else "")
-            self._failure = NonFiniteError(
-                f"{site.name or 'the norm'} met NaN or infinity in {len(channels)} of its {met.num_features} channels "
-                f"({listed})"
-            )
-            raise self._failure
+    def _require_finite(self, site: Site, met: Moments) -> None:
+        try:
+            require_finite(site, met)
+        except NonFiniteError as error:
+            self._failure = error
+            raise
 
 
 class OnBatch(Collector):
@@ -144,8 +113,7 @@ class OnBatch(Collector):
 
     def _normalize(self, site: Site, call: NormCall, met: Moments, tally: Tally) -> Any:
         mean, variance = met.mean, met.variance()
-        if _counts(call.input, met, call.mask)[0] < 2:
-            tally.single_calls += 1
+        if counts_of(call.input, met, call.mask)[0] < 2:
             mean, variance = _with_fallback(met, tally.estimator.pooled, site)
         dtype = torch.promote_types(site.running_mean.dtype, torch.float32)
         return call.run_on(mean.to(dtype), variance.to(dtype))
@@ -158,8 +126,26 @@ class OnStored(Collector):
         return call.run()
 
 
-def _moments(x: Tensor, mask: Tensor | None) -> Moments:
-    """Return the moments of ``x``, (N, C, ...), a few samples at a time."""
+def require_finite(site: Site, met: Moments) -> None:
+    """Refuse what a norm met if some of it is not finite.
+
+    Raises:
+        NonFiniteError: it is not; the message lists the channels.
+    """
+    bad = ~met.isfinite()
+    if bool(bad.any()):
+        channels = bad.nonzero().flatten().tolist()
+        listed = ", ".join(map(str, channels[:4])) + (", ..." if len(channels) > 4 else "")
+        raise NonFiniteError(
+            f"{site.name or 'the norm'} met NaN or infinity in {len(channels)} of its {met.num_features} channels "
+            f"({listed})"
+        )
+
+
+def moments_of(x: Tensor, mask: Tensor | None) -> Moments:
+    """Return the moments of ``x``, (N, C, ...): by the native kernels, or in float64 a few samples at a time."""
+    if NATIVE.refusal(Request(x, training=True, mask=mask)) is None:
+        return NATIVE.moments(x.detach())
     if x.numel() <= _CHUNK:
         return Moments.of(x, mask=mask)
     samples = max(1, _CHUNK * len(x) // x.numel())
@@ -168,7 +154,7 @@ def _moments(x: Tensor, mask: Tensor | None) -> Moments:
     return reduce(Moments.merge, parts)
 
 
-def _counts(x: Tensor, met: Moments, mask: Tensor | None) -> tuple[int, int]:
+def counts_of(x: Tensor, met: Moments, mask: Tensor | None) -> tuple[int, int]:
     """Return the smallest and the largest number of values of a channel."""
     if mask is None:  # known without waiting for the device
         count = x.numel() // max(1, met.num_features)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["ESTIMATORS", "Estimator", "Pooled", "Within"]
 
@@ -25,6 +30,18 @@ class Estimator(ABC):
     def add(self, batch: Moments) -> None:
         """Take in one batch."""
         self.pooled = self.pooled.merge(batch)
+
+    def merge(self, other: Self) -> Self:
+        """Return what both have taken in, together: the batches of this one first."""
+        both = copy.copy(self)
+        both.pooled = self.pooled.merge(other.pooled)
+        return both
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same on another device."""
+        moved = copy.copy(self)
+        moved.pooled = self.pooled.to(device)
+        return moved
 
     @abstractmethod
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -89,6 +106,23 @@ class Within(Estimator):
         variance = torch.where(enters, batch.variance(correction=1), 0.0)
         self._mean = self._mean + (batch.mean - self._mean) * weight
         self._variance = self._variance + (variance - self._variance) * weight
+
+    def merge(self, other: Self) -> Self:
+        """Return the averages over the batches of both."""
+        both = super().merge(other)
+        both._batches = self._batches + other._batches
+        weight = other._batches / both._batches.clamp(min=1)
+        both._mean = self._mean + (other._mean - self._mean) * weight
+        both._variance = self._variance + (other._variance - self._variance) * weight
+        return both
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same on another device."""
+        moved = super().to(device)
+        moved._batches, moved._mean, moved._variance = (
+            t.to(device) for t in (self._batches, self._mean, self._variance)
+        )
+        return moved
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Return both averages; NaN where no batch had two values."""

@@ -1,46 +1,49 @@
-"""Population statistics in one pass over data."""
+"""Population statistics of a model's norms, from a stream of data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Any, Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
 from torch.nn import Module
-from torch.utils._pytree import tree_leaves
 
-from batchnorm.errors import (
-    ArgumentTypeError,
-    BatchError,
-    NonFiniteError,
-    ShapeError,
-    StateError,
-    UnknownNameError,
-    closest,
-)
+from batchnorm.errors import ShapeError, UnknownNameError, closest
 from batchnorm.nn.calling import Forward, call_on_batch
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
 from batchnorm.report.progress import progress_bar
-from batchnorm.statistics.buffers import write_all
-from batchnorm.statistics.collect import Collector, OnBatch, Tally
-from batchnorm.statistics.estimators import ESTIMATORS, Within
-from batchnorm.statistics.result import LayerStatistics, RecalibrateResult, Written
-from batchnorm.statistics.sites import Left, Site, Sites
-from batchnorm.statistics.stream import in_one_line, length_of, numbered, require_stream
+from batchnorm.statistics.estimators import ESTIMATORS
+from batchnorm.statistics.finish import finish
+from batchnorm.statistics.memory import limit_of
+from batchnorm.statistics.parallel import measure_in_parallel
+from batchnorm.statistics.ranks import ranks_of
+from batchnorm.statistics.result import Plan, RecalibrateResult
+from batchnorm.statistics.sequential.measure import Sequential
+from batchnorm.statistics.sites import Sites
+from batchnorm.statistics.stream import length_of, require_stream
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["recalibrate"]
+
+ORDERS = ["sequential", "parallel"]
 
 
 def recalibrate(
     model: Module,
     batches: Iterable[Any],
     *,
+    order: Literal["sequential", "parallel"] = "sequential",
     estimator: Literal["pooled", "within"] = "pooled",
     names: str | Sequence[str] | None = None,
     forward: Forward | None = None,
+    tolerance: float | None = None,
+    memory: int | float | str | None = None,
+    cache: str | Path | None = None,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> RecalibrateResult:
     r"""Replace the running statistics of a model's batch norms by the population statistics of a stream of data.
@@ -58,13 +61,29 @@ def recalibrate(
     means, and batches with a single value per channel. Sums are kept in float64 and merged by Chan's formula.
     ``num_batches_tracked`` becomes the number of batches that the norm met.
 
-    **What is exact.** During the pass the measured norms run on batch statistics, as in training, and everything else
-    in eval mode (Dropout is off). What the first norm meets does not depend on norms, so its statistics are exact
-    whatever the batch size. A deeper norm meets what the norms before it made of each batch, as in training: its
-    statistics are the exact moments of that, but they depend on the batch size, and differ from what it will meet in
-    eval mode, less so the larger the batches. Use batches as large as those of training, or larger, and about 10³–10⁴
-    samples. A batch with a single value per channel counts in the pooled moments as the one value it is; having no
-    variance, it is normalized by the moments met so far (by the stored statistics, if it is the very first).
+    **The order.** What a deep norm meets depends on the norms before it. With ``order="sequential"`` each is measured
+    while all earlier ones are on their final statistics, rounded as they are stored: every norm's buffers hold the
+    exact moments of what it will meet in eval mode on this stream, however it is cut into batches. The batches wait for
+    each other at every norm, each in a thread of its own, only one of which runs at a time; so it costs about one
+    forward pass over the stream. It takes the memory of what they hold meanwhile: beyond ``memory``, batches are put
+    into a folder on disk (``cache``), or run again from the first layer for every norm, at up to as many passes as
+    there are norms. A norm that is called several times in a forward pass depends on its own statistics; it is measured
+    again, in further passes, until they come to rest.
+
+    ``order="parallel"`` measures all norms in one training-like pass, in which they normalize by each batch's own mean
+    and variance (biased, divisor m): exact for the first norm, but deeper ones meet in eval mode something else, the
+    more so the smaller the batches. It keeps no batch. One with a single value per channel is normalized by the moments
+    met so far (by the stored statistics, if it is the very first).
+
+    Everything but the measured norms is in eval mode: Dropout is off.
+
+    **How sure it is.** Standard errors come from the spread between batches (see
+    :class:`batchnorm.statistics.spread.Spread`): ``result.layers[i].uncertainty``, ``result.least_certain()``. With a
+    ``tolerance`` the stream is left as soon as no layer's uncertainty (the standard error of the mean in standard
+    deviations, or of the variance relative to itself; root mean square over the channels) is larger.
+
+    **Several processes.** With a ``process_group`` each process feeds its part of the stream, of any length, none
+    included; what they met is merged, and all end with the same bits. If one fails, all raise, and none is changed.
 
     **What is left alone.** Norms that keep no statistics, that the pass never calls and, unless ``names`` means them,
     those that the user froze: by ``freeze``, or by hand (in eval mode inside a model in train mode). They run on their
@@ -77,11 +96,17 @@ def recalibrate(
             functional batch norm on buffers that some module of the model registered.
         batches: an iterable of tensors; of tuples or lists with the inputs first; or of dicts of keyword inputs. They
             must be on the model's device.
+        order: ``"sequential"`` or ``"parallel"``.
         estimator: ``"pooled"`` or ``"within"``.
         names: which norms: None for all that are not frozen, else names, names of modules that hold norms, or
             patterns (``"*.bn2"``). A functional norm is called by its buffers' name without ``running_mean``.
         forward: how the model is called on a batch, where the above does not fit: ``forward(model, batch)``. It runs
-            without autograd.
+            without autograd; in the sequential order, in another thread.
+        tolerance: stop once every layer is as certain as this; 0.01 takes about 10⁴ independent values.
+        memory: how many bytes the waiting batches may take, or a text such as ``"4GB"``; None for half of what is free.
+        cache: a folder to put them in beyond that.
+        process_group: the processes that measure together, such as ``torch.distributed.group.WORLD``; None for this one
+            alone.
         progress: show a progress bar on standard error; None shows it where that is a terminal.
 
     Returns:
@@ -89,12 +114,14 @@ def recalibrate(
 
     Raises:
         ArgumentTypeError: ``batches`` is a single batch, or a batch is of a type that needs ``forward``.
-        BatchError: the loader or the model failed; the message says at which batch, the cause is chained.
+        BatchError: the loader or the model failed; the message says at which batch, the cause is chained. Or another
+            process failed or was killed, or the disk is full.
         EmptyStreamError: there was no batch.
         NonFiniteError: a norm met NaN or infinity, or a variance does not fit into a half-precision buffer.
         ShapeError: a norm met fewer than two values per channel in the whole stream.
-        StateError: the model holds nothing to recalibrate.
-        UnknownNameError: a name means no norm, or the estimator is unknown.
+        StateError: the model holds nothing to recalibrate; or the stream does not fit into memory and gives other data
+            when it is walked through again; or the model gives another result on the same batch.
+        UnknownNameError: a name means no norm, or the order or the estimator is unknown.
 
     Example:
         >>> import torch
@@ -110,20 +137,41 @@ def recalibrate(
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 2, for ``"within"``; Wu & Johnson 2021, arXiv 2105.07576,
     section 3, for the pooled estimate and the number of samples; Chan, Golub & LeVeque 1979 for the sums.
     """
+    plan = _checked_plan(model, batches, order, estimator, tolerance)
+    ranks = ranks_of(process_group)
+    limit = limit_of(memory, model)
+    sites = Sites(model, names)
+    call = call_on_batch if forward is None else forward
+    plan = replace(plan, processes=ranks.size)
+    total = length_of(batches) if order == "parallel" else len(sites.known)
+    with ranks.failing_together():
+        with untouched(model), progress_bar("Recalibrating", total, progress) as advance:
+            _set_eval(model)
+            chosen = ESTIMATORS[estimator]
+            if order == "parallel":
+                outcome = measure_in_parallel(model, call, batches, sites, chosen, ranks, tolerance, advance)
+            else:
+                measuring = Sequential(model, call, sites, chosen, ranks, limit=limit, cache=cache)
+                outcome = measuring.measure(batches, tolerance, advance)
+        return finish(plan, sites, outcome, ranks)
+
+
+def _checked_plan(model: Any, batches: Any, order: Any, estimator: Any, tolerance: Any) -> Plan:
+    """Refuse arguments that make no sense, before anything is run."""
     require_module("recalibrate", model)
-    if estimator not in list(ESTIMATORS):  # a list, for what is asked for may be no key at all
-        raise UnknownNameError(
-            f"recalibrate: estimator={estimator!r}; expected one of {', '.join(map(repr, ESTIMATORS))}"
-            f"{closest(str(estimator), ESTIMATORS) or '.'}"
+    for what, given, known in (("order", order, ORDERS), ("estimator", estimator, list(ESTIMATORS))):
+        if given not in known:  # lists, for what is asked for may be no key at all
+            raise UnknownNameError(
+                f"recalibrate: {what}={given!r}; expected one of {', '.join(map(repr, known))}"
+                f"{closest(str(given), known) or '.'}"
+            )
+    if tolerance is not None and not tolerance > 0:
+        raise ShapeError(
+            f"recalibrate: tolerance={tolerance}: expected a positive number, such as 0.01, the standard error in "
+            "standard deviations that will do."
         )
     require_stream("recalibrate", batches)
-    sites = Sites(model, names)
-    collector = OnBatch(sites, ESTIMATORS[estimator])
-    call = call_on_batch if forward is None else forward
-    with untouched(model), progress_bar("Recalibrating", length_of(batches), progress) as advance:
-        _set_eval(model)
-        number = _collect(model, batches, call, collector, advance)
-    return _finish(estimator, number, sites, collector.tallies)
+    return Plan(order, estimator, tolerance, 1)
 
 
 def _set_eval(model: Module) -> None:
@@ -131,110 +179,3 @@ def _set_eval(model: Module) -> None:
     for module in model.modules():
         if getattr(module, "training", False):
             module.training = False
-
-
-def _collect(model: Module, batches: Iterable[Any], call: Forward, collector: Collector, advance: Any) -> int:
-    """Run the model on every batch and return how many there were."""
-    number = 0
-    for index, batch in numbered("recalibrate", batches):
-        try:
-            collector.run(index, partial(call, model, batch))
-        except NonFiniteError as error:
-            raise NonFiniteError(f"recalibrate: batch {index} (counting from 0): {error}. {_origin(batch)}") from error
-        except ArgumentTypeError as error:
-            raise ArgumentTypeError(f"recalibrate: batch {index} (counting from 0): {error}") from error
-        except Exception as error:
-            # most likely a batch that the model is not called on in the usual way
-            hint = f"{_CALLED} " if isinstance(error, TypeError) and call is call_on_batch else ""
-            raise BatchError(
-                f"recalibrate: {type(model).__name__} failed on batch {index} (counting from 0): {in_one_line(error)} "
-                f"{hint}The model is as it was."
-            ) from error
-        number = index + 1
-        advance()
-    return number
-
-
-_CALLED = (
-    "Of a tuple the first element is the input, of a dict every entry; forward=lambda model, batch: ... calls the "
-    "model in another way."
-)
-
-
-def _origin(batch: Any) -> str:
-    """Say whether values that are not finite came with the batch or were made on the way."""
-    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.is_floating_point()]
-    if any(not bool(torch.isfinite(t).all()) for t in tensors):
-        return "The batch itself holds such values: remove them from the data. The model is as it was."
-    return "The batch is finite, so a layer before this one made them. The model is as it was."
-
-
-def _finish(estimator: str, number: int, sites: Sites, tallies: dict[Site, Tally]) -> RecalibrateResult:
-    """Write what was measured into the buffers, and report it."""
-    left = list(sites.left.values())
-    left += [Left(site.name, "never called during the pass") for site in sites.known if site not in tallies]
-    if sites.unknown_calls:
-        left.append(Left("(functional)", "its running statistics are not buffers of the model"))
-    if not tallies and not sites.known and not sites.left:
-        raise StateError(
-            "recalibrate: the model called no batch norm with running statistics, so there is nothing to recalibrate."
-        )
-    layers: list[LayerStatistics] = []
-    changes: list[tuple[Tensor, Tensor]] = []
-    written: list[Written] = []
-    for site, tally in tallies.items():
-        new = _new_values(site, tally)
-        old = {key: getattr(site.owner, key).detach().clone() for key in new}
-        changes += [(getattr(site.owner, key), value) for key, value in new.items()]
-        written += [Written(f"{site.name}.{key}".lstrip("."), site.owner, key, value) for key, value in old.items()]
-        layers.append(_layer(site, tally, old, new))
-    write_all(changes)
-    return RecalibrateResult(estimator, number, layers, left, written)
-
-
-def _new_values(site: Site, tally: Tally) -> dict[str, Tensor]:
-    """Return what the buffers of a site are to hold, by their key, in their own dtype.
-
-    Raises:
-        ShapeError: some channel met too few values.
-        NonFiniteError: a value does not fit into the buffer's dtype.
-    """
-    mean, variance = tally.estimator.statistics()
-    name = site.name or "the norm"
-    missing = variance.isnan().nonzero().flatten().tolist()
-    if missing:
-        met = int(tally.estimator.pooled.count[missing[0]])
-        scope = "in some batch" if isinstance(tally.estimator, Within) else "in all"
-        raise ShapeError(
-            f"recalibrate: {name}: a variance needs at least 2 values per channel {scope}; channel {missing[0]} met "
-            f"{met} in {tally.calls} calls. Pass larger or more batches. The model is as it was."
-        )
-    mean_key, variance_key, batches_key = site.keys
-    new = {}
-    for key, value, buffer in ((mean_key, mean, site.running_mean), (variance_key, variance, site.running_var)):
-        new[key] = value.to(buffer.dtype).view_as(buffer)
-        if not bool(torch.isfinite(new[key]).all()):
-            raise NonFiniteError(
-                f"recalibrate: {name}: {key} reaches {float(value.abs().max()):.4g}, more than {buffer.dtype} can "
-                "hold. Keep the norm in float32 (norm.float()). The model is as it was."
-            )
-    if batches_key is not None:
-        counter: Tensor = getattr(site.owner, batches_key)
-        new[batches_key] = torch.full_like(counter, tally.batches)
-    return new
-
-
-def _layer(site: Site, tally: Tally, old: dict[str, Tensor], new: dict[str, Tensor]) -> LayerStatistics:
-    mean, variance, _ = site.keys
-    return LayerStatistics(
-        name=site.name,
-        batches=tally.batches,
-        calls=tally.calls,
-        values=int(tally.estimator.pooled.count.min()),
-        single_calls=tally.single_calls,
-        eps=tally.eps,
-        mean_before=old[mean],
-        variance_before=old[variance],
-        mean_after=new[mean],
-        variance_after=new[variance],
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +15,11 @@ from batchnorm.report import Document, Paragraph, Result, Section, Table
 from batchnorm.report.document import Block
 from batchnorm.report.result import finite_or_none
 from batchnorm.statistics.buffers import write_all
+from batchnorm.statistics.outcome import Outcome
+from batchnorm.statistics.population import Population
 from batchnorm.statistics.sites import Left
 
-__all__ = ["LayerStatistics", "RecalibrateResult", "Written"]
+__all__ = ["LayerStatistics", "Plan", "RecalibrateResult", "Written"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,8 @@ class LayerStatistics:
         mean_after: its running mean now, as stored, (C,).
         variance_after: its running variance now, as stored, (C,): unbiased (divisor n − 1; for ``"within"``, the mean
             of variances with divisor m − 1).
+        uncertainty: how far they may be off, (C,): the standard error of the mean in standard deviations, or that of
+            the variance relative to itself, whichever is larger; infinite where there was one batch only.
     """
 
     name: str
@@ -47,6 +52,12 @@ class LayerStatistics:
     variance_before: Tensor
     mean_after: Tensor
     variance_after: Tensor
+    uncertainty: Tensor
+
+    @property
+    def overall_uncertainty(self) -> float:
+        """The root mean square of the uncertainty over the channels."""
+        return float(self.uncertainty.square().mean().sqrt())
 
     @property
     def mean_shift(self) -> Tensor:
@@ -70,7 +81,25 @@ class LayerStatistics:
             "largest_mean_shift": finite_or_none(float(self.mean_shift.abs().max())),
             "smallest_variance_ratio": finite_or_none(float(ratio.min())),
             "largest_variance_ratio": finite_or_none(float(ratio.max())),
+            "uncertainty": finite_or_none(self.overall_uncertainty),
         }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the statistics were asked for.
+
+    Attributes:
+        order: ``"sequential"`` or ``"parallel"``.
+        estimator: ``"pooled"`` or ``"within"``.
+        tolerance: the uncertainty that was asked for, or None.
+        processes: how many measured together.
+    """
+
+    order: str
+    estimator: str
+    tolerance: float | None
+    processes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,25 +116,42 @@ class RecalibrateResult(Result):
     """What :func:`batchnorm.statistics.recalibrate.recalibrate` measured and wrote.
 
     Attributes:
+        order: ``"sequential"`` or ``"parallel"``.
         estimator: ``"pooled"`` or ``"within"``.
-        batches: how many batches the stream held.
+        processes: how many processes measured together.
+        tolerance: the uncertainty that was asked for, or None.
+        batches: how many batches were used, in all processes.
+        needed: how many it takes to reach the tolerance, by the law of 1/√n; None without one, or if nothing is known.
         layers: the norms that were recalibrated.
         left: the norms that were not, each with the reason.
+        notes: what else there is to know.
+        population: the moments and their sampling errors, to be kept beside the model.
     """
 
     def __init__(
         self,
-        estimator: str,
-        batches: int,
+        plan: Plan,
+        outcome: Outcome,
         layers: Sequence[LayerStatistics],
         left: Sequence[Left],
         written: Sequence[Written],
+        population: Population,
     ) -> None:
-        self.estimator = estimator
-        self.batches = batches
+        self.order = plan.order
+        self.estimator = plan.estimator
+        self.processes = plan.processes
+        self.tolerance = plan.tolerance
+        self.batches = outcome.batches
+        self.needed = None if plan.tolerance is None else outcome.needed(plan.tolerance)
         self.layers = tuple(layers)
         self.left = tuple(left)
+        self.notes = outcome.notes
+        self.population = population
         self._written: Sequence[Written] | None = written
+
+    def least_certain(self, number: int = 3) -> tuple[LayerStatistics, ...]:
+        """Return the layers whose statistics are the least certain, the worst first."""
+        return tuple(sorted(self.layers, key=lambda layer: layer.overall_uncertainty, reverse=True)[:number])
 
     def undo(self) -> None:
         """Give every buffer that was written the value it had before, bit for bit, whatever happened to it since.
@@ -131,31 +177,52 @@ class RecalibrateResult(Result):
         self._written = None
 
     def document(self) -> Document:
-        """Return one row a norm: what it met, and how far its statistics moved."""
+        """Return one row a norm: what it met, how far its statistics moved, and how sure they are."""
         blocks: list[Block] = [Paragraph("No norm was called.", "bad")]
         if self.layers:
-            blocks = [_layer_table([layer.to_dict() for layer in self.layers])]
+            blocks = [_layer_table([layer.to_dict() for layer in self.layers]), Paragraph(self._certainty())]
         singles = sum(layer.single_calls for layer in self.layers)
         if singles:
             calls = "1 call" if singles == 1 else f"{singles} calls"
             blocks.append(Paragraph(f"{calls} brought a single value per channel, which has no variance of its own."))
+        blocks += [Paragraph(note) for note in self.notes]
         sections = [Section("", blocks)]
         if self.left:
             table = Table(("layer", "reason"), [(left.name, left.reason) for left in self.left])
             sections.append(Section("Left as they were", [table]))
+        together = f" in {self.processes} processes" if self.processes > 1 else ""
         summary = (
             f"{len(self.layers)} norm{'s' * (len(self.layers) != 1)} measured on {self.batches} "
-            f"batch{'es' * (self.batches != 1)}, {self.estimator} estimate; {len(self.left)} left as they were."
+            f"batch{'es' * (self.batches != 1)}{together}, {self.order} order, {self.estimator} estimate; "
+            f"{len(self.left)} left as they were."
         )
         return Document("Recalibrate", summary, sections)
 
+    def _certainty(self) -> str:
+        """Say how sure the statistics are, and whether that is enough."""
+        worst = self.least_certain()
+        largest = worst[0].overall_uncertainty
+        if not isfinite(largest):
+            return "How sure this is cannot be told from a single batch."
+        names = ", ".join(f"{layer.name or 'the model'} ({layer.overall_uncertainty:.2g})" for layer in worst)
+        text = f"Least certain: {names}, in standard deviations."
+        if self.tolerance is None:
+            return text
+        met = "reached" if largest <= self.tolerance else "not reached, for the stream ended"
+        return f"{text} Tolerance {self.tolerance:g} {met}: {self.batches} batches used, about {self.needed} needed."
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the estimator, the number of batches, the layers and those left."""
+        """Return how it was measured, the number of batches, the layers and those left."""
         return {
+            "order": self.order,
             "estimator": self.estimator,
+            "processes": self.processes,
+            "tolerance": self.tolerance,
             "batches": self.batches,
+            "needed": self.needed,
             "layers": [layer.to_dict() for layer in self.layers],
             "left": [{"name": left.name, "reason": left.reason} for left in self.left],
+            "notes": list(self.notes),
         }
 
     def __repr__(self) -> str:
@@ -170,6 +237,11 @@ def _layer_table(rows: Sequence[dict[str, Any]]) -> Table:
         "largest_mean_shift": "largest mean shift (σ)",
         "smallest_variance_ratio": "smallest variance ratio",
         "largest_variance_ratio": "largest variance ratio",
+        "uncertainty": "uncertainty",
     }
-    caption = "Mean shift in standard deviations of the new statistics; variance ratio new to old; over the channels."
+    caption = (
+        "Mean shift in standard deviations of the new statistics; variance ratio new to old; over the channels. "
+        "Uncertainty: the standard error of the mean in standard deviations, or of the variance relative to itself, "
+        "whichever is larger; root mean square over the channels."
+    )
     return Table(tuple(columns.values()), [tuple(row[key] for key in columns) for row in rows], caption=caption)

@@ -17,9 +17,12 @@ from batchnorm.nn.freeze import is_frozen
 from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import listed, meant_by, select_norms
 
-__all__ = ["Left", "Site", "Sites"]
+__all__ = ["Address", "Left", "Site", "Sites"]
 
 MEAN, VARIANCE, BATCHES = "running_mean", "running_var", "num_batches_tracked"
+
+
+Address: TypeAlias = tuple[str, str, tuple[str, str, "str | None"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +33,18 @@ class Site:
         name: the module's name; for a functional norm, its buffers' name without ``running_mean``.
         owner: the module that holds the buffers.
         keys: what the owner calls mean, variance and number of batches; the last may be None.
+        owner_name: the owner's name in the model.
     """
 
     name: str
     owner: Module
     keys: tuple[str, str, str | None]
+    owner_name: str
+
+    @property
+    def address(self) -> Address:
+        """What the site is called in every process that holds this model."""
+        return self.name, self.owner_name, self.keys
 
     @property
     def running_mean(self) -> Tensor:
@@ -115,7 +125,7 @@ class Sites:
             self.left[name] = Left(name, reason)
         measured = chosen and not reason
         keys = (MEAN, VARIANCE, BATCHES if getattr(norm, BATCHES, None) is not None else None)
-        self._by_key.setdefault(_key(mean), Site(name, norm, keys) if measured else None)
+        self._by_key.setdefault(_key(mean), Site(name, norm, keys, name) if measured else None)
 
     def _check_lazy(self, model: Module) -> None:
         lazy = lazy_names(model)
@@ -146,6 +156,28 @@ class Sites:
         """The sites to measure that are known so far."""
         return [site for site in self._by_key.values() if site is not None]
 
+    def at(self, address: Address) -> Site:
+        """Return the site that another process found at this address.
+
+        Raises:
+            StateError: the model of this process has no such buffers.
+        """
+        site = next((site for site in self.known if site.address == address), None)
+        if site is not None:
+            return site
+        name, owner_name, keys = address
+        try:
+            owner = self._model.get_submodule(owner_name)
+            new = Site(name, owner, keys, owner_name)
+            key = _key(new.running_mean)
+        except AttributeError as error:
+            raise StateError(
+                f"recalibrate: another process measured {name or 'a norm'}, which {type(self._model).__name__} does "
+                "not have in this one. Give every process the same model."
+            ) from error
+        self._by_key[key] = new
+        return new
+
     def find(self, running_mean: Tensor | None, running_var: Tensor | None) -> Site | None:
         """Return the site of these running statistics, or None if they are not to be measured."""
         if running_mean is None or running_var is None:
@@ -169,7 +201,8 @@ class Sites:
             return None
         counter = mean.key.replace(MEAN, BATCHES)
         counted = counter != mean.key and isinstance(getattr(mean.owner, counter, None), Tensor)
-        return Site(name, mean.owner, (mean.key, variance.key, counter if counted else None))
+        keys = (mean.key, variance.key, counter if counted else None)
+        return Site(name, mean.owner, keys, mean.prefix.removesuffix("."))
 
 
 def _loose_buffers(model: Module) -> dict[_Key, _Buffer]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
 
-__all__ = ["MOST_GROUPS", "Spread"]
+__all__ = ["MOST_GROUPS", "Spread", "errors_of"]
 
 MOST_GROUPS = 64
 """So many groups of batches are told apart at most: then two neighbours at a time become one."""
@@ -28,14 +28,14 @@ class Spread:
         \mathrm{se}(v)^2 = \frac{G}{G-1} \sum_g \left(\frac{m_g}{n}\right)^2 (v_g - v)^2
 
     The values of one sample are not independent (neighbouring positions are alike), whole batches are. At first each
-    batch is a group; beyond 64 of them neighbours are merged, and new batches fill groups of the new size, so that what
+    batch is a group; beyond 64 of them neighbours are merged, and groups hold twice as many from then on, so that what
     is kept does not grow with the stream. Samples that come sorted make groups differ, and the errors larger, as they
     should be. Infinite while there are fewer than two groups.
 
     >>> import torch
     >>> spread = Spread()
-    >>> for batch in ([1.0, 3.0], [3.0, 5.0]):
-    ...     spread.add(Moments.of(torch.tensor(batch).view(-1, 1)))
+    >>> for index, batch in enumerate(([1.0, 3.0], [3.0, 5.0])):
+    ...     spread.add(Moments.of(torch.tensor(batch).view(-1, 1)), index)
     >>> spread.standard_errors()
     (tensor([1.], dtype=torch.float64), tensor([0.], dtype=torch.float64))
 
@@ -43,45 +43,57 @@ class Spread:
     size effects in the analysis of simulation output", for groups in place of batches.
     """
 
-    def __init__(self, groups: Sequence[Moments] = ()) -> None:
-        self._groups = list(groups)
+    def __init__(self) -> None:
+        self._groups: dict[int, Moments] = {}  # by the index of their first batch over the number of batches in a group
         self._batches_a_group = 1
-        self._in_last = 1
 
     @property
     def groups(self) -> tuple[Moments, ...]:
         """The moments of each group, in the order of the stream."""
-        return tuple(self._groups)
+        return tuple(self._groups[key] for key in sorted(self._groups))
 
-    def add(self, batch: Moments, *, same_batch: bool = False) -> None:
-        """Take in the next batch, or more values of the last one."""
-        if self._groups and (same_batch or self._in_last < self._batches_a_group):
-            self._groups[-1] = self._groups[-1].merge(batch)
-            self._in_last += not same_batch
-            return
-        if len(self._groups) == MOST_GROUPS:
-            self._groups = [a.merge(b) for a, b in zip(self._groups[::2], self._groups[1::2], strict=True)]
+    def add(self, moments: Moments, batch: int) -> None:
+        """Take in what was met in the batch of that index; several times, and in any order, if it came so."""
+        self._put(batch // self._batches_a_group, moments)
+        while len(self._groups) > MOST_GROUPS:
             self._batches_a_group *= 2
-        self._groups.append(batch)
-        self._in_last = 1
+            groups, self._groups = self._groups, {}
+            for key in sorted(groups):
+                self._put(key // 2, groups[key])
+
+    def _put(self, key: int, moments: Moments) -> None:
+        known = self._groups.get(key)
+        self._groups[key] = moments if known is None else known.merge(moments)
 
     def standard_errors(self) -> tuple[Tensor, Tensor]:
         """Return those of the mean and of the variance, float64, shape (C,)."""
         if not self._groups:
             return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
-        count = torch.stack([g.count for g in self._groups])
-        mean = torch.stack([g.mean for g in self._groups])
-        m2 = torch.stack([g.m2 for g in self._groups])
-        share = count / count.sum(0).clamp(min=1)
-        pooled_mean = (share * mean).sum(0)
-        variance = m2 / count.clamp(min=1) + (mean - pooled_mean).square()
-        pooled_variance = (share * variance).sum(0)
-        number = (count > 0).sum(0)
-        factor = torch.where(number > 1, number / (number - 1).clamp(min=1), torch.inf)
+        return errors_of(self.deviations(reduce(Moments.merge, self.groups)))
 
-        def error(values: Tensor, pooled: Tensor) -> Tensor:
-            spread = (share * (values - pooled)).square().sum(0)
-            # a constant channel has no error, but one batch says nothing about that either
-            return torch.where(number > 1, factor * spread, torch.inf).sqrt()
+    def deviations(self, pooled: Moments) -> Tensor:
+        """Return per channel the number of groups, and the two sums above, (3, C).
 
-        return error(mean, pooled_mean), error(variance, pooled_variance)
+        Args:
+            pooled: the moments of everything, which may be more than these groups: those of other processes, whose
+                deviations are then added to these.
+        """
+        if not self._groups:
+            return torch.zeros(3, pooled.num_features, dtype=torch.float64, device=pooled.count.device)
+        groups = self.groups
+        count = torch.stack([g.count for g in groups])
+        share = count / pooled.count.clamp(min=1)
+        distance = torch.stack([g.mean for g in groups]) - pooled.mean
+        squares = torch.stack([g.m2 for g in groups]) / count.clamp(min=1) + distance.square()
+        of_mean = (share * distance).square().sum(0)
+        of_variance = (share * (squares - pooled.variance().nan_to_num())).square().sum(0)
+        return torch.stack([(count > 0).sum(0).double(), of_mean, of_variance])
+
+
+def errors_of(deviations: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the standard errors of mean and variance, from what :meth:`Spread.deviations` returned."""
+    number, *sums = deviations
+    factor = number / (number - 1).clamp(min=1)
+    # a constant channel has no error, but a single group says nothing about that either
+    mean, variance = (torch.where(number > 1, factor * total, torch.inf).sqrt() for total in sums)
+    return mean, variance

@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from batchnorm.errors import ArgumentTypeError, BatchError, EmptyStreamError
 
-__all__ = ["in_one_line", "length_of", "numbered", "require_stream"]
+__all__ = ["empty_stream", "in_one_line", "length_of", "numbered", "require_stream"]
 
 
 def require_stream(verb: str, batches: Any) -> None:
@@ -42,7 +42,7 @@ def length_of(batches: Any) -> int | None:
         return None
 
 
-def numbered(verb: str, batches: Any) -> Iterator[tuple[int, Any]]:
+def numbered(verb: str, batches: Any, *, allow_empty: bool = False) -> Iterator[tuple[int, Any]]:
     """Yield each batch with its index, from 0.
 
     Raises:
@@ -55,11 +55,16 @@ def numbered(verb: str, batches: Any) -> Iterator[tuple[int, Any]]:
         if batch is _END:
             break
         yield index, batch
-    if index == 0:
-        raise EmptyStreamError(
-            f"{verb}: expected at least one batch; the {type(batches).__name__} gave none. A generator can be walked "
-            "through only once: make it anew, or pass a list or a DataLoader."
-        )
+    if index == 0 and not allow_empty:
+        raise empty_stream(verb, type(batches).__name__)
+
+
+def empty_stream(verb: str, kind: str) -> EmptyStreamError:
+    """Return the error of a stream that gave nothing."""
+    return EmptyStreamError(
+        f"{verb}: expected at least one batch; the {kind} gave none. A generator can be walked "
+        "through only once: make it anew, or pass a list or a DataLoader."
+    )
 
 
 _END = object()

@@ -1,0 +1,64 @@
+"""Writing what was measured into a model's buffers, and reporting it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from batchnorm.errors import StateError
+from batchnorm.statistics.buffers import write_all
+from batchnorm.statistics.outcome import Outcome
+from batchnorm.statistics.population import LayerPopulation, Population
+from batchnorm.statistics.ranks import Ranks
+from batchnorm.statistics.result import LayerStatistics, Plan, RecalibrateResult, Written
+from batchnorm.statistics.sites import Left, Site, Sites
+from batchnorm.statistics.tally import Tally
+from batchnorm.statistics.values import new_values
+
+__all__ = ["finish"]
+
+
+def finish(plan: Plan, sites: Sites, outcome: Outcome, ranks: Ranks) -> RecalibrateResult:
+    """Write what was measured into the buffers, in all processes or in none, and report it."""
+    tallies = outcome.tallies
+    left = list(sites.left.values())
+    left += [Left(site.name, "never called during the pass") for site in sites.known if site not in tallies]
+    if sites.unknown_calls:
+        left.append(Left("(functional)", "its running statistics are not buffers of the model"))
+    if not tallies and not sites.known and not sites.left:
+        raise StateError(
+            "recalibrate: the model called no batch norm with running statistics, so there is nothing to recalibrate."
+        )
+    layers: list[LayerStatistics] = []
+    changes: list[tuple[Tensor, Tensor]] = []
+    written: list[Written] = []
+    for site, tally in tallies.items():
+        new = new_values(site, tally)
+        old = {key: getattr(site.owner, key).detach().clone() for key in new}
+        changes += [(getattr(site.owner, key), value) for key, value in new.items()]
+        written += [Written(f"{site.name}.{key}".lstrip("."), site.owner, key, value) for key, value in old.items()]
+        layers.append(_layer(site, tally, old, new))
+    population = Population({site.name: _population(tally) for site, tally in tallies.items()})
+    ranks.agree("ready to write")
+    write_all(changes)
+    return RecalibrateResult(plan, outcome, layers, left, written, population)
+
+
+def _layer(site: Site, tally: Tally, old: dict[str, Tensor], new: dict[str, Tensor]) -> LayerStatistics:
+    mean, variance, _ = site.keys
+    return LayerStatistics(
+        name=site.name,
+        batches=tally.batches,
+        calls=tally.calls,
+        values=int(tally.estimator.pooled.count.min()),
+        single_calls=tally.single_calls,
+        eps=tally.eps,
+        mean_before=old[mean],
+        variance_before=old[variance],
+        mean_after=new[mean],
+        variance_after=new[variance],
+        uncertainty=tally.uncertainty(),
+    )
+
+
+def _population(tally: Tally) -> LayerPopulation:
+    return LayerPopulation(tally.estimator.pooled, *tally.standard_errors(), tally.batches)

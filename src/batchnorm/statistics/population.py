@@ -1,0 +1,119 @@
+"""A population kept beside the model: what its norms met, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import InputError
+from batchnorm.moments import Moments
+from batchnorm.report import files
+
+__all__ = ["LayerPopulation", "Population"]
+
+_FORMAT = "batchnorm-population-1"
+_PARTS = ("count", "mean", "m2", "mean_error", "variance_error")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPopulation:
+    """What one norm met.
+
+    Attributes:
+        moments: of all values, per channel.
+        mean_error: standard error of the mean, float64, (C,).
+        variance_error: standard error of the variance (divisor n), float64, (C,).
+        batches: how many batches the values came in.
+    """
+
+    moments: Moments
+    mean_error: Tensor
+    variance_error: Tensor
+    batches: int
+
+    def batch_spread(self) -> tuple[Tensor, Tensor]:
+        r"""Return the standard deviations of a batch's mean and variance (divisor m), (C,), for batches like those.
+
+        .. math:: \sqrt{B}\;\mathrm{se}(\mathrm{mean}) \qquad \sqrt{B}\;\mathrm{se}(v)
+
+        for B batches of about one size: what a new batch of the same data may be off by.
+        """
+        root = self.batches**0.5
+        return self.mean_error * root, self.variance_error * root
+
+    def effective_values(self) -> Tensor:
+        r"""Return how many independent values would leave the mean as uncertain: v / se(mean)²."""
+        return self.moments.variance() / self.mean_error.square()
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    r"""The moments that the norms of a model met, with their sampling errors, as a file beside its weights.
+
+    A state dict has no room for them, and one with new keys would not load elsewhere; so they are a file of their own,
+    in the safetensors format: ``{name}/count``, ``/mean``, ``/m2`` (sum of squared deviations, no divisor),
+    ``/mean_error``, ``/variance_error``, float64, (C,).
+
+    Attributes:
+        layers: by the norm's name.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from batchnorm.statistics import Population, recalibrate
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
+        >>> result = recalibrate(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[3.0], [5.0]])])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = result.population.save(Path(folder) / "population.safetensors")
+        ...     kept = Population.load(path).layers["0"]
+        >>> kept.moments, kept.mean_error
+        (Moments(count=[4.0], mean=[3.0], m2=[8.0]), tensor([1.], dtype=torch.float64))
+    """
+
+    layers: Mapping[str, LayerPopulation]
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file, whole or not at all, and return its path."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            parts = (*layer.moments.state_dict().values(), layer.mean_error, layer.variance_error)
+            tensors |= {f"{name}/{part}": t.cpu().contiguous() for part, t in zip(_PARTS, parts, strict=True)}
+            tensors[f"{name}/batches"] = torch.tensor(layer.batches)
+        path = Path(path)
+        with files.replacing(path) as fresh:
+            save_file(tensors, fresh, metadata={"format": _FORMAT})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Population:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: the file is another one.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                known = (file.metadata() or {}).get("format") == _FORMAT
+                tensors = {key: file.get_tensor(key) for key in list(file.keys())} if known else {}
+        except SafetensorError as error:
+            raise InputError(f"{path}: expected a population in a safetensors file; it is none ({error}).") from error
+        if not known:
+            raise InputError(
+                f"{path}: expected a population that Population.save wrote; the file holds something else. Weights are "
+                "loaded with model.load_state_dict."
+            )
+        names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
+        return cls({name: _layer(name, tensors) for name in names})
+
+
+def _layer(name: str, tensors: Mapping[str, Tensor]) -> LayerPopulation:
+    count, mean, m2, mean_error, variance_error = (tensors[f"{name}/{part}"] for part in _PARTS)
+    return LayerPopulation(Moments(count, mean, m2), mean_error, variance_error, int(tensors[f"{name}/batches"]))

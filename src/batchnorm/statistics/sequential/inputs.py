@@ -1,0 +1,126 @@
+"""The batches of a stream, at hand again whenever a run has to start anew."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from batchnorm.errors import StateError
+from batchnorm.statistics.stream import numbered
+
+__all__ = ["Inputs", "tensors_of"]
+
+
+class Inputs:
+    """Holds the batches as long as they fit; beyond that walks through the stream again, and sees that it is the same.
+
+    Args:
+        stream: what the user gave.
+        limit: how many bytes of batches may be held.
+        allow_empty: whether a stream without a single batch is none the less one.
+    """
+
+    def __init__(self, stream: Iterable[Any], limit: float, *, allow_empty: bool) -> None:
+        self._stream = stream
+        self._limit = limit
+        self._walk = numbered("recalibrate", stream, allow_empty=allow_empty)
+        self._held: list[Any] | None = []
+        self._marks: list[int] = []  # what each batch was like, once they are not held
+        self.nbytes = 0  # of the batches held here and nowhere else
+        self._counted: set[int] = set()
+        self.ended = False
+
+    @property
+    def held(self) -> bool:
+        """Whether every batch is held here or by the user."""
+        return self._held is not None
+
+    def __len__(self) -> int:
+        """Return how many batches have been met so far."""
+        return len(self._marks if self._held is None else self._held)
+
+    def new(self) -> Any:
+        """Return the next batch that nobody has seen yet; :attr:`ended` says that there was none, and None comes."""
+        _, batch = next(self._walk, (0, _NONE))
+        if batch is _NONE:
+            self.ended = True
+            return None
+        if self._held is not None:
+            self._hold(batch)
+        else:
+            self._marks.append(_mark(batch))
+        return batch
+
+    def again(self, wanted: Iterable[int]) -> Iterator[tuple[int, Any]]:
+        """Yield the batches of these indices, which must rise, with the indices.
+
+        Raises:
+            StateError: they are not held, and the stream gives others now.
+        """
+        if self._held is not None:
+            for index in wanted:
+                yield index, self._held[index]
+            return
+        left = list(wanted)
+        for index, batch in numbered("recalibrate", self._stream, allow_empty=True):
+            if not left:
+                return
+            if index < len(self._marks) and _mark(batch) != self._marks[index]:
+                raise self._changed(index)
+            if index == left[0]:
+                left.pop(0)
+                yield index, batch
+        if left:
+            raise self._changed(left[0])
+
+    def _hold(self, batch: Any) -> None:
+        assert self._held is not None
+        self._held.append(batch)
+        if not isinstance(self._stream, list | tuple):  # there they are held anyway
+            # batches may be parts of one tensor
+            memory = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_of(batch)}
+            self.nbytes += sum(size for key, size in memory.items() if key not in self._counted)
+            self._counted.update(memory)
+        if self.nbytes <= self._limit:
+            return
+        if iter(self._stream) is self._stream:
+            raise StateError(
+                f"recalibrate: a {type(self._stream).__name__} can be walked through only once, and its batches do not "
+                f"fit into memory: {len(self._held)} of them take {self.nbytes / 1e9:.2g} GB, "
+                f"{self._limit / 1e9:.2g} GB are allowed. Pass a list or a DataLoader, a larger memory=, or "
+                "order='parallel', which keeps no batch. The model is as it was."
+            )
+        self._marks = [_mark(one) for one in self._held]
+        self._held = None
+        self.nbytes = 0
+
+    def _changed(self, index: int) -> StateError:
+        return StateError(
+            f"recalibrate: the stream does not fit into memory ({self._limit / 1e9:.2g} GB are allowed), so it is "
+            f"walked through several times, and batch {index} (counting from 0) was another one this time: it is "
+            "shuffled, or changed at random. Keep the order and the data (shuffle=False, no augmentation), pass a "
+            "larger memory=, or order='parallel'. The model is as it was."
+        )
+
+
+_NONE = object()
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Return the tensors in a batch."""
+    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+
+
+def _mark(batch: Any) -> int:
+    """Return a number that tells batches apart."""
+    mark = 0
+    for t in tensors_of(batch):
+        data = memoryview(t.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        mark = zlib.crc32(repr((t.shape, t.dtype)).encode(), mark)
+        mark = zlib.crc32(data, mark)
+    return mark

@@ -1,0 +1,261 @@
+"""Population statistics in the sequential order: sweeps until every norm is measured as inference will meet it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from math import ceil, isfinite
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from batchnorm.errors import StateError
+from batchnorm.moments import Moments
+from batchnorm.nn.calling import Forward, below_autograd
+from batchnorm.statistics.collect import moments_of
+from batchnorm.statistics.estimators import Estimator
+from batchnorm.statistics.failures import explained
+from batchnorm.statistics.outcome import Outcome
+from batchnorm.statistics.ranks import Ranks
+from batchnorm.statistics.sequential.ambient import Ambient
+from batchnorm.statistics.sequential.inputs import Inputs, tensors_of
+from batchnorm.statistics.sequential.order import order_of
+from batchnorm.statistics.sequential.run import Run
+from batchnorm.statistics.sequential.shelf import Shelf
+from batchnorm.statistics.sequential.sweep import Disturbed, RunFailed, Sweep, Traveller
+from batchnorm.statistics.sequential.waiting import Waiting
+from batchnorm.statistics.sites import Address, Site, Sites
+from batchnorm.statistics.stream import empty_stream
+from batchnorm.statistics.tally import merge_spreads
+from batchnorm.statistics.values import Statistics, statistics_of
+
+__all__ = ["Sequential"]
+
+_MOST_SWEEPS = 30
+_STILL = 1e-6
+"""Pinned statistics that move by less than this (in standard deviations, and relative) have come to rest."""
+_SAME = 1e-3
+"""Two runs of one batch that differ by more than this, in the same units, were disturbed."""
+_FIRST = 16
+"""With a tolerance, so many batches are measured first, to tell how many it takes."""
+
+
+class Sequential:
+    """Measures a model in the sequential order.
+
+    Args:
+        model: in the modes of inference.
+        call: runs it on a batch.
+        sites: the norms to measure.
+        estimator: of their moments.
+        ranks: the processes that measure together.
+        limit: how many bytes the waiting batches may take.
+        cache: a folder for those beyond; None runs them again instead.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        call: Forward,
+        sites: Sites,
+        estimator: type[Estimator],
+        ranks: Ranks,
+        *,
+        limit: float,
+        cache: str | Path | None,
+    ) -> None:
+        self._model = model
+        self._call = call
+        self._sites = sites
+        self._estimator = estimator
+        self._ranks = ranks
+        self._limit = limit
+        self._cache = cache
+        self._ambient = Ambient()
+        self._tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+        self._apart = False
+        self._notes: list[str] = []
+
+    def measure(self, stream: Iterable[Any], tolerance: float | None, advance: Callable[[], None]) -> Outcome:
+        """Measure the stream, or as much of it as the tolerance asks for.
+
+        Raises:
+            BatchNormError: see :func:`batchnorm.statistics.recalibrate.recalibrate`.
+        """
+        inputs = Inputs(stream, self._limit, allow_empty=self._ranks.size > 1)
+        number = None if tolerance is None else _FIRST
+        while True:
+            sweep = self._settle(inputs, number, advance)
+            merge_spreads(self._ranks, sweep.tallies)
+            used = len(sweep.travellers)
+            outcome = Outcome(sweep.tallies, sum(self._ranks.agree(used)), tuple(self._notes))
+            if outcome.batches == 0:
+                raise empty_stream("recalibrate", type(stream).__name__)
+            if tolerance is None or outcome.uncertainty <= tolerance or all(self._ranks.agree(inputs.ended)):
+                return outcome
+            assert number is not None
+            number = _more(number, outcome.uncertainty / tolerance)
+
+    # -- sweeps --------------------------------------------------------------------------------------------------------
+
+    def _settle(self, inputs: Inputs, number: int | None, advance: Callable[[], None]) -> Sweep:
+        """Sweep until no norm was measured too early, and none that is called several times moves any more."""
+        pinned: dict[Site, Statistics] = {}
+        order: list[Address] = []
+        for _ in range(_MOST_SWEEPS):
+            sweep = self._sweep(inputs, number, pinned, order, advance)
+            late = any(self._ranks.agree(bool(sweep.late)))
+            if late:
+                ways = [way for ways in self._ranks.agree(_ways(sweep)) for way in ways]
+                order, without = order_of(ways)
+                start = {self._sites.at(address) for address in sorted(without)}
+                pinned = {site: pinned.get(site) or sweep.final[site] for site in start}
+                continue
+            now = {site: statistics_of(site, sweep.tallies[site]) for site in pinned if site in sweep.tallies}
+            moved = max((_distance(pinned[site], new, sweep.tallies[site].eps) for site, new in now.items()), default=0)
+            if moved <= _STILL:
+                return sweep
+            pinned = {**pinned, **now}
+        if late:
+            raise StateError(
+                "recalibrate: the way that batches take through the norms changes with the statistics, so that there "
+                "is no order in which to measure them. Use order='parallel'. The model is as it was."
+            )
+        names = ", ".join(site.name for site in pinned)
+        self._notes.append(
+            f"{names}: called several times in a forward pass, so that what it meets depends on its own statistics; "
+            f"they still moved by {moved:.1g} standard deviations after {_MOST_SWEEPS} passes."
+        )
+        return sweep
+
+    def _sweep(
+        self,
+        inputs: Inputs,
+        number: int | None,
+        pinned: dict[Site, Statistics],
+        order: Sequence[Address],
+        advance: Callable[[], None],
+    ) -> Sweep:
+        """Sweep once; again with the batches kept apart, if they disturb each other."""
+        if not self._apart:
+            try:
+                sweep = self._sweep_once(inputs, number, pinned, order, advance)
+                if all(self._ranks.agree(self._undisturbed(sweep, inputs))):
+                    return sweep
+            except Disturbed:
+                pass
+            self._apart = True
+            self._notes.append(
+                "The model keeps something of a batch between its layers outside of the forward pass, so that batches "
+                "cannot wait side by side: each was run again for every norm."
+            )
+        sweep = self._sweep_once(inputs, number, pinned, order, advance)
+        if not all(self._ranks.agree(self._undisturbed(sweep, inputs))):
+            raise StateError(
+                "recalibrate: the model gives another result when the same batch is run again, in eval mode: it draws "
+                "random numbers of its own, or remembers earlier batches. order='sequential' cannot measure it; use "
+                "order='parallel'. The model is as it was."
+            )
+        return sweep
+
+    def _sweep_once(
+        self,
+        inputs: Inputs,
+        number: int | None,
+        pinned: dict[Site, Statistics],
+        order: Sequence[Address],
+        advance: Callable[[], None],
+    ) -> Sweep:
+        with ExitStack() as stack:
+            shelf = None
+            if self._cache is not None and not self._apart:
+                shelf = stack.enter_context(Shelf(self._cache))
+            waiting = Waiting(0 if self._apart else max(0.0, self._limit - inputs.nbytes), shelf, apart=self._apart)
+            stack.callback(waiting.close)
+
+            def start(index: int, batch: Any) -> Run:
+                return self._start(index, batch, shelf, held=inputs.held)
+
+            sweep = Sweep(start, self._sites, self._estimator, self._ranks, waiting, pinned, order, apart=self._apart)
+            stack.callback(sweep.close)
+            try:
+                known = len(inputs) if number is None else min(number, len(inputs))
+                for index, batch in inputs.again(range(known)):
+                    sweep.begin(index, batch)
+                while not inputs.ended and (number is None or len(sweep.travellers) < number):
+                    batch = inputs.new()
+                    if not inputs.ended:
+                        sweep.begin(len(sweep.travellers), batch)
+                        del batch
+                sweep.finish(inputs, advance)
+            except RunFailed as failure:
+                batch = next((b for _, b in inputs.again([failure.index])), None)
+                raise explained(failure.error, self._model, failure.index, batch, self._call) from failure.error
+            return sweep
+
+    def _start(self, index: int, batch: Any, shelf: Shelf | None, *, held: bool = True) -> Run:
+        others = [*self._tensors, *tensors_of(batch)]
+        before = None if shelf is None else shelf.require
+        call = partial(self._call, self._model, batch)
+        run = Run(call, self._sites, self._ambient, others, seed=index, before_work=before)
+        if not held:  # the run alone keeps the batch
+            run.storages.hold(tensors_of(batch))
+        return run
+
+    # -- what may go wrong unseen --------------------------------------------------------------------------------------
+
+    def _undisturbed(self, sweep: Sweep, inputs: Inputs) -> bool:
+        """Return whether the first batch, run once more by itself, brings to each norm what it brought before."""
+        if len(sweep.travellers) < 2:
+            return True
+        first: Traveller = sweep.travellers[0]
+        (_, batch), *_ = inputs.again([0])
+        run = self._start(0, batch, None)
+        try:
+            with below_autograd():
+                return _repeats(run, first, sweep)
+        except Exception:  # alone it fails: it is not the same run
+            return False
+        finally:
+            run.abandon()
+
+
+def _repeats(run: Run, first: Traveller, sweep: Sweep) -> bool:
+    """Return whether a run brings to the norms what the traveller brought."""
+    arrival = run.go()
+    for site, before in zip(first.way, first.brought, strict=True):
+        if arrival is None or arrival.site is not site:
+            return False
+        met = moments_of(arrival.call.input, arrival.call.mask)
+        if not _alike(before, met, sweep.tallies[site].eps):
+            return False
+        arrival = run.go(arrival.call.run_on(*sweep.normalizes_by(site)))
+    return arrival is None
+
+
+def _ways(sweep: Sweep) -> list[tuple[Address, ...]]:
+    return list(dict.fromkeys(tuple(site.address for site in t.way) for t in sweep.travellers))
+
+
+def _distance(old: Statistics, new: Statistics, eps: float) -> float:
+    """Return how far statistics have moved: the mean in standard deviations, the variance relative to itself."""
+    scale = new[1].double() + eps
+    mean = (new[0].double() - old[0].double()).abs() / scale.sqrt()
+    variance = (new[1].double() - old[1].double()).abs() / scale
+    return float(mean.maximum(variance).max())
+
+
+def _alike(a: Moments, b: Moments, eps: float) -> bool:
+    if a.num_features != b.num_features or not bool((a.count == b.count).all()):
+        return False
+    return _distance((a.mean, a.variance().nan_to_num()), (b.mean, b.variance().nan_to_num()), eps) <= _SAME
+
+
+def _more(number: int, factor: float) -> int:
+    """Return how many batches it takes, by the law of 1/√n and a tenth more, if ``number`` were too uncertain."""
+    if not isfinite(factor):
+        return number * 4
+    return max(number + 1, min(ceil(1.1 * number * factor**2), number * 64))

@@ -1,0 +1,216 @@
+"""One batch on its way through the model, which can be stopped at every norm and goes on later."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from batchnorm.nn.calling import below_autograd
+from batchnorm.statistics.operators import NormCall
+from batchnorm.statistics.sequential.ambient import Ambient
+from batchnorm.statistics.sequential.storages import Storages
+from batchnorm.statistics.sites import Site, Sites
+
+__all__ = ["Arrival", "Run"]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """The batch has reached a norm that is to be measured.
+
+    Attributes:
+        site: the norm.
+        call: the call, not yet answered.
+        visit: how often the batch has been there, this time included.
+    """
+
+    site: Site
+    call: NormCall
+    visit: int
+
+
+@dataclass(frozen=True)
+class _Work:
+    """An operator that the model calls."""
+
+    run: Callable[[], Any]
+    arguments: Any
+
+
+@dataclass(frozen=True)
+class _Ended:
+    error: BaseException | None
+
+
+class _Abandoned(BaseException):
+    """Raised inside the model to leave it."""
+
+
+class Run:
+    """A forward pass in a thread of its own, which runs only while :meth:`go` waits for it.
+
+    So there is never more than one at work, and a model meets nothing that it would not meet in a loop over the
+    batches, except that other batches may pass between two of its lines. Operators are run by the thread that calls
+    :meth:`go`: each thread that runs large ones would keep a pool of workers of its own.
+
+    Args:
+        call: runs the model on the batch.
+        sites: the norms at which it stops.
+        ambient: the surroundings of the thread that made it.
+        others: tensors that are there anyway, and do not count as the run's.
+        seed: of torch's random numbers, should the model draw some, so that another run of this batch draws the same.
+        before_work: is given the arguments of each operator before it runs.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[], Any],
+        sites: Sites,
+        ambient: Ambient,
+        others: Sequence[Tensor],
+        seed: int,
+        before_work: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.storages = Storages(others)
+        self._call: Callable[[], Any] | None = call
+        self._before_work = before_work
+        self._sites = sites
+        self._ambient = ambient
+        self._visits: dict[Site, int] = {}
+        self._random = torch.Generator().manual_seed(seed).get_state()
+        self._request: Any = None
+        self._reply: Any = None
+        self._abandoned = False
+        self._resume, self._stop = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._ambient.context.copy().run, args=(self._body,), daemon=True)
+        self._thread.start()
+
+    def go(self, answer: Any = None) -> Arrival | None:
+        """Run on until the next norm is reached.
+
+        Args:
+            answer: the output of the norm that it waits at, if it does.
+
+        Returns:
+            Which norm that is; None if the model has returned.
+
+        Raises:
+            Exception: what the model raised.
+        """
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._random)
+        try:
+            request = self._hand_over(answer)
+            while isinstance(request, _Work):
+                request = self._hand_over(self._do(request))
+        finally:
+            self._random = torch.get_rng_state()
+            torch.set_rng_state(outside)
+        if isinstance(request, _Ended):
+            self._thread.join()
+            if request.error is not None:
+                raise request.error
+            return None
+        arrived: Arrival = request
+        return arrived
+
+    def abandon(self) -> None:
+        """Leave the model where it stands, and give all memory back."""
+        self._abandoned = True
+        while self._thread.is_alive():
+            self._reply = None
+            self._resume.release()
+            self._thread.join(timeout=1)  # a model that catches everything is told again at its next operator
+        self._request = self._reply = self._call = None
+
+    # -- in the thread that calls go() ---------------------------------------------------------------------------------
+
+    def _hand_over(self, reply: Any) -> Any:
+        self._request, self._reply = None, reply
+        self._resume.release()
+        self._stop.acquire()
+        request, self._request = self._request, None
+        return request
+
+    def _do(self, work: _Work) -> Any:
+        try:
+            if self._before_work is not None:
+                self._before_work(work.arguments)
+            output = work.run()
+        except Exception as error:
+            return _Raised(error)
+        self.storages.note(output)
+        return output
+
+    # -- in its own ----------------------------------------------------------------------------------------------------
+
+    def _body(self) -> None:
+        self._resume.acquire()
+        error: BaseException | None = None
+        try:
+            call, self._call = self._call, None
+            if call is not None and not self._abandoned:
+                with self._ambient.here(), below_autograd(), _Stops(self):
+                    call()
+                    del call
+        except BaseException as raised:
+            error = raised
+        self._request = _Ended(error)
+        self._stop.release()
+
+    def ask(self, request: Any) -> Any:
+        """Wait for what the request gives; the thread's own side."""
+        if self._abandoned:
+            raise _Abandoned
+        self._request = request
+        del request
+        self._stop.release()
+        self._resume.acquire()
+        if self._abandoned:
+            raise _Abandoned
+        reply, self._reply = self._reply, None
+        if isinstance(reply, _Raised):
+            raise reply.error
+        return reply
+
+    def visit(self, site: Site) -> int:
+        """Count a call of the site."""
+        self._visits[site] = self._visits.get(site, 0) + 1
+        return self._visits[site]
+
+    def site_of(self, call: NormCall) -> Site | None:
+        """Return the site that a call is to be measured at."""
+        return self._sites.find(call.running_mean, call.running_var)
+
+
+@dataclass(frozen=True)
+class _Raised:
+    error: Exception
+
+
+class _Stops(TorchDispatchMode):
+    """Hands every operator of a run to whoever waits for it; views, which compute nothing, are made here."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._run = run
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        norm = NormCall.of(func, args, given)
+        if norm is not None:
+            site = self._run.site_of(norm)
+            if site is not None:
+                return self._run.ask(Arrival(site, norm, self._run.visit(site)))
+            return self._run.ask(_Work(norm.run, norm.given))
+        if func.is_view:
+            return func(*args, **given)
+        return self._run.ask(_Work(lambda: func(*args, **given), (args, given)))

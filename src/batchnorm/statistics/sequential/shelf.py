@@ -1,0 +1,118 @@
+"""Waiting batches put aside on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from batchnorm.errors import BatchError
+from batchnorm.statistics.sequential.run import Run
+
+__all__ = ["Shelf"]
+
+
+class Shelf:
+    """Takes the memory of waiting runs to files in a folder of its own, and back.
+
+    The tensors of a run stay what they are, without memory, until :meth:`bring` is called. What cannot give its memory
+    back (that of numpy, that of another process) stays where it is.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="batchnorm-", dir=folder)
+        except OSError as error:
+            raise _refused(folder, error) from error
+        self._files: dict[Run, Path] = {}
+        self._away: dict[Run, list[tuple[torch.UntypedStorage, int]]] = {}  # with their sizes
+        self._owner: dict[int, Run] = {}
+
+    def __enter__(self) -> Shelf:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the folder and all that is in it."""
+        self._away.clear()
+        with suppress(OSError):
+            self._folder.cleanup()
+
+    def put(self, run: Run) -> None:
+        """Take the memory of a run to disk.
+
+        Raises:
+            BatchError: the disk is full, or the system refuses otherwise; the run has its memory still.
+        """
+        storages = [s for s in run.storages.alive() if s.nbytes() and s.resizable() and not s.is_shared()]
+        path = Path(self._folder.name) / f"{id(run)}.bin"
+        try:
+            with path.open("wb") as file:
+                for storage in storages:
+                    file.write(_memory(storage))
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise _refused(self._folder.name, error) from error
+        self._away[run] = [(storage, storage.nbytes()) for storage in storages]
+        self._files[run] = path
+        for storage in storages:
+            self._owner[storage._cdata] = run
+            storage.resize_(0)
+
+    def bring(self, run: Run) -> None:
+        """Give a run its memory back, if it is on the shelf."""
+        storages = self._away.pop(run, None)
+        if storages is None:
+            return
+        path = self._files.pop(run)
+        with path.open("rb") as file:
+            for storage, size in storages:
+                storage.resize_(size)
+                values = torch.UntypedStorage(size)
+                file.readinto(_memory(values))
+                storage.copy_(values)
+                self._owner.pop(storage._cdata, None)
+        path.unlink()
+
+    def drop(self, run: Run) -> None:
+        """Forget a run that will not go on."""
+        for storage, _ in self._away.pop(run, []):
+            self._owner.pop(storage._cdata, None)
+        path = self._files.pop(run, None)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def require(self, arguments: Any) -> None:
+        """Bring back the runs whose memory an operator is about to read: models may keep tensors between batches."""
+        if not self._away:
+            return
+        for t in tree_leaves(arguments):
+            if isinstance(t, Tensor) and t.layout == torch.strided:
+                owner = self._owner.get(t.untyped_storage()._cdata)
+                if owner is not None:
+                    self.bring(owner)
+
+
+def _memory(storage: torch.UntypedStorage) -> Any:
+    """Return the bytes of a storage, or of a copy on the CPU; numpy's view would forbid to resize it."""
+    here = storage.cpu()
+    memory = (ctypes.c_char * here.nbytes()).from_address(here.data_ptr())
+    memory._kept = here  # as long as somebody looks at its bytes
+    return memory
+
+
+def _refused(folder: str | Path, error: OSError) -> BatchError:
+    return BatchError(
+        f"recalibrate: cache={str(folder)!r}: {error.strerror or error}. Waiting batches are put there when memory= "
+        "is used up. Name a folder with more room, pass a larger memory=, or leave cache= out: batches that do not "
+        "fit are run again instead. The model is as it was."
+    )

@@ -1,0 +1,259 @@
+"""All batches on their way through the model side by side, from norm to norm."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from batchnorm.moments import Moments
+from batchnorm.nn.calling import below_autograd
+from batchnorm.statistics.collect import counts_of, moments_of, require_finite
+from batchnorm.statistics.estimators import Estimator
+from batchnorm.statistics.ranks import Ranks
+from batchnorm.statistics.sequential.inputs import Inputs
+from batchnorm.statistics.sequential.run import Arrival, Run
+from batchnorm.statistics.sequential.waiting import Waiting
+from batchnorm.statistics.sites import Address, Site, Sites
+from batchnorm.statistics.tally import Tally, merge_tallies
+from batchnorm.statistics.values import Statistics, statistics_of
+
+__all__ = ["Disturbed", "RunFailed", "Sweep", "Traveller"]
+
+
+class RunFailed(Exception):  # noqa: N818
+    """The model failed on a batch, or what it made of it cannot be measured."""
+
+    def __init__(self, index: int, error: Exception) -> None:
+        super().__init__(index, error)
+        self.index = index
+        self.error = error
+
+
+class Disturbed(Exception):  # noqa: N818
+    """A batch failed while others were on their way; perhaps because of them."""
+
+
+@dataclass(eq=False)
+class Traveller:
+    """One batch.
+
+    Attributes:
+        index: its place in the stream.
+        counted: how many of its visits to each norm are in that norm's tally.
+        way: the norms in the order of its visits, and what it brought, for the first batch only.
+        at: the norm that it waits at, whether its run is kept or not; None once it has left the model.
+        arrival: the call that its run waits in, if it is kept.
+    """
+
+    index: int
+    counted: Counter[Site] = field(default_factory=Counter)
+    way: list[Site] = field(default_factory=list)
+    brought: list[Moments] = field(default_factory=list)
+    at: Site | None = None
+    run: Run | None = None
+    arrival: Arrival | None = None
+
+
+class Sweep:
+    """Measures each norm on all batches, and sends them on with its final statistics.
+
+    A batch goes as far as the first norm that is not final, adds what it brings to the norm's tally, and waits. When
+    nobody can come to a norm any more it is made final, and all who wait there go on. Those whose memory does not fit
+    (see :class:`Waiting`) do not wait: they start from the first layer again when it is their turn, and pass the norms
+    that are final already. Either way a value is counted once.
+
+    Args:
+        start: begins a run of a batch.
+        sites: the norms to measure.
+        estimator: of their moments.
+        ranks: the processes that measure together.
+        waiting: keeps the runs that wait.
+        pinned: norms that nobody waits at: they normalize by these statistics from the beginning, and are measured all
+            the same. Those that are called several times in a forward pass.
+        order: the order of the norms, as far as it is known.
+        apart: whether no batch waits while another is on its way, so that a failure is the batch's own.
+
+    Attributes:
+        tallies: what each norm met; of all processes, once :meth:`finish` has returned.
+        final: what the norms normalize by.
+        late: norms that some batch came to after they had been made final.
+        travellers: the batches.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[int, Any], Run],
+        sites: Sites,
+        estimator: type[Estimator],
+        ranks: Ranks,
+        waiting: Waiting,
+        pinned: Mapping[Site, Statistics],
+        order: Sequence[Address],
+        *,
+        apart: bool,
+    ) -> None:
+        self.tallies: dict[Site, Tally] = {}
+        self.final: dict[Site, Statistics] = {}
+        self.late: set[Site] = set()
+        self._start = start
+        self._sites = sites
+        self._estimator = estimator
+        self._ranks = ranks
+        self._waiting = waiting
+        self._apart = apart
+        self._active: Run | None = None
+        self._failure: RunFailed | None = None
+        self._pinned = pinned
+        self._rank_of = {address: i for i, address in enumerate(order)}
+        self.travellers: list[Traveller] = []
+
+    def begin(self, index: int, batch: Any) -> None:
+        """Send a batch, the next one, as far as it goes."""
+        traveller = Traveller(index)
+        self.travellers.append(traveller)
+        if self._failure is None:
+            self._set_out(traveller, batch)
+
+    def finish(self, inputs: Inputs, advance: Callable[[], None]) -> None:
+        """Make one norm after another final, until every batch has left the model; in all processes together.
+
+        Raises:
+            Disturbed: the model failed on some batch, in some process, while others were on their way.
+            RunFailed: it failed on a batch that was by itself.
+        """
+        while (site := self._next()) is not None:
+            here = {site: self.tallies[site]} if site in self.tallies else {}
+            merged = merge_tallies(self._ranks, self._sites, here)
+            self.tallies.update(merged)
+            self.final[site] = statistics_of(site, merged[site])
+            advance()
+            self._send_on(site, inputs)
+        pinned = {site: self.tallies[site] for site in self._pinned if site in self.tallies}
+        self.tallies.update(merge_tallies(self._ranks, self._sites, pinned))
+
+    def close(self) -> None:
+        """Leave the run that is on its way, if the sweep ended in the middle of it."""
+        if self._active is not None:
+            self._active.abandon()
+
+    def normalizes_by(self, site: Site) -> Statistics:
+        """Return the statistics that a norm normalizes by in this sweep, once it does."""
+        return self._pinned[site] if site in self._pinned else self.final[site]
+
+    # -- which norm is next --------------------------------------------------------------------------------------------
+
+    def _next(self) -> Site | None:
+        """Return the norm that is made final now: the first in the order, else where most batches wait."""
+        mine = Counter(t.at.address for t in self.travellers if t.at is not None)
+        replies = self._ranks.agree((self._failure is not None, mine))
+        if any(failed for failed, _ in replies):
+            raise Disturbed from self._failure
+        there: Counter[Address] = Counter()
+        for _, counter in replies:
+            there.update(counter)
+        if not there:
+            return None
+        names = {site.address: i for i, site in enumerate(self._sites.known)}
+        last = len(self._rank_of) + len(names)
+
+        def urgency(address: Address) -> tuple[int, int, int, str]:
+            return self._rank_of.get(address, last), -there[address], names.get(address, last), address[0]
+
+        return self._sites.at(min(there, key=urgency))
+
+    # -- the way of a batch --------------------------------------------------------------------------------------------
+
+    def _send_on(self, site: Site, inputs: Inputs) -> None:
+        here = [t for t in self.travellers if t.at is site]
+        for traveller in here:
+            if traveller.arrival is not None and self._failure is None:
+                self._go_on(traveller)
+        again = {t.index: t for t in here if t.at is site and self._failure is None}
+        for index, batch in inputs.again(sorted(again)):
+            if self._failure is None:
+                self._set_out(again[index], batch)
+
+    def _set_out(self, traveller: Traveller, batch: Any) -> None:
+        run = self._begin_run(traveller.index, batch)
+        del batch
+        self._travel(traveller, run, None)
+
+    def _begin_run(self, index: int, batch: Any) -> Run:
+        while True:
+            try:
+                return self._start(index, batch)
+            except RuntimeError:  # the system allows no more threads
+                waiting = [t for t in self.travellers if t.run is not None]
+                if not waiting:
+                    raise
+                for traveller in waiting[len(waiting) // 2 :]:
+                    assert traveller.run is not None
+                    self._waiting.leave(traveller.run)
+                    traveller.run = traveller.arrival = None
+                self._waiting.most_runs = len(waiting) // 2
+
+    def _go_on(self, traveller: Traveller) -> None:
+        run, arrival = traveller.run, traveller.arrival
+        assert run is not None
+        assert arrival is not None
+        traveller.run = traveller.arrival = None
+        self._waiting.wake(run)
+        with below_autograd():
+            answer = self._pass(arrival)
+        del arrival
+        self._travel(traveller, run, answer)
+
+    def _travel(self, traveller: Traveller, run: Run, answer: Any) -> None:
+        """Let a run go on until it has to wait; a failure is set aside where it may be the fault of other batches."""
+        traveller.at = None
+        self._active = run
+        try:
+            with below_autograd():
+                arrival = self._to_next_wait(traveller, run, answer)
+        except Exception as error:
+            run.abandon()
+            failure = RunFailed(traveller.index, error)
+            if self._apart or len(self.travellers) == 1:
+                raise failure from error
+            self._failure = failure
+            return
+        if arrival is not None:
+            traveller.at = arrival.site
+            if self._waiting.keep(run):
+                traveller.run, traveller.arrival = run, arrival
+        self._active = None
+
+    def _to_next_wait(self, traveller: Traveller, run: Run, answer: Any) -> Arrival | None:
+        while (arrival := run.go(answer)) is not None:
+            self._count(traveller, arrival)
+            if arrival.site not in self.final and arrival.site not in self._pinned:
+                return arrival
+            answer = self._pass(arrival)
+        return None
+
+    def _count(self, traveller: Traveller, arrival: Arrival) -> None:
+        """Add what the batch brings to the norm's tally, unless it did so in an earlier run."""
+        site, call = arrival.site, arrival.call
+        if arrival.visit <= traveller.counted[site]:
+            return
+        met = moments_of(call.input, call.mask)
+        require_finite(site, met)
+        tally = self.tallies.get(site)
+        if tally is None:
+            tally = self.tallies[site] = Tally(self._estimator(met.num_features, call.input.device), call.eps)
+        fewest, most = counts_of(call.input, met, call.mask)
+        tally.add(met, traveller.index, first=arrival.visit == 1, fewest=fewest, most=most)
+        traveller.counted[site] += 1
+        traveller.way.append(site)
+        if traveller.index == 0:
+            traveller.brought.append(met)
+        if site in self.final and site not in self._pinned:
+            self.late.add(site)
+
+    def _pass(self, arrival: Arrival) -> Tensor:
+        answer: Tensor = arrival.call.run_on(*self.normalizes_by(arrival.site))
+        return answer

@@ -1,0 +1,60 @@
+"""Which of the batches that wait at a norm keep their memory, and where."""
+
+from __future__ import annotations
+
+from batchnorm.statistics.sequential.run import Run
+from batchnorm.statistics.sequential.shelf import Shelf
+
+__all__ = ["MOST_RUNS", "Waiting"]
+
+MOST_RUNS = 2000
+"""So many threads wait at most; systems allow some thousands a process."""
+
+
+class Waiting:
+    """Keeps runs within a limit; those beyond it go to disk, or are left and start anew.
+
+    Args:
+        limit: how many bytes the waiting runs may take together.
+        shelf: where the others are put; None leaves them.
+    """
+
+    def __init__(self, limit: float, shelf: Shelf | None, *, apart: bool = False) -> None:
+        self.most_runs = 0 if apart else MOST_RUNS
+        self._limit = limit
+        self._shelf = shelf
+        self._nbytes: dict[Run, int] = {}  # of those in memory; 0 for those on the shelf
+        self._total = 0
+
+    def keep(self, run: Run) -> bool:
+        """Take in a run that waits; False if it had to be left, for lack of memory."""
+        nbytes = run.storages.nbytes()
+        if len(self._nbytes) < self.most_runs:
+            if self._total + nbytes <= self._limit:
+                self._nbytes[run] = nbytes
+                self._total += nbytes
+                return True
+            if self._shelf is not None:
+                self._shelf.put(run)
+                self._nbytes[run] = 0
+                return True
+        run.abandon()
+        return False
+
+    def wake(self, run: Run) -> None:
+        """Give a run that goes on its memory back."""
+        self._total -= self._nbytes.pop(run)
+        if self._shelf is not None:
+            self._shelf.bring(run)
+
+    def leave(self, run: Run) -> None:
+        """Give up a run that waits."""
+        self._total -= self._nbytes.pop(run)
+        if self._shelf is not None:
+            self._shelf.drop(run)
+        run.abandon()
+
+    def close(self) -> None:
+        """Give up all of them."""
+        for run in list(self._nbytes):
+            self.leave(run)

@@ -1,0 +1,63 @@
+"""What the buffers of a norm are to hold, from what it met."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import NonFiniteError, ShapeError
+from batchnorm.statistics.estimators import Within
+from batchnorm.statistics.sites import Site
+from batchnorm.statistics.tally import Tally
+
+__all__ = ["Statistics", "new_values", "statistics_of"]
+
+Statistics: TypeAlias = "tuple[Tensor, Tensor]"
+"""Mean and unbiased variance as a norm uses them in eval mode, (C,)."""
+
+
+def new_values(site: Site, tally: Tally) -> dict[str, Tensor]:
+    """Return what the buffers of a site are to hold, by their key, in their own dtype.
+
+    Raises:
+        ShapeError: some channel met too few values.
+        NonFiniteError: a value does not fit into the buffer's dtype.
+    """
+    mean, variance = tally.estimator.statistics()
+    name = site.name or "the norm"
+    missing = variance.isnan().nonzero().flatten().tolist()
+    if missing:
+        met = int(tally.estimator.pooled.count[missing[0]])
+        scope = "in some batch" if isinstance(tally.estimator, Within) else "in all"
+        raise ShapeError(
+            f"recalibrate: {name}: a variance needs at least 2 values per channel {scope}; channel {missing[0]} met "
+            f"{met} in {tally.calls} calls. Pass larger or more batches. The model is as it was."
+        )
+    mean_key, variance_key, batches_key = site.keys
+    new = {}
+    for key, value, buffer in ((mean_key, mean, site.running_mean), (variance_key, variance, site.running_var)):
+        new[key] = value.to(buffer.dtype).view_as(buffer)
+        if not bool(torch.isfinite(new[key]).all()):
+            raise NonFiniteError(
+                f"recalibrate: {name}: {key} reaches {float(value.abs().max()):.4g}, more than {buffer.dtype} can "
+                "hold. Keep the norm in float32 (norm.float()). The model is as it was."
+            )
+    if batches_key is not None:
+        counter: Tensor = getattr(site.owner, batches_key)
+        new[batches_key] = torch.full_like(counter, tally.batches)
+    return new
+
+
+def statistics_of(site: Site, tally: Tally) -> Statistics:
+    """Return what the norm will normalize by once its buffers hold what it met: rounded as they round.
+
+    Raises:
+        ShapeError: some channel met too few values.
+        NonFiniteError: a value does not fit into the buffer's dtype.
+    """
+    new = new_values(site, tally)
+    dtype = torch.promote_types(site.running_mean.dtype, torch.float32)
+    mean, variance = (new[key].reshape(-1).to(dtype) for key in site.keys[:2])
+    return mean, variance
