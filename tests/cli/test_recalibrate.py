@@ -155,3 +155,54 @@ def test_ctrl_c_ends_the_process_with_130(here: Path, weights: Path) -> None:
     assert err == "error: interrupted; every file is as it was, or complete.\n"
     (here / "running").unlink()
     assert {name: content for name, content in files(here).items() if name in before} == before
+
+
+def test_the_options_of_the_sequential_order(command: Callable[..., Any], here: Path, weights: Path) -> None:
+    from batchnorm.statistics import Population
+
+    done = command(
+        *("recalibrate", *MODEL, "-d", "images.npz", "-b", 10, "--json"),
+        *("--memory", "20kB", "--cache", here, "--tolerance", "0.5", "--population", "p.safetensors"),
+    )
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert (found["order"], found["processes"], found["tolerance"]) == ("sequential", 1, 0.5)
+    population = Population.load(here / "p.safetensors")
+    assert list(population.layers) == [layer["name"] for layer in found["layers"]]
+    assert command("recalibrate", *MODEL, "-d", "images.npz", "--order", "parallel").code == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--memory", "much", "memory='much'"),
+        ("--tolerance", "0", "tolerance=0.0"),
+        ("--population", "p.npz", "ends in .safetensors"),
+    ],
+)
+def test_options_that_make_no_sense(
+    command: Callable[..., Any], here: Path, weights: Path, option: str, value: str, said: str
+) -> None:
+    before = files(here)
+    done = command("recalibrate", *MODEL, "-d", "images.npz", option, value)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+    assert files(here) == before
+
+
+def test_under_torchrun_each_process_takes_a_part(command: Callable[..., Any], here: Path, weights: Path) -> None:
+    assert command("recalibrate", *MODEL, "-d", "images.npz", "-b", 7, "-o", "alone.safetensors").code == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "batchnorm", "recalibrate", *MODEL, "-d", "images.npz", "-b", "7", "-o", "t.safetensors"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
+    assert done.stdout.count("norms measured") == 1
+    alone, together = load_file(here / "alone.safetensors"), load_file(here / "t.safetensors")
+    for key, value in alone.items():
+        torch.testing.assert_close(together[key], value, rtol=1e-6, atol=1e-7)

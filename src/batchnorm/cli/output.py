@@ -42,14 +42,16 @@ def only_result_on_stdout() -> Iterator[None]:
         yield
 
 
-def check_destinations(output: Path | None, html: Path | None, suffixes: Sequence[str] = STATE_SUFFIXES) -> None:
+def check_destinations(
+    output: Path | None, html: Path | None, suffixes: Sequence[str] = STATE_SUFFIXES, *, option: str = "--output"
+) -> None:
     """Find out before the work whether its results can be written.
 
     Raises:
         CommandError: another suffix, no such folder, or no right to write there.
     """
     if output is not None:
-        _check_file("--output", output, suffixes)
+        _check_file(option, output, suffixes)
     if html is not None:
         _check_file("--html", html, (".html", ".htm"))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from batchnorm.cli.options import (
+    DATA,
     NORMS,
+    OUTPUT,
     BatchSize,
     Debug,
     Html,
@@ -26,6 +29,7 @@ __all__ = ["EPILOG", "recalibrate"]
 EPILOG = examples(
     "batchnorm recalibrate -m net:build -w net.pt -d images.npz -o better.pt",
     "batchnorm recalibrate -m net:build -w net.pt -d net:batches --names bn2",
+    "torchrun --nproc-per-node 4 -m batchnorm recalibrate -m net:build -d x.npz",
 )
 
 
@@ -35,6 +39,15 @@ def recalibrate(
     weights: Weights = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
+    order: Annotated[
+        Literal["sequential", "parallel"],
+        typer.Option(
+            "--order",
+            rich_help_panel=NORMS,
+            help="sequential: each norm measured with all earlier ones on their final statistics, exact for inference. "
+            "parallel: all at once, on the statistics of each batch, as in training.",
+        ),
+    ] = "sequential",
     estimator: Annotated[
         Literal["pooled", "within"],
         typer.Option(
@@ -45,30 +58,90 @@ def recalibrate(
         ),
     ] = "pooled",
     names: Names = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            metavar="X",
+            rich_help_panel=DATA,
+            help="Stop once no layer is less certain than this: the standard error in standard deviations.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            rich_help_panel=DATA,
+            help="What the batches that wait in the sequential order may take: 4GB. Half of what is free by default.",
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache", metavar="DIR", rich_help_panel=DATA, help="Where to put batches beyond that; else run again."
+        ),
+    ] = None,
+    sharded: Annotated[
+        bool,
+        typer.Option(
+            "--sharded",
+            metavar="",
+            rich_help_panel=DATA,
+            help="Under torchrun: the loader gives each process its own part. Without it each takes every n-th batch.",
+        ),
+    ] = False,
     output: Output = None,
+    population: Annotated[
+        Path | None,
+        typer.Option(
+            "--population",
+            metavar="FILE",
+            rich_help_panel=OUTPUT,
+            help="Write the moments and their standard errors to FILE, .safetensors.",
+        ),
+    ] = None,
     html: Html = None,
     json_: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Recompute every norm's mean and variance from one pass over your data.
+    """Recompute every norm's mean and variance from your data.
 
-    Only the norms run in batch mode; Dropout stays off. A last, smaller batch
-    counts as what it is. Make the others about as large as in training: a norm
-    behind another one meets what that one makes of each batch. Prints each
-    layer's statistics before and after. Frozen norms are left unless named.
+    Exact for inference, however the data is cut into batches, and in however
+    many processes. Dropout stays off. Prints each layer's statistics before
+    and after, and how sure they are. Frozen norms are left unless named.
     """
-    from batchnorm.cli.output import check_destinations, only_result_on_stdout, page, publish
+    from batchnorm.cli.output import check_destinations, only_result_on_stdout, page, publish, replacing
 
     check_destinations(output, html)
+    check_destinations(population, None, (".safetensors",), option="--population")
     with only_result_on_stdout():
         from batchnorm.cli.load import load_batches, load_model
+        from batchnorm.cli.processes import processes
         from batchnorm.cli.save import save_model
         from batchnorm.statistics.recalibrate import recalibrate as run
 
         network = load_model(model, weights, seed=seed)
         batches = load_batches(data, network, batch_size=batch_size)
-        result = run(network, batches, estimator=estimator, names=names or None)
+        with processes(network) as together:
+            result = run(
+                network,
+                batches if sharded else together.part(batches),
+                order=order,
+                estimator=estimator,
+                names=names or None,
+                tolerance=tolerance,
+                memory=memory,
+                cache=cache,
+                process_group=together.group,
+                progress=None if together.speaks else False,
+            )
+        if not together.speaks:
+            return 0
         with page(result, html):
+            if population is not None:
+                with replacing("--population", population) as fresh:
+                    result.population.save(fresh)
             if output is not None:
                 save_model(network, output)
     publish(result, json_=json_, html=html, output=output)
