@@ -1,6 +1,17 @@
-"""Population statistics: what the norms of a model meet, measured exactly."""
+"""Population statistics: what the norms of a model meet, measured exactly, and merged where models are."""
 
+from batchnorm.statistics.merge import merge
+from batchnorm.statistics.merge_result import MergedStatistics, MergeResult
 from batchnorm.statistics.recalibrate import recalibrate
 from batchnorm.statistics.result import LayerStatistics, RecalibrateResult
+from batchnorm.statistics.update_bn import update_bn
 
-__all__ = ["LayerStatistics", "RecalibrateResult", "recalibrate"]
+__all__ = [
+    "LayerStatistics",
+    "MergeResult",
+    "MergedStatistics",
+    "RecalibrateResult",
+    "merge",
+    "recalibrate",
+    "update_bn",
+]
