@@ -291,6 +291,14 @@ def test_a_shared_norm_is_mixed_once() -> None:
     assert result.model[0].running_var.tolist() == [2, 2]
 
 
+def test_scripted_models_merge() -> None:
+    models = [network(k) for k in range(2)]
+    scripted = [torch.jit.script(model) for model in models]
+    before = [bits(model) for model in scripted]
+    assert bits(merge(scripted).model) == bits(merge(models).model)
+    assert [bits(model) for model in scripted] == before
+
+
 def test_a_norm_without_statistics_has_none() -> None:
     result = merge([nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False))] * 2)
     assert result.layers == ()
@@ -368,6 +376,8 @@ def without(key: str) -> dict[str, Tensor]:
         (lambda: network(1)[:5], UnknownNameError, r"models\[1\] has no '5\.running_mean'"),
         (lambda: 3, ArgumentTypeError, r"models\[1\]: expected a module or a state dict; got int"),
         (lambda: nn.Sequential(nn.LazyLinear(2)), StateError, r"0\.weight has no value yet"),
+        (lambda: network(1).to("meta"), StateError, r"0\.weight is on the meta device"),
+        (lambda: network(1).to("meta").state_dict(), StateError, r"0\.weight of models\[1\] is on the meta device"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_changes(

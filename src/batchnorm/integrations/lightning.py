@@ -136,7 +136,8 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
                 "part of the data. Train without the callback, then load the checkpoint in one process and call "
                 "batchnorm.recalibrate(module, loader)."
             )
-        mine = next(i for i, callback in enumerate(trainer.callbacks) if callback is self)
+        # one that another callback calls is not in the list, and its place is that one's affair
+        mine = next((i for i, each in enumerate(trainer.callbacks) if each is self), len(trainer.callbacks))
         later = next((c for c in trainer.callbacks[mine + 1 :] if _averages_weights(c)), None)
         if later is not None:
             raise StateError(

@@ -73,7 +73,7 @@ def merge(
         NonFiniteError: a model with a weight holds NaN or infinity, or a merged variance does not fit its dtype.
         ShapeError: a weight is negative, infinite or NaN, all are 0, or there are not as many as models.
         StateError: norms differ in ``eps`` or ``momentum``, integers disagree, a variance is negative, parameters that
-            are tied in the merged model have several values, or there is no model.
+            are tied in the merged model have several values, a tensor has no value yet, or there is no model.
         UnknownNameError: a model lacks a tensor, or has one that the others do not have.
 
     Example:

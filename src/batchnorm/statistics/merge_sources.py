@@ -110,11 +110,16 @@ def entries_of(model: Module) -> list[Entry]:
     """Return what a model holds, parameters first; a tied tensor once, with all its names.
 
     Raises:
-        StateError: a lazy parameter or buffer has no value yet.
+        StateError: a parameter or buffer has no value: it is lazy, or on the meta device.
     """
     lazy = lazy_names(model)
     if lazy:
         raise StateError(f"merge: {lazy[0]} has no value yet. Run the model once on real inputs first.")
+    absent = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if absent:
+        raise StateError(
+            f"merge: {absent[0]} is on the meta device, where there are no values. Load the weights first."
+        )
     found: dict[int, tuple[list[str], Tensor, bool]] = {}
     for buffers, named in (
         (False, model.named_parameters(remove_duplicate=False)),
@@ -210,6 +215,8 @@ def _value(label: str, held: Mapping[str, Tensor], entry: Entry, whole: bool) ->
         raise InputError(
             f"merge: {names[0]} is {value.dtype} in {label} and {entry.dtype} in the merged model. Cast one of them."
         )
+    if value.is_meta:
+        raise StateError(f"merge: {names[0]} of {label} is on the meta device, where there are no values.")
     value = value.detach().to(entry.tensor.device)
     for other in names[1:]:
         if not torch.equal(held[other].detach().to(value.device), value):
