@@ -57,6 +57,14 @@ class Holder(nn.Module):
         self.register_buffer("held", value, persistent=persistent)
 
 
+class Without(nn.Module):
+    """Is as a Holder, and holds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -156,6 +164,7 @@ def test_without_weights_all_weigh_alike() -> None:
     assert bits(merge(models).model) == bits(merge(models, [5, 5, 5, 5]).model)
     assert merge(models).weights == (0.25, 0.25, 0.25, 0.25)
     assert merge(models, torch.tensor([1.0, 1.0, 2.0, 4.0])).weights == (0.125, 0.125, 0.25, 0.5)
+    assert merge(models, [1e308] * 4).weights == (0.25, 0.25, 0.25, 0.25)  # whose sum is no number
 
 
 def test_half_precision_statistics_are_mixed_in_double_precision() -> None:
@@ -279,6 +288,18 @@ def test_every_kind_of_running_statistics_is_mixed(make: Callable[[], nn.Module]
     assert getattr(result.model, f"{prefix}num_batches_tracked") == 9
 
 
+def test_a_name_alone_makes_no_statistics_of_buffers_that_cannot_be() -> None:
+    def make(value: float) -> nn.Module:
+        module = nn.Module()
+        module.register_buffer("running_mean", torch.full((2,), value))
+        module.register_buffer("running_var", torch.full((3,), value))
+        return module
+
+    result = merge([make(0.0), make(2.0)])
+    assert result.layers == ()
+    assert result.model.running_var.tolist() == [1, 1, 1]
+
+
 def test_a_shared_norm_is_mixed_once() -> None:
     def make(mean: float) -> nn.Sequential:
         norm = nn.BatchNorm1d(2)
@@ -323,6 +344,8 @@ def test_state_dicts_do_not_hold_what_the_model_does_not_save() -> None:
     assert merge([template.state_dict()] * 2, model=template).model.held.item() == 4
     others = [Holder(torch.tensor([v]), persistent=False) for v in (1.0, 3.0)]
     assert merge(others, model=template).model.held.item() == 2
+    with pytest.raises(UnknownNameError, match=r"models\[0\] has no 'held'"):
+        merge([Without()], model=template)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -388,6 +411,11 @@ def test_what_does_not_fit_is_named_and_nothing_changes(
     with pytest.raises(error, match=said):
         merge([first, second])
     assert bits(first) == before
+
+
+def test_what_is_broken_in_every_model_is_refused_too() -> None:
+    with pytest.raises(NonFiniteError, match=r"models\[0\]: 0\.bias holds NaN or infinity in 3 of its 3 values"):
+        merge([changed(lambda m: m[0].bias.fill_(torch.inf)) for _ in range(2)])
 
 
 @pytest.mark.parametrize(

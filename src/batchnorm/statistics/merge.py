@@ -245,5 +245,3 @@ def _double(value: Tensor) -> Tensor:
 def _write(merged: Module, new: Mapping[str, Tensor]) -> None:
     own = {entry.name: entry.tensor for entry in entries_of(merged)}
     write_all([(own[name], value) for name, value in new.items()])
-    for parameter in merged.parameters():
-        parameter.grad = None  # that of the model it was copied from, at other weights
