@@ -4,6 +4,7 @@
 ``nn.BatchNorm1d/2d/3d``           drop-in layers, with activation, residual, mask, and errors that name the layer
 :func:`convert`, :func:`revert`    a model's norms made ours, fused with what follows them, and back, losslessly
 :func:`recalibrate`                population statistics from a stream of batches
+:func:`merge`, :func:`update_bn`   averaged models: statistics of a mixture of models, or measured for averaged weights
 :func:`freeze`, :func:`unfreeze`   a freeze that survives ``model.train()``
 :func:`fold`                       norms absorbed by their neighbours, verified, with a reason for each one left
 :func:`check`, :func:`place`       placement and misuse, rule by rule; norms put where they belong
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from batchnorm.monitor import WatchResult
     from batchnorm.monitor.watch import watch
     from batchnorm.nn.freeze import FreezeResult, freeze, is_frozen, unfreeze
-    from batchnorm.statistics import RecalibrateResult
+    from batchnorm.statistics import MergeResult, RecalibrateResult
+    from batchnorm.statistics.merge import merge
     from batchnorm.statistics.recalibrate import recalibrate
+    from batchnorm.statistics.update_bn import update_bn
 
 __version__ = "0.1.0"
 
@@ -39,6 +42,7 @@ __all__ = [
     "ConvertResult",
     "FoldResult",
     "FreezeResult",
+    "MergeResult",
     "Moments",
     "PlaceResult",
     "RecalibrateResult",
@@ -51,11 +55,13 @@ __all__ = [
     "freeze",
     "functional",
     "is_frozen",
+    "merge",
     "nn",
     "place",
     "recalibrate",
     "revert",
     "unfreeze",
+    "update_bn",
     "watch",
 ]
 
@@ -71,7 +77,7 @@ _HOMES = {
     "batchnorm.moments": ("Moments",),
     "batchnorm.monitor": ("WatchResult", "watch"),
     "batchnorm.nn.freeze": ("FreezeResult", "freeze", "is_frozen", "unfreeze"),
-    "batchnorm.statistics": ("RecalibrateResult", "recalibrate"),
+    "batchnorm.statistics": ("MergeResult", "RecalibrateResult", "merge", "recalibrate", "update_bn"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -13,9 +13,17 @@ from typing import Any
 import pytest
 
 import batchnorm
-from batchnorm.cli import check, demo, fold, info, recalibrate, watch
+from batchnorm.cli import check, demo, fold, info, merge, recalibrate, watch
 
-COMMANDS = {"demo": demo, "recalibrate": recalibrate, "fold": fold, "check": check, "watch": watch, "info": info}
+COMMANDS = {
+    "demo": demo,
+    "recalibrate": recalibrate,
+    "merge": merge,
+    "fold": fold,
+    "check": check,
+    "watch": watch,
+    "info": info,
+}
 
 
 @pytest.fixture(params=[80, 120])
@@ -140,6 +148,8 @@ def examples() -> list[Any]:
 def test_the_examples_of_the_help_work_when_pasted(
     command: Callable[..., Any], here: Path, weights: Path, line: str
 ) -> None:
+    for name in ("a.pt", "b.pt", "c.pt"):  # the checkpoints that merge is shown with
+        (here / name).write_bytes(weights.read_bytes())
     words = shlex.split(line.partition(" > ")[0])
     done = command(*words[1:])
     assert done.code in (0, 1), done.err

@@ -1,7 +1,20 @@
-"""Population statistics: what the norms of a model meet, measured exactly."""
+"""Population statistics: what the norms of a model meet, measured exactly; and several models made one."""
 
+from batchnorm.statistics.merge import merge
+from batchnorm.statistics.merge_result import MergedStatistics, MergeResult
 from batchnorm.statistics.population import LayerPopulation, Population
 from batchnorm.statistics.recalibrate import recalibrate
 from batchnorm.statistics.result import LayerStatistics, RecalibrateResult
+from batchnorm.statistics.update_bn import update_bn
 
-__all__ = ["LayerPopulation", "LayerStatistics", "Population", "RecalibrateResult", "recalibrate"]
+__all__ = [
+    "LayerPopulation",
+    "LayerStatistics",
+    "MergeResult",
+    "MergedStatistics",
+    "Population",
+    "RecalibrateResult",
+    "merge",
+    "recalibrate",
+    "update_bn",
+]

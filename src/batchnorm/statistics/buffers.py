@@ -1,4 +1,4 @@
-"""Writing several buffers as one: all of them, or none."""
+"""Writing several tensors as one: all of them, or none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def write_all(changes: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Copy each value into its tensor, in place; if one write fails, those before it are taken back bit for bit."""
     # what was made in inference mode can be written only there
     inference = any(tensor.is_inference() for tensor, _ in changes)
-    with torch.no_grad(), torch.inference_mode(inference):
+    with torch.inference_mode(inference), torch.no_grad():  # in this order: inference_mode(False) records gradients
         before = [(tensor, tensor.detach().clone()) for tensor, _ in changes]
         try:
             for tensor, value in changes:

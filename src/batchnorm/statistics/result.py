@@ -149,6 +149,11 @@ class RecalibrateResult(Result):
         self.population = population
         self._written: Sequence[Written] | None = written
 
+    @classmethod
+    def of_nothing(cls, plan: Plan) -> RecalibrateResult:
+        """Return the result for a model that has nothing to measure."""
+        return cls(plan, Outcome({}, 0), (), (), (), Population({}))
+
     def least_certain(self, number: int = 3) -> tuple[LayerStatistics, ...]:
         """Return the layers whose statistics are the least certain, the worst first."""
         return tuple(sorted(self.layers, key=lambda layer: layer.overall_uncertainty, reverse=True)[:number])

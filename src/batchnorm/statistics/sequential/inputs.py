@@ -92,8 +92,9 @@ class Inputs:
             raise StateError(
                 f"recalibrate: a {type(self._stream).__name__} can be walked through only once, and its batches do not "
                 f"fit into memory: {len(self._held)} of them take {self.nbytes / 1e9:.2g} GB, "
-                f"{self._limit / 1e9:.2g} GB are allowed. Pass a list or a DataLoader, a larger memory=, or "
-                "order='parallel', which keeps no batch. The model is as it was."
+                f"{self._limit / 1e9:.2g} GB are allowed. Pass a list or a DataLoader, fewer batches "
+                "(itertools.islice), tolerance=0.01, a larger memory=, or order='parallel', which keeps no batch. The "
+                "model is as it was."
             )
         self._marks = [_mark(one) for one in self._held]
         self._held = None
@@ -103,8 +104,9 @@ class Inputs:
         return StateError(
             f"recalibrate: the stream does not fit into memory ({self._limit / 1e9:.2g} GB are allowed), so it is "
             f"walked through several times, and batch {index} (counting from 0) was another one this time: it is "
-            "shuffled, or changed at random. Keep the order and the data (shuffle=False, no augmentation), pass a "
-            "larger memory=, or order='parallel'. The model is as it was."
+            "shuffled, or changed at random. Keep the order and the data (shuffle=False, no augmentation), or pass "
+            "fewer batches (itertools.islice), tolerance=0.01, a larger memory=, or order='parallel'. The model is as "
+            "it was."
         )
 
 

@@ -1,0 +1,238 @@
+"""Recalibration as a callback of Lightning, whichever of its two names it is installed under."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.nn import Module
+from torch.optim.swa_utils import AveragedModel
+
+from batchnorm.errors import ArgumentTypeError, ShapeError, StateError
+from batchnorm.nn.calling import Forward, call_on_batch
+from batchnorm.statistics import RecalibrateResult, recalibrate
+
+__all__ = ["RecalibrateCallback"]
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _base_class() -> Any:
+    """Return the Callback of the package that is in use, else of the one that is installed.
+
+    The two are one code under two names. Trainers call their callbacks by the names of the hooks, so that one of
+    either package works in both; which it is matters to ``isinstance`` only.
+    """
+    for name in sorted(_PACKAGES, key=lambda name: name not in sys.modules):
+        try:
+            return import_module(name).Callback
+        except ModuleNotFoundError as error:
+            if error.name not in (name, name.partition(".")[0]):
+                raise  # it is installed, and lacks something of its own
+    raise ImportError(
+        "batchnorm.integrations.lightning needs Lightning, which is not installed: pip install lightning (or "
+        "pytorch-lightning)."
+    )
+
+
+_Callback: Any = _base_class()
+
+
+class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not there when the types are checked
+    r"""Measures the population statistics of a LightningModule at the end of training, and before validation.
+
+    Over all n values that a channel meets in the training data (the moments of :func:`batchnorm.recalibrate`):
+
+    .. math::
+
+        \mathrm{running\_mean} = \frac1n \sum_i x_i \qquad
+        \mathrm{running\_var} = \frac1{n-1} \sum_i (x_i - \mathrm{running\_mean})^2
+
+    (unbiased, divisor n − 1). The batches are those of the training loader, taken through the module's and the data
+    module's transfer hooks to its device, under the trainer's precision. Norms that are frozen keep their statistics.
+    What is measured is what the module holds when the hook runs: behind ``WeightAveraging`` or
+    ``StochasticWeightAveraging`` in the list of callbacks, the averaged weights. An ``AveragedModel`` that another
+    callback holds, with the same parameters, is given the same statistics, so that later checkpoints and validation
+    runs have them.
+
+    Args:
+        before_validation: measure before each validation in ``fit`` too, so that it is validated, and by a
+            ``ModelCheckpoint`` saved, with statistics that fit the weights of that moment. Training goes on from them.
+        num_batches: how many batches a measurement takes; None takes as many as an epoch of training has.
+        dataloader: other batches than those of the training loader.
+        save: where ``trainer.save_checkpoint`` writes a checkpoint after the measurement at the end of training. Those
+            that ``ModelCheckpoint`` wrote at the end of an epoch are older than it.
+        estimator: as for ``recalibrate``.
+        names: as for ``recalibrate``.
+        forward: as for ``recalibrate``; it is given a batch that was moved.
+        progress: as for ``recalibrate``; off, for Lightning shows bars of its own.
+
+    Attributes:
+        result: the last measurement, with its ``undo()``; None before the first.
+
+    Raises:
+        StateError: there are several processes, of which each would measure its own part of the data; the callback
+            stands before one that averages weights; there are several training loaders; or, with
+            ``before_validation``, the loader keeps its workers, so that it cannot be walked through a second time
+            while an epoch is under way.
+
+    Example::
+
+        import lightning.pytorch as lightning
+        from lightning.pytorch.callbacks import EMAWeightAveraging
+        from batchnorm.integrations.lightning import RecalibrateCallback
+
+        callbacks = [EMAWeightAveraging(), RecalibrateCallback(num_batches=200, save="ema.ckpt")]
+        lightning.Trainer(callbacks=callbacks).fit(module, loader)
+
+    Source: Izmailov et al. 2018, arXiv 1803.05407, section 3.2; Wu & Johnson 2021, arXiv 2105.07576, section 3.
+    """
+
+    def __init__(
+        self,
+        *,
+        before_validation: bool = False,
+        num_batches: int | None = None,
+        dataloader: Iterable[Any] | None = None,
+        save: str | Path | None = None,
+        estimator: Literal["pooled", "within"] = "pooled",
+        names: str | Sequence[str] | None = None,
+        forward: Forward | None = None,
+        progress: bool | None = False,
+    ) -> None:
+        super().__init__()
+        if num_batches is not None and not isinstance(num_batches, int):
+            raise ArgumentTypeError(
+                f"RecalibrateCallback: num_batches: expected an integer or None; got {type(num_batches).__name__}."
+            )
+        if num_batches is not None and num_batches < 1:
+            raise ShapeError(f"RecalibrateCallback: num_batches: expected 1 or more; got {num_batches}.")
+        self.before_validation = before_validation
+        self.num_batches = num_batches
+        self.dataloader = dataloader
+        self.save = save
+        self.estimator: Literal["pooled", "within"] = estimator
+        self.names = names
+        self.forward = call_on_batch if forward is None else forward
+        self.progress = progress
+        self.result: RecalibrateResult | None = None
+        self._training_modes: list[tuple[Module, bool]] = []
+
+    # -- what the trainer calls --------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse, before anything is trained, what could not be measured after it."""
+        if stage != "fit":
+            return
+        if trainer.world_size > 1:
+            raise StateError(
+                f"RecalibrateCallback: the trainer runs {trainer.world_size} processes, and each would measure its own "
+                "part of the data. Train without the callback, then load the checkpoint in one process and call "
+                "batchnorm.recalibrate(module, loader)."
+            )
+        # one that another callback calls is not in the list, and its place is that one's affair
+        mine = next((i for i, each in enumerate(trainer.callbacks) if each is self), len(trainer.callbacks))
+        later = next((c for c in trainer.callbacks[mine + 1 :] if _averages_weights(c)), None)
+        if later is not None:
+            raise StateError(
+                f"RecalibrateCallback: stands before {type(later).__name__} in the list of callbacks, so that it would "
+                "measure the weights before they are averaged. Put it behind."
+            )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Look at the loader while nothing is lost yet."""
+        loader = self._loader(trainer)
+        keeps_workers = getattr(loader, "persistent_workers", False) and self.dataloader is None
+        if self.before_validation and keeps_workers:
+            raise StateError(
+                "RecalibrateCallback: before_validation=True would start the training loader a second time in the "
+                "middle of an epoch, and with persistent_workers=True that ends the epoch's own pass. Pass "
+                "dataloader= a loader of its own."
+            )
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Remember the modes: those that the user froze by hand cannot be told apart once all are in eval mode."""
+        if self.before_validation:
+            self._training_modes = [(module, module.training) for module in pl_module.modules()]
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Measure, if asked to; not in the sanity check, nor in ``trainer.validate``."""
+        if not self.before_validation or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        modes = [(module, module.training) for module in pl_module.modules()]
+        try:
+            _set(self._training_modes)
+            self._recalibrate(trainer, pl_module)
+        finally:
+            _set(modes)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure, hand the statistics on, and save."""
+        self._training_modes = []
+        self._recalibrate(trainer, pl_module)
+        for callback in trainer.callbacks:
+            for held in vars(callback).values():
+                if isinstance(held, AveragedModel):
+                    _hand_on(pl_module, held.module)
+        if self.save is not None:
+            trainer.save_checkpoint(self.save)
+
+    # -- how it is done ----------------------------------------------------------------------------------------------
+
+    def _recalibrate(self, trainer: Any, pl_module: Any) -> None:
+        most = self.num_batches
+        if most is None and self.dataloader is None and math.isfinite(trainer.num_training_batches):
+            most = int(trainer.num_training_batches)
+        precision = trainer.precision_plugin
+
+        def call(module: Module, batch: Any) -> Any:
+            # as the training loop does it; the private method finds the hook, which the data module may override
+            batch = pl_module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            with precision.forward_context():
+                return self.forward(module, batch)
+
+        self.result = recalibrate(
+            pl_module,
+            islice(self._loader(trainer), most),
+            estimator=self.estimator,
+            names=self.names,
+            forward=call,
+            progress=self.progress,
+        )
+
+    def _loader(self, trainer: Any) -> Iterable[Any]:
+        loader: Any = trainer.train_dataloader if self.dataloader is None else self.dataloader
+        if isinstance(loader, dict | list | tuple) and self.dataloader is None:
+            raise StateError(
+                f"RecalibrateCallback: there are {len(loader)} training loaders. Pass the one to measure on, or one "
+                "that joins them: dataloader=..."
+            )
+        found: Iterable[Any] = loader
+        return found
+
+
+def _averages_weights(callback: Any) -> bool:
+    names = {cls.__name__ for cls in type(callback).__mro__}
+    return not names.isdisjoint({"WeightAveraging", "StochasticWeightAveraging"})
+
+
+def _set(modes: Iterable[tuple[Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training  # the attribute itself: train() may be overridden
+
+
+def _hand_on(measured: Module, average: Module) -> None:
+    """Give an average the buffers of the model that it was copied into; one with other weights is left alone."""
+    pairs = [(ours, theirs) for ours, theirs in zip(measured.parameters(), average.parameters(), strict=True)]
+    if not all(torch.equal(ours.to(theirs.device), theirs) for ours, theirs in pairs):
+        return
+    with torch.no_grad():
+        for ours, theirs in zip(measured.buffers(), average.buffers(), strict=True):
+            theirs.copy_(ours)
