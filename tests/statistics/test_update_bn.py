@@ -58,7 +58,7 @@ def test_on_even_batches_within_is_torchs_function_but_for_dropout() -> None:
     ours, theirs = network(), network()
     for model in (ours, theirs):
         model[2].p = 0.0
-    update_bn(batches, ours, estimator="within")
+    update_bn(batches, ours, order="parallel", estimator="within")
     swa_utils.update_bn(batches, theirs)
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value)
