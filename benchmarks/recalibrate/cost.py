@@ -1,0 +1,54 @@
+"""What measuring costs beside the bare forward passes: all methods in turn, round after round, medians."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from typing import Any
+
+import torch
+from benchmarks.recalibrate.methods import bare, methods
+from benchmarks.train_step.architectures import build
+from benchmarks.train_step.competitors import NotOfferedError
+from torch import nn
+
+BATCHES = 6
+NETWORKS = {"resnet18": (16, 160), "mobilenet_v2": (16, 160), "resnet50": (16, 160)}
+SLOW = ("sequential, run again",)  # as many passes as there are norms: in the smallest network only
+
+
+def measure(quick: bool, rounds: int) -> list[dict[str, Any]]:
+    """Return a row a network and method: seconds a batch."""
+    rows = []
+    for name, (size, side) in list(NETWORKS.items())[: 1 if quick else None]:
+        try:
+            model, origin = build(name)
+        except NotOfferedError as error:
+            print(f"{name}: {error}")
+            continue
+        rows += _network(name, origin, model, [torch.randn(size, 3, side, side) for _ in range(BATCHES)], rounds)
+    return rows
+
+
+def _network(name: str, origin: str, model: nn.Module, batches: list[torch.Tensor], rounds: int) -> list[dict[str, Any]]:
+    runs = {"bare": bare, **methods()}
+    runs = {method: run for method, run in runs.items() if method not in SLOW or name == next(iter(NETWORKS))}
+    seconds: dict[str, list[float]] = {method: [] for method in runs}
+    bare(model, batches[:2])
+    for index in range(rounds):
+        for method, run in runs.items():
+            if method in SLOW and index:
+                continue
+            twin = copy.deepcopy(model)
+            start = time.perf_counter()
+            run(twin, batches)
+            seconds[method].append((time.perf_counter() - start) / len(batches))
+    rows = []
+    for method, times in seconds.items():
+        # against the bare passes of the same round: the machine drifts
+        ratio = statistics.median(t / b for t, b in zip(times, seconds["bare"], strict=False))
+        row = {"question": "cost", "network": name, "origin": origin, "batch": list(batches[0].shape)}
+        rows.append({**row, "method": method, "seconds": statistics.median(times), "ratio": ratio, "rounds": len(times)})
+        print(f"{name}: {method}: {rows[-1]['seconds'] * 1e3:.0f} ms a batch, {ratio:.2f} of the bare pass", flush=True)
+    return rows

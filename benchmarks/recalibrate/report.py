@@ -1,0 +1,82 @@
+"""Write the manual's page of measurements, and its plot, from rows; no number in them is typed by hand.
+
+    python -m benchmarks.recalibrate.report
+
+The sentences stand in ``recalibrate-table.md.jinja``; edit those, not what is written.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from benchmarks.recalibrate.__main__ import ROWS
+from benchmarks.train_step.rows import ROOT
+
+_PAGE = "recalibrate-table.md"
+_PLOT = "images/recalibrate_depth.svg"
+_STYLES = {
+    "update_bn": ("#D55E00", "o", "torch's update_bn"),
+    "fvcore": ("#E69F00", "s", "fvcore"),
+    "parallel": ("#009E73", "^", 'order="parallel"'),
+    "sequential": ("#0072B2", "D", 'order="sequential"'),
+}
+
+
+def main() -> None:
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    exact = [row for row in rows if row["question"] == "exact"]
+    cost = [row for row in rows if row["question"] == "cost"]
+    draw([row for row in exact if row["cut"] == "8"], ROOT / "docs" / _PLOT)
+    sheets = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    page = sheets.get_template(f"{_PAGE}.jinja").render(
+        about=rows[0],
+        cuts=list(dict.fromkeys(row["cut"] for row in exact)),
+        methods=list(dict.fromkeys(row["method"] for row in exact)),
+        worst={(row["cut"], row["method"]): [max(e[i] for e in row["errors"]) for i in (0, 1)] for row in exact},
+        deepest={(row["cut"], row["method"]): row["errors"][-1] for row in exact},
+        networks=list(dict.fromkeys(row["network"] for row in cost)),
+        costs={(row["network"], row["method"]): row for row in cost},
+        ways=list(dict.fromkeys(row["method"] for row in cost)),
+    )
+    (ROOT / "docs" / _PAGE).write_text(page)
+    print(ROOT / "docs" / _PAGE)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the error of the variance at every norm, from the first to the deepest."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "batchnorm", "font.size": 10})
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True, sharey=True)
+    for panel, index, title in ((panels[0], 0, "mean, in standard deviations"), (panels[1], 1, "variance, relative")):
+        for row in rows:
+            if row["method"] in _STYLES:
+                colour, marker, label = _STYLES[row["method"]]
+                errors = [max(e[index], 1e-9) for e in row["errors"]]
+                depth = range(1, len(errors) + 1)
+                panel.semilogy(depth, errors, color=colour, marker=marker, markersize=4, linewidth=1.2, label=label)
+        panel.set_title(title)
+        panel.set_xlabel("norm, from the first to the deepest")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("largest error of a channel")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncol=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
