@@ -1,0 +1,87 @@
+"""Everything that a cause may look at: the model, what was measured, and what is explained already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch.nn import Module
+
+from batchnorm.diagnosis.gaps import Gaps, LayerGap
+from batchnorm.diagnosis.meeting import Basis
+from batchnorm.diagnosis.passes import Passes
+from batchnorm.statistics.sites import Sites
+
+__all__ = ["Case", "Suspicion"]
+
+
+@dataclass(frozen=True, eq=False)
+class Suspicion:
+    """What a cause found, before anybody has tried its cure.
+
+    Attributes:
+        layers: names of the layers that have the fault, in order of execution.
+        evidence: the numbers it rests on, as a sentence.
+        cure: a line of code, with ``model`` and ``batches`` in scope.
+        trial: what the norms would normalize by once it is cured; None where only training or code can cure it.
+    """
+
+    layers: Sequence[str]
+    evidence: str
+    cure: str
+    trial: Basis | None = None
+
+
+@dataclass(eq=False)
+class Case:
+    """One model under diagnosis; causes take layers off the list of what is not explained.
+
+    Attributes:
+        model: the model, in eval mode by now.
+        was_training: whether its user had it in train mode.
+        modes: the mode in which each module came, by its name.
+        sites: its norms.
+        passes: runs it again on another basis.
+        gaps: what was measured.
+        at_home: what was measured on training batches, if any were given.
+        explained: names of the layers whose gap has a cause.
+    """
+
+    model: Module
+    was_training: bool
+    modes: Mapping[str, bool]
+    sites: Sites
+    passes: Passes
+    gaps: Gaps
+    at_home: Gaps | None
+    frozen: Mapping[str, str]
+    explained: set[str] = field(default_factory=set)
+
+    @property
+    def layers(self) -> tuple[LayerGap, ...]:
+        """The norms in order of execution."""
+        return self.gaps.layers
+
+    @property
+    def off(self) -> list[LayerGap]:
+        """The norms whose statistics are wrong by a fault of their own that no cause has explained yet."""
+        return [layer for layer in self.layers if layer.off and layer.name not in self.explained]
+
+    def why_frozen(self, layer: LayerGap) -> str:
+        """Return how the user froze a norm, as the end of a sentence; ``""`` if not at all."""
+        return self.frozen.get(layer.name, "")
+
+    def corrected(self, layers: Sequence[LayerGap]) -> Basis:
+        """Return the basis on which these layers have their population statistics, and the others what they stored."""
+        return Basis("stored", {layer.site: self.gaps.population[layer.site] for layer in layers})
+
+    def recalibrate(self, layers: Sequence[LayerGap], batches: str = "batches") -> str:
+        """Return the line of code that gives these layers their population statistics."""
+        if len(layers) == len(self.layers) and not any(map(self.why_frozen, layers)):
+            return f"batchnorm.recalibrate(model, {batches})"
+        if len(layers) == len(self.layers) or len(layers) > _MOST_NAMES:
+            return f'batchnorm.recalibrate(model, {batches}, names="*")'
+        return f"batchnorm.recalibrate(model, {batches}, names={[layer.name for layer in layers]!r})"
+
+
+_MOST_NAMES = 12
