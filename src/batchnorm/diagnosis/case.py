@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from torch.nn import Module
 
@@ -12,7 +13,11 @@ from batchnorm.diagnosis.meeting import Basis
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.statistics.sites import Sites
 
-__all__ = ["Case", "Suspicion"]
+__all__ = ["Case", "Severity", "Suspicion"]
+
+Severity: TypeAlias = Literal["fatal", "wrong", "doubtful"]
+"""``"fatal"``: outputs are not finite or mean nothing. ``"wrong"``: they are other than they should be.
+``"doubtful"``: they may be right, and something is lost."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +29,14 @@ class Suspicion:
         evidence: the numbers it rests on, as a sentence.
         cure: a line of code, with ``model`` and ``batches`` in scope.
         trial: what the norms would normalize by once it is cured; None where only training or code can cure it.
+        severity: if it is another than the cause usually has.
     """
 
     layers: Sequence[str]
     evidence: str
     cure: str
     trial: Basis | None = None
+    severity: Severity | None = None
 
 
 @dataclass(eq=False)

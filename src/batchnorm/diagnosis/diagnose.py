@@ -7,12 +7,12 @@ from typing import Any
 
 from torch.nn import Module
 
-from batchnorm.diagnosis.case import Case
+from batchnorm.diagnosis.case import Case, Severity
 from batchnorm.diagnosis.causes import CAUSES
-from batchnorm.diagnosis.causes.cause import Severity
 from batchnorm.diagnosis.gaps import Gaps, measure
 from batchnorm.diagnosis.held import batch_size, hold
 from batchnorm.diagnosis.passes import Measure, Passes
+from batchnorm.diagnosis.probe import order_of
 from batchnorm.diagnosis.result import DiagnoseResult, Finding, Metrics
 from batchnorm.diagnosis.sites import EverySite, accused_by, frozen_norms
 from batchnorm.diagnosis.trial import try_cure
@@ -55,8 +55,8 @@ def diagnose(
     on what is off, from the certain ones to "stale"; :mod:`batchnorm.diagnosis.causes` describes them.
 
     The model is run on the batches about six times: in eval mode, on batch statistics, on population statistics until
-    they settle, and once for each cure that can be tried. At most 32 batches are taken and kept in memory. The model is
-    left bit-identical, whatever happens.
+    they settle, and once for each cure that can be tried. At most 32 batches, or as many as hold 1024 samples, are
+    taken and kept in memory. The model is left bit-identical, whatever happens.
 
     Args:
         model: any model that holds batch norms, in the mode in which its trouble shows: in eval mode, as it is
@@ -123,7 +123,7 @@ def _examine(passes: Passes, home: Sequence[Any] | None, accused: Callable[[str]
 
 
 def _findings(case: Case, accused: Callable[[str], bool]) -> list[Finding]:
-    order = {layer.name: i for i, layer in enumerate(case.layers)}
+    order = order_of(case.passes) or {layer.name: i for i, layer in enumerate(case.layers)}
     found = []
     for kind in CAUSES:
         for suspicion in kind().find(case):
@@ -134,7 +134,7 @@ def _findings(case: Case, accused: Callable[[str], bool]) -> list[Finding]:
             position = min((order.get(name, len(order)) for name in guilty), default=len(order))
             found.append(
                 Finding(
-                    guilty[0], kind.key, kind.severity, suspicion.evidence, suspicion.cure, gain,
+                    guilty[0], kind.key, suspicion.severity or kind.severity, suspicion.evidence, suspicion.cure, gain,
                     guilty, position,
                 )
             )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ __all__ = ["TOLERANCE", "Gaps", "LayerGap", "measure"]
 TOLERANCE = 0.2
 """A typical channel that is off by less, in standard deviations, is no finding: that is what a moving average lags
 behind weights that are still learning."""
+
+_ADDED_UP = 0.5
+"""A norm that meets, as the model is, what is so far from its statistics is hurt, whoever is to blame."""
 
 _SETTLED = 0.02
 _MOST_PASSES = 6
@@ -50,6 +53,7 @@ class LayerGap:
         fewest: the smallest number of values per channel in one call.
         errors: standard errors of the measured mean and variance.
         noise: expected squared distance of the stored statistics from the measured ones by chance, (C,).
+        off: whether the stored statistics are not those of what the norm meets, by a fault of its own.
     """
 
     name: str
@@ -66,6 +70,7 @@ class LayerGap:
     fewest: int
     errors: tuple[Tensor, Tensor]
     noise: Tensor
+    off: bool
     site: Site = field(repr=False)
     meeting: Meeting = field(repr=False)
 
@@ -94,6 +99,11 @@ class LayerGap:
         """The same from what the norm meets now, inherited errors included."""
         return layer_distance(self.stored, self.deployed, self.eps)
 
+    def deployed_excess(self) -> float:
+        """Return what of the distance from what the norm meets now is not chance, inherited errors included."""
+        squared = squared_distance(*self.stored, *self.deployed, self.eps)
+        return typical((squared - _NOISE * self.noise).nan_to_num(nan=0.0, posinf=0.0))
+
     def excess(self, without: Tensor | None = None) -> float:
         """Return what of the distance is neither chance nor the batch size: from what fits best, noise taken off.
 
@@ -108,9 +118,26 @@ class LayerGap:
         return nearest
 
     @property
-    def off(self) -> bool:
-        """Whether the stored statistics are not those of what the norm meets, by a fault of its own."""
-        return not self.excess() <= TOLERANCE
+    def log_ratio(self) -> Tensor:
+        """Logarithm of measured over stored variance (each plus ε), by the measurement that fits better, (C,)."""
+        ratios = [
+            ((reference[1] + self.eps) / (self.stored[1] + self.eps)).log().nan_to_num(0.0)
+            for reference in (self.measured, self.training)
+        ]
+        return min(ratios, key=lambda ratio: float(ratio.var(correction=0)))
+
+    @property
+    def measurement_noise(self) -> Tensor:
+        """Expected squared distance of the measured statistics from the population's by chance, (C,)."""
+        variance = self.measured[1] + self.eps
+        return self.errors[0].square() / variance + self.errors[1].square() / (4 * variance.square())
+
+    @property
+    def variance_noise(self) -> Tensor:
+        """The share of the noise that is the variance's."""
+        variance = self.measured[1] + self.eps
+        share = self.errors[1].square() / (4 * variance.square()) / self.measurement_noise.clamp(min=1e-300)
+        return share * self.noise
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts, the distances, and the gap of each channel as plain numbers."""
@@ -148,6 +175,8 @@ class Gaps:
         training: the pass on batch statistics.
         settled: the pass on population statistics.
         population: those statistics.
+        threshold: a layer is off if its statistics are further off than this: 0.2 standard deviations; less where no
+            layer reaches that and many small gaps add up.
     """
 
     layers: tuple[LayerGap, ...]
@@ -155,6 +184,7 @@ class Gaps:
     training: Pass
     settled: Pass
     population: dict[Site, list[Statistics]]
+    threshold: float = TOLERANCE
 
 
 def measure(passes: Passes) -> Gaps:
@@ -177,7 +207,19 @@ def measure(passes: Passes) -> Gaps:
         _layer(site, meeting, population[site][0], deployed, training, _size(meeting))
         for site, meeting in settled.meetings.items()
     )
-    return Gaps(layers, deployed, training, settled, population)
+    threshold = _threshold(layers)
+    layers = tuple(replace(layer, off=not layer.excess() <= threshold) for layer in layers)
+    return Gaps(layers, deployed, training, settled, population, threshold)
+
+
+def _threshold(layers: tuple[LayerGap, ...]) -> float:
+    """Return the tolerance; less if no layer exceeds it and what each adds to the gap makes a large one at the end."""
+    own = [layer.excess() for layer in layers]
+    largest = max(own, default=0.0)
+    inherited = max((layer.deployed_excess() for layer in layers), default=0.0)
+    if largest <= TOLERANCE and inherited > _ADDED_UP and largest > 0:
+        return largest / 2
+    return TOLERANCE
 
 
 def settle(passes: Passes, training: Pass) -> tuple[Pass, dict[Site, list[Statistics]]]:
@@ -242,6 +284,7 @@ def _layer(
         fewest=meeting.fewest,
         errors=(errors[0], errors[1]),
         noise=noise,
+        off=False,
         site=site,
         meeting=meeting,
     )

@@ -14,7 +14,9 @@ from batchnorm.statistics.stream import numbered, require_stream
 __all__ = ["MOST_BATCHES", "batch_size", "float_inputs", "hold", "rows", "split", "with_input"]
 
 MOST_BATCHES = 32
-"""Of a longer stream only so many batches are taken: a diagnosis needs some thousand samples, not all of them."""
+"""Of a longer stream only so many batches are taken, or as many as hold 1024 samples: more would tell little more."""
+
+_ENOUGH = 1024
 
 
 def hold(batches: Iterable[Any]) -> list[Any]:
@@ -26,10 +28,12 @@ def hold(batches: Iterable[Any]) -> list[Any]:
         EmptyStreamError: there was none.
     """
     require_stream("diagnose", batches)
-    held = []
+    held: list[Any] = []
+    samples = 0
     for index, batch in numbered("diagnose", batches):
         held.append(batch)
-        if index + 1 == MOST_BATCHES:
+        samples += batch_size(batch)
+        if index + 1 >= MOST_BATCHES and samples >= _ENOUGH:
             break
     return held
 

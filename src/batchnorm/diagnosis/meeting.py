@@ -46,6 +46,7 @@ class Meeting(Tally):
 
     Attributes:
         per_call: the moments of its first call in each forward pass, of its second, ...
+        per_batch: the moments of its first batches.
         weight: its γ, as the call was given it.
         samples: how many samples it met, over all calls.
         fewest: the smallest number of values that one call brought to a channel.
@@ -54,6 +55,7 @@ class Meeting(Tally):
     """
 
     per_call: list[Moments] = field(default_factory=list)
+    per_batch: list[Moments] = field(default_factory=list)
     weight: Tensor | None = None
     samples: int = 0
     fewest: int = 0
@@ -70,6 +72,8 @@ class Meeting(Tally):
             self.per_call.append(Moments.zero(met.num_features, met.count.device))
         slot = min(self._call_in_batch, _MOST_CALLS - 1)
         self.per_call[slot] = self.per_call[slot].merge(met)
+        if not again and len(self.per_batch) < _MOST_CALLS * 8:
+            self.per_batch.append(met)
         self.estimator.add(met)
         for part in parts:  # groups of samples, so that one batch tells something of the noise too
             self.spread.add(part)

@@ -90,6 +90,10 @@ class Passes:
             self._advance()
         return Pass(collector.meetings, total / samples if samples else None)
 
+    def outputs(self, batch: Any) -> Any:
+        """Call the model on one batch, as it is, and return what it gives."""
+        return self._forward(self.model, batch)
+
     def input_of(self, site: Site, batch: Any) -> Tensor:
         """Return what the norm is given in its first call on a batch, on batch statistics; the rest is not run."""
         seen = _Input(self.sites, site)

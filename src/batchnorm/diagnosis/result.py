@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchnorm.diagnosis.causes.cause import Severity
+from batchnorm.diagnosis.case import Severity
 from batchnorm.diagnosis.gaps import LayerGap
 from batchnorm.diagnosis.trial import Gain
 from batchnorm.report import Document, Facts, Paragraph, Plot, Result, Section, Series, Table

@@ -16,8 +16,8 @@ from batchnorm.diagnosis.meeting import Statistics
 __all__ = ["AverageNotArrived"]
 
 _ARRIVED = 0.99
-_FITS = 0.5
-"""The fit has to leave less than this share of the distance."""
+_FITS, _FITS_AGAINST = 0.4, 0.1
+"""The fit has to leave less than this share of the distance; the second where momentum and count speak against it."""
 
 
 class AverageNotArrived(Cause):
@@ -55,7 +55,8 @@ def _evidence(layer: LayerGap) -> str:
     """Return what speaks for it in one layer, or nothing."""
     expected = _expected(layer)
     fitted, left = _fit(layer.stored, layer.measured, layer.eps)
-    fits = 0 < fitted < 0.9 and left < _FITS
+    known = expected is not None and expected >= _ARRIVED
+    fits = 0 < fitted < 0.9 and left < (_FITS_AGAINST if known else _FITS)
     if not (fits or (expected is not None and expected < _ARRIVED)):
         return ""
     text = ""

@@ -7,19 +7,15 @@ import re
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from batchnorm.diagnosis.case import Case, Suspicion
+from batchnorm.diagnosis.case import Case, Severity, Suspicion
 from batchnorm.diagnosis.gaps import LayerGap
 
-__all__ = ["SECTIONS", "Cause", "Severity", "listing", "module_line", "names_of", "span"]
-
-Severity: TypeAlias = Literal["fatal", "wrong", "doubtful"]
-"""``"fatal"``: outputs are not finite or mean nothing. ``"wrong"``: they are other than they should be.
-``"doubtful"``: they may be right, and something is lost."""
+__all__ = ["SECTIONS", "Cause", "listing", "module_line", "names_of", "span"]
 
 SECTIONS = ("What it finds", "Evidence", "Cure")
 """The sections that every cause's docstring has, in this order."""

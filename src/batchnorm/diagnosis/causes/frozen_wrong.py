@@ -11,6 +11,7 @@ from batchnorm.diagnosis.gaps import LayerGap
 
 __all__ = ["FrozenWrong"]
 
+_INITIAL = 0.01
 _STOPPED = 0.7
 """A norm that counts fewer than this share of the batches of the others was stopped."""
 
@@ -50,7 +51,9 @@ class FrozenWrong(Cause):
 
 
 def _stopped(layer: LayerGap, most: int) -> str:
-    count = layer.num_batches_tracked
+    count, momentum = layer.num_batches_tracked, layer.momentum
     if count is None or count >= _STOPPED * most or is_initial(layer):
         return ""
+    if momentum is not None and (1 - momentum) ** count > _INITIAL:
+        return ""  # its average has not arrived, for whatever reason
     return f"it counts {count} batches where other norms count {most}"

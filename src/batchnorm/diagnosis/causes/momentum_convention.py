@@ -37,6 +37,8 @@ class MomentumConvention(Cause):
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all such layers."""
         found = [layer for layer in case.layers if layer.name not in case.explained and _is_last_batch(layer)]
+        if found:
+            found = [layer for layer in case.layers if layer in found or (layer in case.off and _is_large(layer))]
         if not found:
             return
         case.explained.update(names_of(found))
@@ -56,8 +58,12 @@ class MomentumConvention(Cause):
         yield Suspicion(names_of(found), evidence, cure, case.corrected(found))
 
 
+def _is_large(layer: LayerGap) -> bool:
+    return layer.momentum is not None and layer.momentum >= _LEAST
+
+
 def _is_last_batch(layer: LayerGap) -> bool:
-    return layer.momentum is not None and layer.momentum >= _LEAST and _scatter(layer) > _PRECISE
+    return _is_large(layer) and _scatter(layer) > _PRECISE
 
 
 def _scatter(layer: LayerGap) -> float:
