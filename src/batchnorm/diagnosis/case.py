@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
 
 from torch.nn import Module
 
-from batchnorm.diagnosis.gaps import Gaps, LayerGap
+from batchnorm.diagnosis.gaps import Gaps, LayerGap, measure
 from batchnorm.diagnosis.meeting import Basis
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.statistics.sites import Sites
@@ -50,7 +51,7 @@ class Case:
         sites: its norms.
         passes: runs it again on another basis.
         gaps: what was measured.
-        at_home: what was measured on training batches, if any were given.
+        home: training batches, if any were given.
         explained: names of the layers whose gap has a cause.
     """
 
@@ -60,7 +61,7 @@ class Case:
     sites: Sites
     passes: Passes
     gaps: Gaps
-    at_home: Gaps | None
+    home: Sequence[Any] | None
     frozen: Mapping[str, str]
     explained: set[str] = field(default_factory=set)
 
@@ -73,6 +74,21 @@ class Case:
     def off(self) -> list[LayerGap]:
         """The norms whose statistics are wrong by a fault of their own that no cause has explained yet."""
         return [layer for layer in self.layers if layer.off and layer.name not in self.explained]
+
+    @cached_property
+    def at_home(self) -> Gaps | None:
+        """What the norms meet on the training batches; measured when first asked for, None if there are none."""
+        return None if self.home is None else measure(self.passes.over(self.home))
+
+    def everywhere(self, found: Sequence[LayerGap]) -> list[LayerGap]:
+        """Return the layers that have a fault of the whole model: if most have a gap, those whose gap is small too."""
+        if 2 * len(found) <= len(self.layers):
+            return list(found)
+        return [
+            layer
+            for layer in self.layers
+            if layer in found or (layer.name not in self.explained and layer.excess() > _SMALL)
+        ]
 
     def why_frozen(self, layer: LayerGap) -> str:
         """Return how the user froze a norm, as the end of a sentence; ``""`` if not at all."""
@@ -91,4 +107,5 @@ class Case:
         return f"batchnorm.recalibrate(model, {batches}, names={[layer.name for layer in layers]!r})"
 
 
+_SMALL = 0.05
 _MOST_NAMES = 12

@@ -113,8 +113,7 @@ def _examine(passes: Passes, home: Sequence[Any] | None, accused: Callable[[str]
     was_training = modes[""]
     frozen = frozen_norms(model)
     gaps = measure(passes)
-    at_home = None if home is None else measure(passes.over(home))
-    case = Case(model, was_training, modes, passes.sites, passes, gaps, at_home, frozen)
+    case = Case(model, was_training, modes, passes.sites, passes, gaps, home, frozen)
     findings = sorted(_findings(case, accused), key=lambda finding: (_ORDER[finding.severity], finding.position))
     samples = sum(batch_size(batch) for batch in passes.batches)
     return DiagnoseResult(

@@ -23,6 +23,9 @@ TOLERANCE = 0.2
 """A typical channel that is off by less, in standard deviations, is no finding: that is what a moving average lags
 behind weights that are still learning."""
 
+_STRICT = 0.1
+"""The tolerance where the other layers of the model show that its averages do not lag."""
+
 _ADDED_UP = 0.5
 """A norm that meets, as the model is, what is so far from its statistics is hurt, whoever is to blame."""
 
@@ -99,6 +102,11 @@ class LayerGap:
         """The same from what the norm meets now, inherited errors included."""
         return layer_distance(self.stored, self.deployed, self.eps)
 
+    @property
+    def apart(self) -> float:
+        """How far the stored statistics are from the population's, noise of the measurement taken off, no excuse."""
+        return typical(squared_distance(*self.stored, *self.measured, self.eps) - _NOISE * self.measurement_noise)
+
     def deployed_excess(self) -> float:
         """Return what of the distance from what the norm meets now is not chance, inherited errors included."""
         squared = squared_distance(*self.stored, *self.deployed, self.eps)
@@ -107,14 +115,16 @@ class LayerGap:
     def excess(self, without: Tensor | None = None) -> float:
         """Return what of the distance is neither chance nor the batch size: from what fits best, noise taken off.
 
+        A norm that fits what it meets as the model is has learnt to live with a fault before it: it is none itself.
+
         Args:
             without: channels that do not count, bool, (C,).
         """
         keep = slice(None) if without is None else ~without
         nearest = math.inf
-        for reference in (self.measured, self.training):
+        for reference in (self.measured, self.training, self.deployed):
             squared = squared_distance(*self.stored, *reference, self.eps)[keep]
-            nearest = min(nearest, typical(squared - _NOISE * self.noise[keep]))
+            nearest = min(nearest, typical((squared - _NOISE * self.noise[keep]).nan_to_num(nan=math.inf)))
         return nearest
 
     @property
@@ -175,8 +185,8 @@ class Gaps:
         training: the pass on batch statistics.
         settled: the pass on population statistics.
         population: those statistics.
-        threshold: a layer is off if its statistics are further off than this: 0.2 standard deviations; less where no
-            layer reaches that and many small gaps add up.
+        threshold: a layer is off if its statistics are further off than this: 0.2 standard deviations; down to 0.1
+            where the other layers fit that well; less where many small gaps add up to a large one.
     """
 
     layers: tuple[LayerGap, ...]
@@ -213,13 +223,15 @@ def measure(passes: Passes) -> Gaps:
 
 
 def _threshold(layers: tuple[LayerGap, ...]) -> float:
-    """Return the tolerance; less if no layer exceeds it and what each adds to the gap makes a large one at the end."""
-    own = [layer.excess() for layer in layers]
+    """Return the tolerance; less where the other layers fit well, and where many small gaps add up to a large one."""
+    own = sorted(layer.excess() for layer in layers)
     largest = max(own, default=0.0)
+    usual = own[(len(own) - 1) // 2] if own else 0.0
+    tolerance = min(TOLERANCE, max(_STRICT, 4 * usual)) if len(own) > 2 else TOLERANCE
     inherited = max((layer.deployed_excess() for layer in layers), default=0.0)
-    if largest <= TOLERANCE and inherited > _ADDED_UP and largest > 0:
+    if largest <= tolerance and inherited > _ADDED_UP and largest > 0:
         return largest / 2
-    return TOLERANCE
+    return tolerance
 
 
 def settle(passes: Passes, training: Pass) -> tuple[Pass, dict[Site, list[Statistics]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -117,9 +117,9 @@ class Meetings(OnBatch):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        names = [argument.name for argument in func._schema.arguments]
-        if "weight" in names and NormCall.of(func, args, kwargs or {}) is None and names.index("weight") < len(args):
-            weight = args[names.index("weight")]
+        place = _weight_place(func)
+        if place is not None and place < len(args):
+            weight = args[place]
             if isinstance(weight, Tensor) and weight.dim() > 1:
                 self._feeder = weight
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -150,6 +150,13 @@ class Meetings(OnBatch):
         if self._basis.default == "stored":
             return call.run()
         return super()._normalize(site, call, met, tally)
+
+
+@cache
+def _weight_place(func: Any) -> int | None:
+    """Return which argument of an operator is called its weight; that of a norm is no matrix."""
+    names = [argument.name for argument in func._schema.arguments]
+    return names.index("weight") if "weight" in names else None
 
 
 def _parts(x: Tensor, mask: Tensor | None, groups: int) -> list[Moments]:

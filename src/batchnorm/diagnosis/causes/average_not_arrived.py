@@ -43,6 +43,7 @@ class AverageNotArrived(Cause):
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all such layers."""
         found = {layer: text for layer in case.off if (text := _evidence(layer))}
+        found = {layer: _evidence(layer) for layer in case.everywhere(list(found)) if _evidence(layer)}
         if not found:
             return
         case.explained.update(names_of(found))

@@ -37,7 +37,7 @@ class AveragedWeights(Cause):
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all layers that are left."""
-        left = case.off
+        left = case.everywhere(case.off)
         if not left:
             return
         counters = [b for name, b in case.model.named_buffers() if name.rpartition(".")[2] == "n_averaged"]

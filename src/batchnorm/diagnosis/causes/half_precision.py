@@ -13,7 +13,7 @@ from batchnorm.diagnosis.gaps import LayerGap
 
 __all__ = ["HalfPrecision"]
 
-_HALF = (torch.float16, torch.bfloat16)
+_HALF = (torch.bfloat16, torch.float16)  # what fits into the first often fits into the second
 _FEWEST = 4
 """So many values that fit into half precision by chance: once in 2¹³ each."""
 
@@ -42,6 +42,8 @@ class HalfPrecision(Cause):
         found = {layer: dtype for layer in case.layers if (dtype := _half(layer)) is not None}
         if not found:
             return
+        # where others are rounded, a layer of so few channels that chance could do it is, too
+        found = {layer: dtype for layer in case.layers if (dtype := _half(layer, fewest=1)) is not None}
         wrong = [layer for layer in found if layer.off]
         case.explained.update(names_of(found))
         first, dtype = next(iter(found.items()))
@@ -66,14 +68,14 @@ class HalfPrecision(Cause):
         )
 
 
-def _half(layer: LayerGap) -> torch.dtype | None:
+def _half(layer: LayerGap, fewest: int = _FEWEST) -> torch.dtype | None:
     """Return the half-precision dtype that the statistics have, or whose values they hold."""
     dtype = layer.site.running_mean.dtype
     if dtype in _HALF:
         return dtype
     values = torch.cat(layer.stored)
     telling = values[torch.isfinite(values) & (values != 0) & (values != 1)]
-    if dtype != torch.float32 or is_initial(layer) or telling.numel() < _FEWEST:
+    if dtype != torch.float32 or is_initial(layer) or telling.numel() < fewest:
         return None
     return next((half for half in _HALF if torch.equal(telling.to(half).double(), telling)), None)
 

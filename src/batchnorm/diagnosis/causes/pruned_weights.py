@@ -35,8 +35,8 @@ class PrunedWeights(Cause):
         if not found:
             return
         # pruning one layer may be felt in another, whose weights are whole
-        everywhere = 2 * len(pruned) > len(case.layers)
-        found = case.off if everywhere else found
+        if 2 * len(pruned) > len(case.layers):
+            found = case.everywhere(case.off)
         case.explained.update(names_of(found))
         first = next(layer for layer in found if layer in pruned)
         evidence = (

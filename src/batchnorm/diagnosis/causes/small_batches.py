@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batchnorm.diagnosis.case import Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, names_of
-from batchnorm.diagnosis.distance import squared_distance, typical
+from batchnorm.diagnosis.distance import layer_distance
 from batchnorm.diagnosis.gaps import LayerGap
 from batchnorm.diagnosis.held import batch_size, split
 from batchnorm.diagnosis.meeting import Basis, Meeting
@@ -14,8 +14,8 @@ from batchnorm.statistics.sites import Site
 
 __all__ = ["SmallBatches"]
 
-_FEW = 16
-"""Values per channel in a batch: with fewer, each normalized value depends heavily on the others."""
+_FEW_VALUES, _FEW_SAMPLES = 8, 4
+"""With so few values per channel, or samples, in a batch each normalized value depends heavily on the others."""
 
 _TRIED = (2, 4, 8)
 _EXPLAINED = 0.5
@@ -25,10 +25,10 @@ class SmallBatches(Cause):
     """Training in batches so small that their statistics say little about the population.
 
     What it finds:
-        A gap in a model that is trained in batches which bring 16 values per channel or fewer to some norm: as
-        ``training_batches`` (or ``batches``) show, or as a trial with smaller batches does: the stored statistics fit
-        what the norms meet when all normalize by batches of 2, 4 or 8. In training a norm divides by the deviation of
-        these few values; each later norm meets, and stores, what that makes of them, and eval mode does something else.
+        A gap in a model that is trained in batches which bring 8 values per channel or fewer to some norm, or 4
+        samples: as ``training_batches`` (or ``batches``) show, or as a trial with smaller batches does: the stored
+        statistics fit what the norms meet when all normalize by batches of 2, 4 or 8. In training a norm divides by the
+        deviation of these few values; each later norm meets, and stores, what that makes of them, and eval mode does something else.
         The stored statistics are noisy, too: an average over 19 batches of two is one of 38 samples.
 
     Evidence:
@@ -43,15 +43,21 @@ class SmallBatches(Cause):
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all layers whose stored statistics are not the population's."""
-        apart = [layer for layer in case.layers if layer.name not in case.explained and _apart(case, layer)]
+        apart = [
+            layer for layer in case.layers if layer.name not in case.explained and layer.apart > case.gaps.threshold
+        ]
         if not apart:
             return
         source = case.at_home or case.gaps
-        few = [layer for layer in source.layers if layer.fewest <= _FEW]
+        few = [
+            layer
+            for layer in source.layers
+            if _values(layer) <= _FEW_VALUES or layer.samples <= _FEW_SAMPLES * layer.calls
+        ]
         if few and (case.at_home is not None or not case.off):
-            layer = min(few, key=lambda one: one.fewest)
+            layer = min(few, key=_values)
             size = round(layer.samples / layer.calls)
-            evidence = f"Batches of {size} bring {layer.fewest} values per channel to {layer.name}"
+            evidence = f"Batches of {size} bring {_values(layer):.3g} values per channel to {layer.name}"
         else:
             fitting = _fitting(case)
             if fitting is None:
@@ -66,10 +72,9 @@ class SmallBatches(Cause):
         yield Suspicion(names_of(apart), evidence, case.recalibrate(apart), case.corrected(apart))
 
 
-def _apart(case: Case, layer: LayerGap) -> bool:
-    """Return whether the stored statistics are not the population's, whatever the reason."""
-    squared = squared_distance(*layer.stored, *layer.measured, layer.eps)
-    return typical(squared - 3 * layer.measurement_noise) > case.gaps.threshold
+def _values(layer: LayerGap) -> float:
+    """Return how many values per channel a call brings; a last, smaller batch hardly counts."""
+    return float(layer.meeting.estimator.pooled.count.min()) / layer.calls
 
 
 def _fitting(case: Case) -> int | None:
@@ -90,4 +95,4 @@ def _fitting(case: Case) -> int | None:
 
 def _left(layer: LayerGap, met: dict[Site, Meeting]) -> float:
     mean, variance = (s.cpu() for s in met[layer.site].statistics)
-    return typical(squared_distance(*layer.stored, mean, variance, layer.eps)) ** 2
+    return layer_distance(layer.stored, (mean, variance), layer.eps) ** 2

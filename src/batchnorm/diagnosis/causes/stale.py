@@ -29,7 +29,7 @@ class Stale(Cause):
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all layers that are left."""
-        left = case.off
+        left = case.everywhere(case.off)
         if not left:
             return
         case.explained.update(names_of(left))
