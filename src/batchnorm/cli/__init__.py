@@ -1,4 +1,4 @@
-"""The command line: ``batchnorm demo | recalibrate | fold | check | watch | info``."""
+"""The command line: ``batchnorm demo | diagnose | recalibrate | fold | check | watch | info``."""
 
 from __future__ import annotations
 

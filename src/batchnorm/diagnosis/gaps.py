@@ -54,6 +54,7 @@ class LayerGap:
         calls: how often it was called on them.
         samples: how many samples that were.
         fewest: the smallest number of values per channel in one call.
+        recalibrated_distance: how far what it meets is from what it normalizes by once all norms are recalibrated.
         errors: standard errors of the measured mean and variance.
         noise: expected squared distance of the stored statistics from the measured ones by chance, (C,).
         off: whether the stored statistics are not those of what the norm meets, by a fault of its own.
@@ -71,6 +72,7 @@ class LayerGap:
     calls: int
     samples: int
     fewest: int
+    recalibrated_distance: float
     errors: tuple[Tensor, Tensor]
     noise: Tensor
     off: bool
@@ -137,6 +139,11 @@ class LayerGap:
         return min(ratios, key=lambda ratio: float(ratio.var(correction=0)))
 
     @property
+    def relative_error(self) -> float:
+        """Expected distance of the measured statistics from the population's by chance, typical channel."""
+        return typical(self.measurement_noise)
+
+    @property
     def measurement_noise(self) -> Tensor:
         """Expected squared distance of the measured statistics from the population's by chance, (C,)."""
         variance = self.measured[1] + self.eps
@@ -162,6 +169,7 @@ class LayerGap:
             "num_batches_tracked": self.num_batches_tracked,
             "distance": finite_or_none(self.distance),
             "deployed_distance": finite_or_none(self.deployed_distance),
+            "recalibrated_distance": finite_or_none(self.recalibrated_distance),
             "beyond_noise": finite_or_none(self.excess()),
             "mean_shift": _plain(self.mean_shift),
             "variance_ratio": _plain(self.variance_ratio),
@@ -212,9 +220,9 @@ def measure(passes: Passes) -> Gaps:
     deployed = passes.run(Basis("stored"), tolerant=True)
     _set_eval(model)
     training = passes.run(Basis("batch"))
-    settled, population = settle(passes, training)
+    settled, population, changes = settle(passes, training)
     layers = tuple(
-        _layer(site, meeting, population[site][0], deployed, training, _size(meeting))
+        _layer(site, meeting, population[site][0], deployed, training, changes[site])
         for site, meeting in settled.meetings.items()
     )
     threshold = _threshold(layers)
@@ -234,19 +242,17 @@ def _threshold(layers: tuple[LayerGap, ...]) -> float:
     return tolerance
 
 
-def settle(passes: Passes, training: Pass) -> tuple[Pass, dict[Site, list[Statistics]]]:
-    """Return the pass in which every norm normalizes by its population statistics, and those."""
+def settle(passes: Passes, training: Pass) -> tuple[Pass, dict[Site, list[Statistics]], dict[Site, float]]:
+    """Return the pass in which every norm normalizes by its population statistics, those, and their last change."""
     population = {site: [_known(site, meeting)] for site, meeting in training.meetings.items()}
     for _ in range(_MOST_PASSES):
         settled = passes.run(Basis("batch", population))
         news = {site: [_known(site, meeting)] for site, meeting in settled.meetings.items()}
-        change = max(
-            (layer_distance(news[s][0], population[s][0], m.eps) for s, m in settled.meetings.items()), default=0.0
-        )
+        changes = {s: layer_distance(news[s][0], population[s][0], m.eps) for s, m in settled.meetings.items()}
         population |= news
-        if change < _SETTLED:
+        if max(changes.values(), default=0.0) < _SETTLED:
             break
-    return settled, population
+    return settled, population, changes
 
 
 def _known(site: Site, meeting: Meeting) -> Statistics:
@@ -271,14 +277,14 @@ def _size(meeting: Meeting) -> float:
 
 
 def _layer(
-    site: Site, meeting: Meeting, measured: Statistics, deployed: Pass, training: Pass, batch_size: float
+    site: Site, meeting: Meeting, measured: Statistics, deployed: Pass, training: Pass, change: float
 ) -> LayerGap:
     momentum = getattr(site.owner, "momentum", None)
     counter = getattr(site.owner, BATCHES, None)
     tracked = int(counter) if isinstance(counter, Tensor) else None
     errors = tuple(e.cpu() for e in meeting.spread.standard_errors())
     variance = measured[1].cpu()
-    noise = _noise(errors, variance, meeting, batch_size, _averaged(momentum, tracked))
+    noise = _noise(errors, variance, meeting, _size(meeting), _averaged(momentum, tracked))
     nothing = torch.full_like(variance, torch.nan)
     met = deployed.meetings.get(site)
     return LayerGap(
@@ -294,6 +300,7 @@ def _layer(
         calls=meeting.calls,
         samples=meeting.samples,
         fewest=meeting.fewest,
+        recalibrated_distance=change,
         errors=(errors[0], errors[1]),
         noise=noise,
         off=False,

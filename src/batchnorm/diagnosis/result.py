@@ -9,8 +9,8 @@ from typing import Any
 from batchnorm.diagnosis.case import Severity
 from batchnorm.diagnosis.gaps import LayerGap
 from batchnorm.diagnosis.trial import Gain
-from batchnorm.report import Document, Facts, Paragraph, Plot, Result, Section, Series, Table
-from batchnorm.report.document import Block
+from batchnorm.report import Document, Facts, HeatMap, Plot, Result, Section, Series, Table
+from batchnorm.report.document import Block, Tone
 from batchnorm.report.result import finite_or_none
 from batchnorm.statistics.sites import Left
 
@@ -121,57 +121,118 @@ class DiagnoseResult(Result):
         }
 
     def document(self) -> Document:
-        """Return the findings, and the gap of each layer."""
+        """Return the findings, the metric on three bases, and the gap of every layer and channel."""
         sections = [Section("Findings", self._findings())] if self.findings else []
-        sections.append(Section("Layers, in order of execution", self._layers()))
+        if self.metrics is not None:
+            sections.append(Section("The metric", [self._facts(self.metrics)]))
+        if self.layers:
+            sections.append(Section("Layers, in order of execution", [self._plot(), self._table()]))
+            sections.append(Section("Layer by channel", self._heat_maps()))
+        if self.left:
+            table = Table(("layer", "reason"), [(left.name, left.reason) for left in self.left])
+            sections.append(Section("Not measured", [table]))
         return Document("Diagnose", self._summary(), sections, "good" if self.healthy else "bad")
 
     def _summary(self) -> str:
-        seen = f"{len(self.layers)} norm{'s' * (len(self.layers) != 1)} on {self.samples} samples"
+        seen = f"{_count(len(self.layers), 'norm')} on {_count(self.samples, 'sample')}"
         if self.healthy:
-            return f"Nothing found: {seen}, each meets what it has stored."
+            return f"Nothing found: {seen}; each norm meets what it has stored."
         first = self.findings[0]
-        more = f", and {len(self.findings) - 1} more" if len(self.findings) > 1 else ""
-        return f"{first.layer or 'the model'}: {first.cause}{more} ({seen})."
+        more = f" First of {len(self.findings)} findings." if len(self.findings) > 1 else ""
+        return f"{_shown(first.layer)}: {first.cause} ({first.severity}).{more} {seen}."
 
     def _findings(self) -> list[Block]:
         rows = [
-            (i, f.layer or "(the model)", f.cause, f.severity, f.evidence, str(f.gain) if f.gain else None)
-            for i, f in enumerate(self.findings, 1)
+            (i, _shown(f.layer), len(f.layers), f.cause, f.severity, f.evidence) for i, f in enumerate(self.findings, 1)
         ]
-        blocks: list[Block] = [Table(("", "layer", "cause", "severity", "evidence", "trial of the cure"), rows)]
-        blocks += [Paragraph(f"{i}: {f.cure}") for i, f in enumerate(self.findings, 1)]
-        return blocks
+        cures = [(i, f.cure, None if f.gain is None else str(f.gain)) for i, f in enumerate(self.findings, 1)]
+        tones: dict[int, Tone] = {i: "bad" for i, f in enumerate(self.findings) if f.severity != "doubtful"}
+        return [
+            Table(("", "first layer", "layers", "cause", "severity", "evidence"), rows, tones=tones),
+            Table(
+                ("", "cure", "trial of it"),
+                cures,
+                caption="A trial runs the model as the cure would leave it; nothing is written. Gap: mean over the "
+                "norms of the distance between what they normalize by and what they meet, in standard deviations.",
+            ),
+        ]
 
-    def _layers(self) -> list[Block]:
+    def _facts(self, metrics: Metrics) -> Facts:
+        return Facts(
+            [
+                ("on batch statistics, as in training", metrics.training),
+                ("in eval mode, as it is", metrics.eval),
+                ("after a trial recalibration, undone", metrics.recalibrated),
+            ]
+        )
+
+    def _plot(self) -> Plot:
+        names = [_shown(layer.name) for layer in self.layers]
+        series = {
+            "in eval mode": [layer.deployed_distance for layer in self.layers],
+            "its own": [layer.distance for layer in self.layers],
+            "after a trial recalibration": [layer.recalibrated_distance for layer in self.layers],
+        }
+        return Plot(
+            "How far each norm is from what it meets",
+            "norm",
+            "standard deviations",
+            [Series(name, names, [min(v, _MOST) if v == v else _MOST for v in y], "bar") for name, y in series.items()],
+            caption="In eval mode a layer inherits the errors of those before it; its own gap is measured with those "
+            f"before it put right. Gaps beyond {_MOST:g}, and statistics that are not finite, are shown as {_MOST:g}.",
+        )
+
+    def _table(self) -> Table:
         rows = [
-            (layer.name or "(the model)", layer.off, layer.distance, layer.deployed_distance, layer.batches)
+            (
+                _shown(layer.name),
+                layer.distance,
+                layer.deployed_distance,
+                float(layer.mean_shift.abs().max()),
+                float(layer.variance_ratio.min()),
+                float(layer.variance_ratio.max()),
+                float(layer.kl.mean()),
+                layer.relative_error,
+                layer.batches,
+                layer.calls,
+            )
             for layer in self.layers
         ]
-        blocks: list[Block] = [Table(("layer", "off", "own gap", "gap in eval mode", "batches"), rows)]
-        if self.metrics is not None:
-            blocks.insert(
-                0,
-                Facts(
-                    [
-                        ("on batch statistics", self.metrics.training),
-                        ("in eval mode", self.metrics.eval),
-                        ("after a trial recalibration", self.metrics.recalibrated),
-                    ]
-                ),
-            )
-        names = [layer.name for layer in self.layers]
-        blocks.append(
-            Plot(
-                "Gap",
-                "norm",
-                "standard deviations",
-                [
-                    Series("its own", names, [layer.distance for layer in self.layers], "bar"),
-                ],
-            )
+        columns = (
+            "layer", "own gap", "gap in eval mode", "largest mean shift (σ)", "smallest variance ratio",
+            "largest variance ratio", "mean KL", "standard error (σ)", "batches", "calls",
+        )  # fmt: skip
+        return Table(
+            columns,
+            rows,
+            caption="Gaps in standard deviations of the typical channel. Mean shift, variance ratio and KL (nats) of "
+            "the measured statistics from the stored ones, every earlier norm put right. Coloured: a fault of its own.",
+            tones={i: "bad" for i, layer in enumerate(self.layers) if layer.off},
         )
-        return blocks
+
+    def _heat_maps(self) -> list[Block]:
+        tones: dict[int, Tone] = {i: "bad" for i, layer in enumerate(self.layers) if layer.off}
+        shifts = [(_shown(layer.name), layer.mean_shift.tolist()) for layer in self.layers]
+        ratios = [(_shown(layer.name), layer.variance_ratio.log2().tolist()) for layer in self.layers]
+        return [
+            HeatMap("Mean shift of each channel", shifts, 1.0, "σ", _WIDE, tones),
+            HeatMap("Variance ratio of each channel, as a power of two", ratios, 2.0, "", _WIDE, tones),
+        ]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self._summary()}>"
+
+
+_MOST = 3.0
+_WIDE = (
+    "One row a layer, in order of execution; its channels from left to right, over the whole width. Of many channels "
+    "the strongest of neighbours is shown. Purple, or an exclamation mark: not finite."
+)
+
+
+def _shown(name: str) -> str:
+    return name or "(the model)"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"

@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 
 __all__ = ["shades", "strip", "strongest"]
 
@@ -26,7 +27,7 @@ def strongest(values: Sequence[float], most: int) -> list[float]:
     if len(values) <= most:
         return list(values)
     edges = [i * len(values) // most for i in range(most + 1)]
-    return [max(values[a:b], key=_strength) for a, b in zip(edges, edges[1:], strict=False)]
+    return [max(values[a:b], key=_strength) for a, b in pairwise(edges)]
 
 
 def _strength(value: float) -> float:

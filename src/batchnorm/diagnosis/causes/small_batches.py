@@ -28,8 +28,8 @@ class SmallBatches(Cause):
         A gap in a model that is trained in batches which bring 8 values per channel or fewer to some norm, or 4
         samples: as ``training_batches`` (or ``batches``) show, or as a trial with smaller batches does: the stored
         statistics fit what the norms meet when all normalize by batches of 2, 4 or 8. In training a norm divides by the
-        deviation of these few values; each later norm meets, and stores, what that makes of them, and eval mode does something else.
-        The stored statistics are noisy, too: an average over 19 batches of two is one of 38 samples.
+        deviation of these few values; each later norm meets, and stores, what that makes of them, and eval mode does
+        something else. The stored statistics are noisy, too: an average over 19 batches of two is one of 38 samples.
 
     Evidence:
         The values per channel, and the gap of the stored statistics from the population's.
