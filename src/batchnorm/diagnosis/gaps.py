@@ -29,7 +29,9 @@ _STRICT = 0.1
 _ADDED_UP = 0.5
 """A norm that meets, as the model is, what is so far from its statistics is hurt, whoever is to blame."""
 
-_SETTLED = 0.02
+_SETTLED, _WILD = 0.02, 0.5
+"""Statistics have settled when they change by less than the first; more than the second is no small error any more."""
+
 _MOST_PASSES = 6
 _NOISE = 3.0  # so many times the expected squared noise is no gap
 
@@ -243,16 +245,35 @@ def _threshold(layers: tuple[LayerGap, ...]) -> float:
 
 
 def settle(passes: Passes, training: Pass) -> tuple[Pass, dict[Site, list[Statistics]], dict[Site, float]]:
-    """Return the pass in which every norm normalizes by its population statistics, those, and their last change."""
+    """Return the pass in which every norm normalizes by its population statistics, those, and their last change.
+
+    In a very deep network without shortcuts a small error in an early norm may grow from norm to norm, until values
+    overflow. So the norms behind the first one whose statistics changed much go on normalizing by the batch, which
+    keeps them in bounds, until those before it are right.
+    """
     population = {site: [_known(site, meeting)] for site, meeting in training.meetings.items()}
+    order = list(population)
+    trusted = order
     for _ in range(_MOST_PASSES):
-        settled = passes.run(Basis("batch", population))
-        news = {site: [_known(site, meeting)] for site, meeting in settled.meetings.items()}
-        changes = {s: layer_distance(news[s][0], population[s][0], m.eps) for s, m in settled.meetings.items()}
-        population |= news
+        settled = passes.run(Basis("batch", {site: population[site] for site in trusted}), tolerant=True)
+        changes = {site: _change(population[site][0], meeting) for site, meeting in settled.meetings.items()}
+        wild = next((i for i, site in enumerate(order) if not changes.get(site, 0.0) < _WILD), len(order))
+        trusted = order[: wild + 1]
+        for site in trusted:
+            if site in changes and changes[site] < math.inf:
+                population[site] = [_known(site, settled.meetings[site])]
         if max(changes.values(), default=0.0) < _SETTLED:
             break
-    return settled, population, changes
+    meetings = {site: m if _is_finite(m) else training.meetings[site] for site, m in settled.meetings.items()}
+    return Pass(meetings, settled.metric), population, changes
+
+
+def _change(before: Statistics, meeting: Meeting) -> float:
+    return layer_distance(before, meeting.statistics, meeting.eps) if _is_finite(meeting) else math.inf
+
+
+def _is_finite(meeting: Meeting) -> bool:
+    return bool(meeting.estimator.pooled.isfinite().all())
 
 
 def _known(site: Site, meeting: Meeting) -> Statistics:

@@ -189,18 +189,15 @@ class DiagnoseResult(Result):
                 layer.distance,
                 layer.deployed_distance,
                 float(layer.mean_shift.abs().max()),
-                float(layer.variance_ratio.min()),
-                float(layer.variance_ratio.max()),
+                f"{float(layer.variance_ratio.min()):.3g} – {float(layer.variance_ratio.max()):.3g}",
                 float(layer.kl.mean()),
                 layer.relative_error,
-                layer.batches,
-                layer.calls,
             )
             for layer in self.layers
         ]
         columns = (
-            "layer", "own gap", "gap in eval mode", "largest mean shift (σ)", "smallest variance ratio",
-            "largest variance ratio", "mean KL", "standard error (σ)", "batches", "calls",
+            "layer", "own gap", "gap in eval mode", "largest mean shift (σ)", "variance ratio", "mean KL",
+            "standard error (σ)",
         )  # fmt: skip
         return Table(
             columns,

@@ -16,8 +16,9 @@ from batchnorm.diagnosis.meeting import Statistics
 __all__ = ["AverageNotArrived"]
 
 _ARRIVED = 0.99
-_FITS, _FITS_AGAINST = 0.4, 0.1
-"""The fit has to leave less than this share of the distance; the second where momentum and count speak against it."""
+_FITS, _FITS_WITH, _FITS_AGAINST = 0.4, 0.6, 0.1
+"""The fit has to leave less than this share of the distance: more where momentum and count support it, less where they
+speak against it."""
 
 
 class AverageNotArrived(Cause):
@@ -28,8 +29,8 @@ class AverageNotArrived(Cause):
 
         .. math:: (1 - \alpha) \cdot \text{initial} + \alpha \cdot \text{population} \qquad \alpha = 1 - (1 - m)^t
 
-        with the initial mean 0 and variance 1. A norm with a gap is one of these if its momentum and count give an α
-        below 0.99, or if a common α below 0.9 explains means and variances of all its channels.
+        with the initial mean 0 and variance 1. A norm with a gap is one of these if one α below 0.9 explains means and
+        variances of all its channels; it need not do so as well where momentum and count give an α below 0.99.
 
     Evidence:
         α by momentum and count, and α fitted to the channels.
@@ -58,7 +59,9 @@ def _evidence(layer: LayerGap) -> str:
     fitted, left = _fit(layer.stored, layer.measured, layer.eps)
     known = expected is not None and expected >= _ARRIVED
     fits = 0 < fitted < 0.9 and left < (_FITS_AGAINST if known else _FITS)
-    if not (fits or (expected is not None and expected < _ARRIVED)):
+    # recalibration counts few batches and needs no more: the count alone says nothing
+    supported = expected is not None and expected < _ARRIVED and fitted < _ARRIVED and left < _FITS_WITH
+    if not (fits or supported):
         return ""
     text = ""
     if expected is not None:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from batchnorm.diagnosis.case import Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, module_line, names_of
+from batchnorm.diagnosis.distance import squared_distance, typical
 from batchnorm.diagnosis.gaps import LayerGap
-from batchnorm.diagnosis.meeting import Basis
-from batchnorm.diagnosis.trial import outstanding
+from batchnorm.diagnosis.meeting import Basis, Statistics
+from batchnorm.diagnosis.passes import Pass
 from batchnorm.errors import NonFiniteError
 from batchnorm.statistics.sites import Site
 
@@ -17,6 +18,7 @@ __all__ = ["EpsMismatch"]
 _USUAL = (1e-3, 1e-5, 1e-4, 1e-2, 1e-6, 1e-1)
 _FELT = 0.03
 _COLLAPSED = 0.4
+_HURT = 0.1
 _NEAREST = 4
 """So many norms before the first gap are tried one by one."""
 
@@ -41,10 +43,12 @@ class EpsMismatch(Cause):
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion, at the first norm whose ε is wrong."""
         left = case.off
-        if not left or left[0] is case.layers[0]:
+        # the first norm depends on no ε; what the others meet need not be far off each for all to be hurt
+        hurt = left or [layer for layer in case.layers if layer.deployed_excess() > _HURT]
+        if not hurt or hurt[0] is case.layers[0]:
             return
-        before = case.layers[: case.layers.index(left[0])]
-        now = outstanding(case.gaps.deployed, Basis("stored"))
+        before = case.layers[: case.layers.index(hurt[0])]
+        now = _gap(case, case.gaps.deployed)
         best: tuple[float, Sequence[LayerGap], float] | None = None
         for layers in [case.layers, *([layer] for layer in before[: -_NEAREST - 1 : -1])]:
             for eps in _USUAL:
@@ -82,9 +86,23 @@ def _felt(layer: LayerGap, eps: float) -> bool:
     return float((0.5 * ((variance + eps) / (variance + layer.eps)).log()).abs().nan_to_num(0.0).mean()) > _FELT
 
 
+def _gap(case: Case, done: Pass) -> float:
+    """Return the mean over the norms of the distance between stored statistics and what is met, beyond chance."""
+    distances = [
+        typical(squared_distance(*layer.stored, *_met(done, layer), layer.eps) - 3 * layer.noise)
+        for layer in case.layers
+    ]
+    return sum(distances) / len(distances)
+
+
+def _met(done: Pass, layer: LayerGap) -> Statistics:
+    mean, variance = done.meetings[layer.site].statistics
+    return mean.cpu(), variance.cpu()
+
+
 def _try(case: Case, layers: Sequence[LayerGap], eps: float) -> float:
     basis = Basis("stored", eps=_eps(layers, eps))
     try:
-        return outstanding(case.passes.run(basis), Basis("stored"))
+        return _gap(case, case.passes.run(basis))
     except NonFiniteError:
         return float("inf")

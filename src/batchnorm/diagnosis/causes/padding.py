@@ -85,8 +85,10 @@ class Padding(Cause):
             return False
         if mixture.met > 2 * _SHARE:
             return True
+        if case.at_home is not None:
+            return next((layer.off for layer in case.at_home.layers if layer.name == first.name), True)
         change = explain(case.passes, first)
-        return change is None or mixture.left < 0.7 * change.left
+        return change is None or mixture.left < change.left
 
 
 def _mixture(passes: Passes, layer: LayerGap) -> _Mixture | None:
