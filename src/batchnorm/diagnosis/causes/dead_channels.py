@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from batchnorm.diagnosis.case import Case, Suspicion
+from batchnorm.diagnosis.case import Case, Severity, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, listing, module_line, names_of
 from batchnorm.diagnosis.gaps import LayerGap
 
@@ -51,24 +51,29 @@ class DeadChannels(Cause):
             dead = gamma | constant
             if float(dead.double().mean()) > _LEAST:
                 found.append((layer, dead))
-                if not layer.excess(dead) > case.gaps.threshold:
+                if seen_gamma or not layer.excess(dead) > case.gaps.threshold:
                     case.explained.add(layer.name)
             seen_gamma |= bool(gamma.any())
         if not found:
             return
         first, dead = found[0]
+        # a γ that was set to zero after training changes what the norms behind it meet
+        hurt = [layer for layer in case.off if seen_gamma and case.layers.index(layer) > case.layers.index(first)]
+        case.explained.update(names_of(hurt))
         channels = dead.nonzero().flatten().tolist()
         by_gamma = bool(_small_gamma(first)[dead].any())
         values = first.meeting.weight if by_gamma else first.measured[1]
         assert values is not None
         largest = float(values.detach().cpu().double().abs()[dead].max())
         more = f"; {len(found) - 1} more norms have some" if len(found) > 1 else ""
+        more += f"; {len(hurt)} norms behind it have a gap" if hurt else ""
         evidence = (
             f"{len(channels)} of {dead.numel()} channels ({listing(channels)}) have "
             f"{'|γ|' if by_gamma else 'a variance'} of at most {largest:.2g}{more}."
         )
         cure = f"{module_line(first.name)}.weight.data[{channels!r}] = 1.0  # then train on, without weight decay on γ"
-        yield Suspicion(names_of(layer for layer, _ in found), evidence, cure)
+        severity: Severity | None = "wrong" if hurt else None
+        yield Suspicion(names_of(layer for layer, _ in found), evidence, cure, severity=severity)
 
 
 def _small_gamma(layer: LayerGap) -> Tensor:

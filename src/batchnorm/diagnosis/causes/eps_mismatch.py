@@ -44,14 +44,17 @@ class EpsMismatch(Cause):
         """Yield one suspicion, at the first norm whose ε is wrong."""
         left = case.off
         # the first norm depends on no ε; what the others meet need not be far off each for all to be hurt
-        hurt = left or [layer for layer in case.layers if layer.deployed_excess() > _HURT]
+        hurt = left
+        if not case.explained and not left:
+            hurt = [layer for layer in case.layers if layer.deployed_excess() > _HURT]
         if not hurt or hurt[0] is case.layers[0]:
             return
         before = case.layers[: case.layers.index(hurt[0])]
         now = _gap(case, case.gaps.deployed)
-        best: tuple[float, Sequence[LayerGap], float] | None = None
-        for layers in [case.layers, *([layer] for layer in before[: -_NEAREST - 1 : -1])]:
+        best: tuple[float, list[LayerGap], float] | None = None
+        for candidates in [case.layers, *([layer] for layer in before[: -_NEAREST - 1 : -1])]:
             for eps in _USUAL:
+                layers = [layer for layer in candidates if layer.eps != eps]
                 if not any(_felt(layer, eps) for layer in layers if layer in before):
                     continue
                 after = _try(case, layers, eps)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from batchnorm.diagnosis.case import Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, names_of
 from batchnorm.diagnosis.distance import layer_distance
 from batchnorm.diagnosis.gaps import LayerGap
-from batchnorm.diagnosis.held import float_inputs, with_input
+from batchnorm.diagnosis.held import batch_size, float_inputs, with_input
 from batchnorm.diagnosis.meeting import Statistics
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.diagnosis.stem import explain, first_inputs
@@ -22,7 +24,6 @@ __all__ = ["Padding"]
 
 _SHARE = 0.05
 _EXPLAINED = 0.4
-_CONSTANT = 1e-8
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ class Padding(Cause):
         if not left or left[0] is not case.layers[0]:
             return
         first = left[0]
-        if bool((first.measured[1] <= _CONSTANT * (first.stored[1] + first.eps)).double().mean() > 0.5):
+        if all(map(_is_constant, case.passes.batches)):
             evidence = (
-                f"What it meets does not vary: the largest variance is {float(first.measured[1].max()):.2g}, "
-                f"{float(first.stored[1].max()):.2g} stored. The batches are constant."
+                f"All samples of a batch are the same; the largest variance met is "
+                f"{float(first.measured[1].max()):.2g}, the largest stored {float(first.stored[1].max()):.2g}."
             )
         else:
             mixture = _mixture(case.passes, first)
@@ -89,6 +90,14 @@ class Padding(Cause):
             return next((layer.off for layer in case.at_home.layers if layer.name == first.name), True)
         change = explain(case.passes, first)
         return change is None or mixture.left < change.left
+
+
+def _is_constant(batch: Any) -> bool:
+    """Return whether all samples of a batch are the same."""
+    if not float_inputs(batch) or batch_size(batch) < 2:
+        return False
+    first = next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return torch.equal(first, first[:1].expand_as(first))
 
 
 def _mixture(passes: Passes, layer: LayerGap) -> _Mixture | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Any
 
 from batchnorm.diagnosis.case import Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, names_of
@@ -46,7 +48,10 @@ class SmallBatches(Cause):
         apart = [
             layer for layer in case.layers if layer.name not in case.explained and layer.apart > case.gaps.threshold
         ]
+        trained_on_few = case.home is not None and _typical_size(case.home) <= _FEW_SAMPLES
         if not apart:
+            if trained_on_few and not case.explained:
+                yield self._harmless(case)
             return
         source = case.at_home or case.gaps
         few = [
@@ -70,6 +75,23 @@ class SmallBatches(Cause):
             f"variance ratio {float(first.variance_ratio.median()):.2g}."
         )
         yield Suspicion(names_of(apart), evidence, case.recalibrate(apart), case.corrected(apart))
+
+    def _harmless(self, case: Case) -> Suspicion:
+        """Return the finding that the batches of training are small, though no gap has come of it."""
+        assert case.home is not None
+        assert case.at_home is not None
+        layer = min(case.at_home.layers, key=_values)
+        evidence = (
+            f"Training batches of {_typical_size(case.home):g} bring {_values(layer):.3g} values per channel to "
+            f"{layer.name}; the largest gap that came of it is {max(one.apart for one in case.layers):.2g} standard "
+            "deviations."
+        )
+        names = names_of(case.layers)
+        return Suspicion(names, evidence, case.recalibrate(case.layers), case.corrected(case.layers), "doubtful")
+
+
+def _typical_size(batches: Sequence[Any]) -> float:
+    return float(median(map(batch_size, batches)))
 
 
 def _values(layer: LayerGap) -> float:
