@@ -80,6 +80,11 @@ class Case:
         """What the norms meet on the training batches; measured when first asked for, None if there are none."""
         return None if self.home is None else measure(self.passes.over(self.home))
 
+    def fits_home(self, layer: LayerGap) -> bool:
+        """Return whether the statistics fit the training batches: then the data changed, not the model."""
+        home = () if self.at_home is None else self.at_home.layers
+        return any(one.name == layer.name and not one.off for one in home)
+
     def everywhere(self, found: Sequence[LayerGap]) -> list[LayerGap]:
         """Return the layers that have a fault of the whole model: if most have a gap, those whose gap is small too."""
         if 2 * len(found) <= len(self.layers):

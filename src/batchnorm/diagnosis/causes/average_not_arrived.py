@@ -15,7 +15,7 @@ from batchnorm.diagnosis.meeting import Statistics
 
 __all__ = ["AverageNotArrived"]
 
-_ARRIVED = 0.99
+_ARRIVED, _NEAR = 0.99, 0.3
 _FITS, _FITS_WITH, _FITS_AGAINST = 0.4, 0.6, 0.1
 """The fit has to leave less than this share of the distance: more where momentum and count support it, less where they
 speak against it."""
@@ -44,6 +44,8 @@ class AverageNotArrived(Cause):
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all such layers."""
         found = {layer: text for layer in case.off if (text := _evidence(layer))}
+        if found and case.fits_home(next(iter(found))):
+            return
         found = {layer: _evidence(layer) for layer in case.everywhere(list(found)) if _evidence(layer)}
         if not found:
             return
@@ -60,7 +62,7 @@ def _evidence(layer: LayerGap) -> str:
     known = expected is not None and expected >= _ARRIVED
     fits = 0 < fitted < 0.9 and left < (_FITS_AGAINST if known else _FITS)
     # recalibration counts few batches and needs no more: the count alone says nothing
-    supported = expected is not None and expected < _ARRIVED and fitted < _ARRIVED and left < _FITS_WITH
+    supported = expected is not None and expected < _ARRIVED and abs(fitted - expected) < _NEAR and left < _FITS_WITH
     if not (fits or supported):
         return ""
     text = ""

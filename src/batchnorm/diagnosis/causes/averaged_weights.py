@@ -42,7 +42,7 @@ class AveragedWeights(Cause):
             return
         counters = [b for name, b in case.model.named_buffers() if name.rpartition(".")[2] == "n_averaged"]
         shrunk, median = _shrunk(case.layers)
-        if (not counters and not shrunk) or _fits_home(case, left[0]):
+        if (not counters and not shrunk) or case.fits_home(left[0]):
             return
         case.explained.update(names_of(left))
         averaged = f"n_averaged is {int(counters[0])}; " if counters else ""
@@ -51,13 +51,6 @@ class AveragedWeights(Cause):
             f"{sum(bool(_log_ratio(layer).median() < 0) for layer in case.layers)} of {len(case.layers)} norms."
         )
         yield Suspicion(names_of(left), evidence, case.recalibrate(left), case.corrected(left))
-
-
-def _fits_home(case: Case, first: LayerGap) -> bool:
-    """Return whether the stored statistics fit the training batches: then the data changed, not the weights."""
-    if case.at_home is None:
-        return False
-    return any(layer.name == first.name and not layer.off for layer in case.at_home.layers)
 
 
 def _log_ratio(layer: LayerGap) -> Tensor:

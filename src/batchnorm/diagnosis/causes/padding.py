@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = ["Padding"]
 
 _SHARE = 0.05
 _EXPLAINED = 0.4
+_SOME = 8
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Padding(Cause):
             return False
         if mixture.met > 2 * _SHARE:
             return True
+        if case.home is not None and _share(case.passes, case.home, first) > mixture.met + _SHARE:
+            return True
         if case.at_home is not None:
             return next((layer.off for layer in case.at_home.layers if layer.name == first.name), True)
         change = explain(case.passes, first)
@@ -105,14 +108,25 @@ def _mixture(passes: Passes, layer: LayerGap) -> _Mixture | None:
     inputs = first_inputs(passes, passes.batches, layer)
     if not inputs:
         return None
-    rows = torch.cat([x.detach().movedim(1, -1).reshape(-1, x.shape[1]) for x in inputs]).cpu()
+    rows = _rows(inputs)
     candidates = [_most_frequent(rows)]
     if float_inputs(passes.batches[0]):
         zeros = first_inputs(passes, [with_input(passes.batches[0], torch.zeros_like)], layer)
         if zeros:
-            candidates.append((zeros[0].detach().movedim(1, -1).reshape(-1, rows.shape[1]).cpu().double().mean(0), 0.0))
+            candidates.append((_rows(zeros[:1]).double().mean(0), 0.0))
     fits = [fit for constant, met in candidates if (fit := _fit(layer, rows, constant, met)) is not None]
     return min(fits, key=lambda fit: fit.left, default=None)
+
+
+def _share(passes: Passes, batches: Sequence[Any], layer: LayerGap) -> float:
+    """Return the share of the vector that is found most often in what the norm meets on some batches."""
+    inputs = first_inputs(passes, batches[:_SOME], layer)
+    return _most_frequent(_rows(inputs))[1] if inputs else 0.0
+
+
+def _rows(inputs: Sequence[Tensor]) -> Tensor:
+    """Return the vectors of all samples and positions, one a row."""
+    return torch.cat([x.detach().movedim(1, -1).reshape(-1, x.shape[1]) for x in inputs]).cpu()
 
 
 def _most_frequent(rows: Tensor) -> tuple[Tensor, float]:
