@@ -46,7 +46,7 @@ class EpsMismatch(Cause):
         # the first norm depends on no ε; what the others meet need not be far off each for all to be hurt
         hurt = left
         if not case.explained and not left:
-            hurt = [layer for layer in case.layers if layer.deployed_excess() > _HURT]
+            hurt = [layer for layer in case.layers if _distance(layer, layer.deployed) > _HURT]
         if not hurt or hurt[0] is case.layers[0]:
             return
         before = case.layers[: case.layers.index(hurt[0])]
@@ -91,11 +91,14 @@ def _felt(layer: LayerGap, eps: float) -> bool:
 
 def _gap(case: Case, done: Pass) -> float:
     """Return the mean over the norms of the distance between stored statistics and what is met, beyond chance."""
-    distances = [
-        typical(squared_distance(*layer.stored, *_met(done, layer), layer.eps) - 3 * layer.noise)
-        for layer in case.layers
-    ]
-    return sum(distances) / len(distances)
+    return sum(_distance(layer, _met(done, layer)) for layer in case.layers) / len(case.layers)
+
+
+def _distance(layer: LayerGap, met: Statistics) -> float:
+    """Return the distance beyond chance between stored statistics and what is met, without the ε that is in doubt."""
+    variance = layer.measured[1]
+    noise = layer.noise * ((variance + layer.eps) / variance.clamp(min=1e-30)).clamp(max=1e3).square()
+    return typical((squared_distance(*layer.stored, *met, 1e-12) - 3 * noise).nan_to_num(nan=0.0, posinf=0.0))
 
 
 def _met(done: Pass, layer: LayerGap) -> Statistics:
