@@ -95,7 +95,9 @@ def _between_calls(layer: LayerGap) -> float:
 
 def _two_kinds(batches: Sequence[Moments], eps: float) -> tuple[Moments, Moments] | None:
     """Return the moments of two kinds of batches, if there are two, each at least twice."""
-    if len(batches) < 4 or any(float(b.count.min()) < 2 for b in batches):
+    most = max((float(batch.count.min()) for batch in batches), default=0.0)
+    batches = [batch for batch in batches if 2 * float(batch.count.min()) >= max(most, 4.0)]  # not a last, smaller one
+    if len(batches) < 4:
         return None
     each = [_statistics(batch) for batch in batches]
     distance = torch.tensor([[layer_distance(a, b, eps) for b in each] for a in each])
