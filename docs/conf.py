@@ -6,6 +6,9 @@ from sphinx.util.docutils import SphinxDirective
 
 from batchnorm import __version__
 from batchnorm.checks import RULES
+from batchnorm.checks.rule import Rule
+from batchnorm.diagnosis.causes import CAUSES
+from batchnorm.diagnosis.causes.cause import Cause
 from batchnorm.kernels import ACCURACY
 
 project = "batchnorm"
@@ -42,11 +45,23 @@ class RulePages(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         lines = []
         for rule in RULES:
-            title = f"{rule.code}: {rule.name}"
-            lines += [f".. _{rule.code}:", "", title, "-" * len(title), "", rule.summary(), ""]
-            for heading, text in rule.sections().items():
-                lines += [f".. rubric:: {heading}", "", text, ""]
+            lines += [f".. _{rule.code}:", "", *_page(f"{rule.code}: {rule.name}", rule)]
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+
+class CausePages(SphinxDirective):
+    """Every cause that ``diagnose`` knows under its key, in the order in which they are looked for."""
+
+    def run(self) -> list[nodes.Node]:
+        lines = [line for cause in CAUSES for line in _page(cause.key, cause)]
+        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+
+def _page(title: str, documented: type[Rule] | type[Cause]) -> list[str]:
+    lines = [title, "-" * len(title), "", documented.page().splitlines()[0], ""]
+    for heading, text in documented.sections().items():
+        lines += [f".. rubric:: {heading}", "", text, ""]
+    return lines
 
 
 class AccuracyTable(SphinxDirective):
@@ -64,4 +79,5 @@ class AccuracyTable(SphinxDirective):
 
 def setup(app: Sphinx) -> None:
     app.add_directive("accuracy-table", AccuracyTable)
+    app.add_directive("cause-pages", CausePages)
     app.add_directive("rule-pages", RulePages)

@@ -6,6 +6,7 @@
 :func:`recalibrate`                population statistics from a stream of batches
 :func:`merge`, :func:`update_bn`   averaged models: statistics of a mixture of models, or measured for averaged weights
 :func:`freeze`, :func:`unfreeze`   a freeze that survives ``model.train()``
+:func:`diagnose`                   why eval mode is bad: the guilty layer, the cause, the cure
 :func:`fold`                       norms absorbed by their neighbours, verified, with a reason for each one left
 :func:`check`, :func:`place`       placement and misuse, rule by rule; norms put where they belong
 :func:`watch`                      is this still the data that the model was trained on?
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchnorm import errors, functional, nn
     from batchnorm.checks import CheckResult, check
+    from batchnorm.diagnosis.diagnose import diagnose
+    from batchnorm.diagnosis.result import DiagnoseResult
     from batchnorm.functional import active_backend
     from batchnorm.graph.convert import convert, revert
     from batchnorm.graph.convert_result import ConvertResult
@@ -40,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckResult",
     "ConvertResult",
+    "DiagnoseResult",
     "FoldResult",
     "FreezeResult",
     "MergeResult",
@@ -50,6 +54,7 @@ __all__ = [
     "active_backend",
     "check",
     "convert",
+    "diagnose",
     "errors",
     "fold",
     "freeze",
@@ -68,6 +73,8 @@ __all__ = [
 # Where each name lives. It is fetched when it is first asked for, so that `batchnorm --help` need not wait for torch.
 _HOMES = {
     "batchnorm.checks": ("CheckResult", "check"),
+    "batchnorm.diagnosis.diagnose": ("diagnose",),
+    "batchnorm.diagnosis.result": ("DiagnoseResult",),
     "batchnorm.functional": ("active_backend",),
     "batchnorm.graph.convert": ("convert", "revert"),
     "batchnorm.graph.convert_result": ("ConvertResult",),

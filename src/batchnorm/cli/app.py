@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli import check, demo, fold, info, merge, recalibrate, watch
+from batchnorm.cli import check, demo, diagnose, fold, info, merge, recalibrate, watch
 
 __all__ = ["app"]
 
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 _OWN_MODEL = "On your own model"
 app.command(epilog=check.EPILOG, rich_help_panel=_OWN_MODEL)(check.check)
+app.command(epilog=diagnose.EPILOG, rich_help_panel=_OWN_MODEL)(diagnose.diagnose)
 app.command(epilog=recalibrate.EPILOG, rich_help_panel=_OWN_MODEL)(recalibrate.recalibrate)
 app.command(epilog=merge.EPILOG, rich_help_panel=_OWN_MODEL)(merge.merge)
 app.command(epilog=fold.EPILOG, rich_help_panel=_OWN_MODEL)(fold.fold)

@@ -8,6 +8,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 __all__ = [
+    "DATA",
     "BatchSize",
     "Data",
     "Debug",

@@ -6,7 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-__all__ = ["Block", "Cell", "Document", "Facts", "Paragraph", "Plot", "Plots", "Section", "Series", "Table", "Tone"]
+__all__ = [
+    "Block",
+    "Cell",
+    "Document",
+    "Facts",
+    "HeatMap",
+    "Paragraph",
+    "Plot",
+    "Plots",
+    "Section",
+    "Series",
+    "Table",
+    "Tone",
+]
 
 Cell: TypeAlias = str | int | float | bool | None
 Tone: TypeAlias = Literal["plain", "good", "bad"]
@@ -75,7 +88,23 @@ class Plots:
     caption: str = ""
 
 
-Block: TypeAlias = Paragraph | Facts | Table | Plot | Plots
+@dataclass(frozen=True)
+class HeatMap:
+    """Rows of many values each, as colour: negative ones blue, positive ones orange, the stronger the larger.
+
+    Rows may be of different lengths; each is drawn over the whole width. A value that is not finite has a colour of its
+    own. ``limit`` is the size that has full colour. ``tones`` colours the names of rows by their index.
+    """
+
+    title: str
+    rows: Sequence[tuple[str, Sequence[float]]]
+    limit: float
+    unit: str = ""
+    caption: str = ""
+    tones: dict[int, Tone] = field(default_factory=dict)
+
+
+Block: TypeAlias = Paragraph | Facts | Table | Plot | Plots | HeatMap
 
 
 @dataclass(frozen=True)

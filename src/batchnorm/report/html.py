@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from batchnorm.report.document import Block, Cell, Document, Plot, Table
 from batchnorm.report.files import replacing
+from batchnorm.report.heatmap import strip
 from batchnorm.report.text import format_cell, is_numeric
 
 __all__ = ["to_html", "write_html"]
@@ -39,6 +40,8 @@ def to_html(document: Document) -> str:
         numeric=_numeric,
         numbers=_numbers,
         draw=_drawing(),
+        strip=strip,
+        scale=[i / 64 - 1 for i in range(129)],
         version=version("batchnorm"),
     )
 

@@ -10,7 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from batchnorm.report.document import Block, Cell, Document, Facts, Paragraph, Plot, Plots, Table
+from batchnorm.report.document import Block, Cell, Document, Facts, HeatMap, Paragraph, Plot, Plots, Table
+from batchnorm.report.heatmap import shades
 
 __all__ = ["format_cell", "is_numeric", "render", "to_text"]
 
@@ -63,7 +64,23 @@ def _block(block: Block) -> RenderableType:
         return Text(f"[plot: {block.title}]", style="dim")
     if isinstance(block, Plots):
         return Group(*(_block(plot) for plot in block.plots))
+    if isinstance(block, HeatMap):
+        return _heat_map(block)
     raise TypeError(f"no text for a block of type {type(block).__name__}")
+
+
+_MOST_SHADES = 48
+
+
+def _heat_map(block: HeatMap) -> RenderableType:
+    """Return a row of shades for each row; the darkest is the limit."""
+    grid = RichTable(title=block.title or None, caption=block.caption or None, title_justify="left", box=None)
+    grid.add_column("")
+    grid.add_column(f"full shade: {format_cell(block.limit)} {block.unit}".rstrip(), no_wrap=True)
+    for index, (name, values) in enumerate(block.rows):
+        style = _STYLE[block.tones.get(index, "plain")]
+        grid.add_row(Text(name, style=style), Text(shades(values, block.limit, _MOST_SHADES), style=style))
+    return grid
 
 
 def _table(block: Table) -> RichTable:

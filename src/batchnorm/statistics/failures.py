@@ -21,9 +21,9 @@ _CALLED = (
 )
 
 
-def explained(error: Exception, model: Module, index: int, batch: Any, call: Forward) -> BatchNormError:
+def explained(verb: str, error: Exception, model: Module, index: int, batch: Any, call: Forward) -> BatchNormError:
     """Return the error to raise from ``error``, which the model raised on the batch of that index."""
-    where = f"recalibrate: batch {index} (counting from 0)"
+    where = f"{verb}: batch {index} (counting from 0)"
     if isinstance(error, NonFiniteError):
         return NonFiniteError(f"{where}: {error}. {_origin(batch)}")
     if isinstance(error, ArgumentTypeError):
@@ -31,7 +31,7 @@ def explained(error: Exception, model: Module, index: int, batch: Any, call: For
     # most likely a batch that the model is not called on in the usual way
     hint = _CALLED if isinstance(error, TypeError) and call is call_on_batch else ""
     return BatchError(
-        f"recalibrate: {type(model).__name__} failed on batch {index} (counting from 0): {in_one_line(error)} "
+        f"{verb}: {type(model).__name__} failed on batch {index} (counting from 0): {in_one_line(error)} "
         f"{hint}The model is as it was."
     )
 

@@ -70,5 +70,5 @@ def _step(model: Module, call: Forward, collector: OnBatch, walk: Any, number: i
     try:
         collector.run(index, partial(call, model, batch))
     except Exception as error:
-        raise explained(error, model, index, batch, call) from error
+        raise explained("recalibrate", error, model, index, batch, call) from error
     return index + 1, False

@@ -17,7 +17,7 @@ from batchnorm.nn.freeze import is_frozen
 from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import listed, meant_by, select_norms
 
-__all__ = ["Address", "Left", "Site", "Sites"]
+__all__ = ["Address", "Left", "Site", "Sites", "has_loose_pair"]
 
 MEAN, VARIANCE, BATCHES = "running_mean", "running_var", "num_batches_tracked"
 
@@ -214,6 +214,11 @@ def _loose_buffers(model: Module) -> dict[_Key, _Buffer]:
         for key, buffer in module.named_buffers(recurse=False)
         if buffer.is_floating_point() and not is_lazy(buffer) and buffer.numel() > 0
     }
+
+
+def has_loose_pair(model: Module) -> bool:
+    """Return whether the model holds two buffers of one size that are no norm module's, for a functional norm."""
+    return _any_pair(_loose_buffers(model))
 
 
 def _any_pair(buffers: dict[_Key, _Buffer]) -> bool:

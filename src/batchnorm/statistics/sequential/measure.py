@@ -193,7 +193,8 @@ class Sequential:
                 sweep.finish(inputs, advance)
             except RunFailed as failure:
                 batch = next((b for _, b in inputs.again([failure.index])), None)
-                raise explained(failure.error, self._model, failure.index, batch, self._call) from failure.error
+                error = failure.error
+                raise explained("recalibrate", error, self._model, failure.index, batch, self._call) from error
             return sweep
 
     def _start(self, index: int, batch: Any, shelf: Shelf | None, *, held: bool = True) -> Run:

@@ -1,0 +1,116 @@
+"""Everything that a cause may look at: the model, what was measured, and what is explained already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+from torch.nn import Module
+
+from batchnorm.diagnosis.gaps import Gaps, LayerGap, measure
+from batchnorm.diagnosis.meeting import Basis
+from batchnorm.diagnosis.passes import Passes
+from batchnorm.statistics.sites import Sites
+
+__all__ = ["Case", "Severity", "Suspicion"]
+
+Severity: TypeAlias = Literal["fatal", "wrong", "doubtful"]
+"""``"fatal"``: outputs are not finite or mean nothing. ``"wrong"``: they are other than they should be.
+``"doubtful"``: they may be right, and something is lost."""
+
+
+@dataclass(frozen=True, eq=False)
+class Suspicion:
+    """What a cause found, before anybody has tried its cure.
+
+    Attributes:
+        layers: names of the layers that have the fault, in order of execution.
+        evidence: the numbers it rests on, as a sentence.
+        cure: a line of code, with ``model`` and ``batches`` in scope.
+        trial: what the norms would normalize by once it is cured; None where only training or code can cure it.
+        severity: if it is another than the cause usually has.
+    """
+
+    layers: Sequence[str]
+    evidence: str
+    cure: str
+    trial: Basis | None = None
+    severity: Severity | None = None
+
+
+@dataclass(eq=False)
+class Case:
+    """One model under diagnosis; causes take layers off the list of what is not explained.
+
+    Attributes:
+        model: the model, in eval mode by now.
+        was_training: whether its user had it in train mode.
+        modes: the mode in which each module came, by its name.
+        sites: its norms.
+        passes: runs it again on another basis.
+        gaps: what was measured.
+        home: training batches, if any were given.
+        explained: names of the layers whose gap has a cause.
+    """
+
+    model: Module
+    was_training: bool
+    modes: Mapping[str, bool]
+    sites: Sites
+    passes: Passes
+    gaps: Gaps
+    home: Sequence[Any] | None
+    frozen: Mapping[str, str]
+    explained: set[str] = field(default_factory=set)
+
+    @property
+    def layers(self) -> tuple[LayerGap, ...]:
+        """The norms in order of execution."""
+        return self.gaps.layers
+
+    @property
+    def off(self) -> list[LayerGap]:
+        """The norms whose statistics are wrong by a fault of their own that no cause has explained yet."""
+        return [layer for layer in self.layers if layer.off and layer.name not in self.explained]
+
+    @cached_property
+    def at_home(self) -> Gaps | None:
+        """What the norms meet on the training batches; measured when first asked for, None if there are none."""
+        return None if self.home is None else measure(self.passes.over(self.home))
+
+    def fits_home(self, layer: LayerGap) -> bool:
+        """Return whether the statistics fit the training batches: then the data changed, not the model."""
+        home = () if self.at_home is None else self.at_home.layers
+        return any(one.name == layer.name and not one.off for one in home)
+
+    def everywhere(self, found: Sequence[LayerGap]) -> list[LayerGap]:
+        """Return the layers that have a fault of the whole model: if most have a gap, those whose gap is small too."""
+        if 2 * len(found) <= len(self.layers):
+            return list(found)
+        return [
+            layer
+            for layer in self.layers
+            if layer in found or (layer.name not in self.explained and layer.excess() > _SMALL)
+        ]
+
+    def why_frozen(self, layer: LayerGap) -> str:
+        """Return how the user froze a norm, as the end of a sentence; ``""`` if not at all."""
+        return self.frozen.get(layer.name, "")
+
+    def corrected(self, layers: Sequence[LayerGap]) -> Basis:
+        """Return the basis on which these layers have their population statistics, and the others what they stored."""
+        return Basis("stored", {layer.site: self.gaps.population[layer.site] for layer in layers})
+
+    def recalibrate(self, layers: Sequence[LayerGap], batches: str = "batches") -> str:
+        """Return the line of code that gives these layers their population statistics."""
+        if len(layers) == len(self.layers) and not any(map(self.why_frozen, layers)):
+            return f"batchnorm.recalibrate(model, {batches})"
+        if len(layers) == len(self.layers) or len(layers) > _MOST_NAMES:
+            return f'batchnorm.recalibrate(model, {batches}, names="*")'
+        return f"batchnorm.recalibrate(model, {batches}, names={[layer.name for layer in layers]!r})"
+
+
+_SMALL = 0.05
+_MOST_NAMES = 12

@@ -1,0 +1,47 @@
+"""The causes, one file each."""
+
+from __future__ import annotations
+
+from batchnorm.diagnosis.causes.average_not_arrived import AverageNotArrived
+from batchnorm.diagnosis.causes.averaged_weights import AveragedWeights
+from batchnorm.diagnosis.causes.batch_mates import BatchMates
+from batchnorm.diagnosis.causes.biased_variance import BiasedVariance
+from batchnorm.diagnosis.causes.cause import Cause
+from batchnorm.diagnosis.causes.dead_channels import DeadChannels
+from batchnorm.diagnosis.causes.domain_shift import DomainShift
+from batchnorm.diagnosis.causes.eps_mismatch import EpsMismatch
+from batchnorm.diagnosis.causes.frozen_wrong import FrozenWrong
+from batchnorm.diagnosis.causes.half_precision import HalfPrecision
+from batchnorm.diagnosis.causes.momentum_convention import MomentumConvention
+from batchnorm.diagnosis.causes.never_updated import NeverUpdated
+from batchnorm.diagnosis.causes.padding import Padding
+from batchnorm.diagnosis.causes.poisoned import Poisoned
+from batchnorm.diagnosis.causes.pruned_weights import PrunedWeights
+from batchnorm.diagnosis.causes.shared_norm import SharedNorm
+from batchnorm.diagnosis.causes.small_batches import SmallBatches
+from batchnorm.diagnosis.causes.stale import Stale
+from batchnorm.diagnosis.causes.train_mode import TrainMode
+
+__all__ = ["CAUSES"]
+
+CAUSES: tuple[type[Cause], ...] = (
+    TrainMode,
+    Poisoned,
+    HalfPrecision,
+    FrozenWrong,
+    NeverUpdated,
+    BatchMates,
+    DeadChannels,
+    SharedNorm,
+    AverageNotArrived,
+    MomentumConvention,
+    PrunedWeights,
+    BiasedVariance,
+    EpsMismatch,
+    SmallBatches,
+    Padding,
+    AveragedWeights,
+    DomainShift,
+    Stale,
+)
+"""Every cause, the more certain before the less certain: each explains gaps that those after it then leave alone."""

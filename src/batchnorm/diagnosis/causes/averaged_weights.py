@@ -1,0 +1,67 @@
+"""Weights averaged, statistics not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from batchnorm.diagnosis.case import Case, Suspicion
+from batchnorm.diagnosis.causes.cause import Cause, names_of
+from batchnorm.diagnosis.gaps import LayerGap
+
+__all__ = ["AveragedWeights"]
+
+_SHRUNK = -0.08
+_MOST = 0.75
+
+
+class AveragedWeights(Cause):
+    """The weights are an average of several models, the statistics are of one of them, or an average themselves.
+
+    What it finds:
+        A gap in a model that counts averaged models (``n_averaged``, as ``torch.optim.swa_utils.AveragedModel`` does),
+        or whose measured variances are smaller than the stored ones throughout: in at least three quarters of the
+        norms, and of their channels, by eight per cent in the middle. What differs between the models that are averaged
+        cancels, so that activations of an average have less variance than the average of their variances.
+
+    Evidence:
+        How many models were averaged, or the variance ratios.
+
+    Cure:
+        Measure the statistics.
+    """
+
+    key = "averaged_weights"
+
+    def find(self, case: Case) -> Iterator[Suspicion]:
+        """Yield one suspicion for all layers that are left."""
+        left = case.everywhere(case.off)
+        if not left:
+            return
+        counters = [b for name, b in case.model.named_buffers() if name.rpartition(".")[2] == "n_averaged"]
+        shrunk, median = _shrunk(case.layers)
+        if (not counters and not shrunk) or case.fits_home(left[0]):
+            return
+        case.explained.update(names_of(left))
+        averaged = f"n_averaged is {int(counters[0])}; " if counters else ""
+        evidence = (
+            f"{averaged}variance ratio {median.exp():.2g} in the middle, below 1 in "
+            f"{sum(bool(_log_ratio(layer).median() < 0) for layer in case.layers)} of {len(case.layers)} norms."
+        )
+        yield Suspicion(names_of(left), evidence, case.recalibrate(left), case.corrected(left))
+
+
+def _log_ratio(layer: LayerGap) -> Tensor:
+    return layer.variance_ratio.log().nan_to_num(0.0)
+
+
+def _shrunk(layers: tuple[LayerGap, ...]) -> tuple[bool, Tensor]:
+    """Return whether variances shrank throughout, and the median logarithm of their ratio."""
+    if len(layers) < 2:
+        return False, torch.zeros(())
+    medians = torch.stack([_log_ratio(layer).median() for layer in layers])
+    shares = torch.stack([(_log_ratio(layer) < 0).double().mean() for layer in layers])
+    throughout = float((medians < 0).double().mean()) >= _MOST and float(shares.mean()) >= _MOST
+    return throughout and float(medians.median()) < _SHRUNK, medians.median()

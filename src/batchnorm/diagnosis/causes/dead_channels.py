@@ -1,0 +1,93 @@
+"""Channels that carry nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from batchnorm.diagnosis.case import Case, Severity, Suspicion
+from batchnorm.diagnosis.causes.cause import Cause, listing, module_line, names_of
+from batchnorm.diagnosis.gaps import LayerGap
+
+__all__ = ["DeadChannels", "constant_channels"]
+
+_TINY = 1e-6
+_SMALL_GAMMA = 1e-3
+_LEAST = 0.02
+"""A smaller share of dead channels is not worth a finding."""
+
+
+class DeadChannels(Cause):
+    """Channels whose γ, or whose variance, is as good as zero.
+
+    What it finds:
+        γ below 10⁻³ of the layer's largest: the channel is β whatever comes in. Or a measured variance below 10⁻⁶ of
+        the layer's median, and a stored one that agrees or is on its way there: the channel is constant, and 1/√(v + ε)
+        multiplies its noise by up to 1/√ε. Norms behind dead channels may meet constants in their turn; they are
+        counted with them.
+
+    Evidence:
+        Which channels, of how many, and their γ or variance.
+
+    Cure:
+        Nothing is lost where they were pruned on purpose: remove them. Else set γ to 1 and train on, without weight
+        decay on γ.
+    """
+
+    key = "dead_channels"
+    severity = "doubtful"
+
+    def find(self, case: Case) -> Iterator[Suspicion]:
+        """Yield one suspicion for all layers with dead channels."""
+        found: list[tuple[LayerGap, Tensor]] = []
+        seen_gamma = False
+        for layer in case.layers:
+            gamma, constant = _small_gamma(layer), constant_channels(layer)
+            kept = constant & (layer.stored[1] > 0.1 * layer.stored[1].median())
+            if bool(kept.any()) and not seen_gamma:
+                continue  # statistics of a channel that was alive: its weights were changed since
+            dead = gamma | constant
+            if float(dead.double().mean()) > _LEAST:
+                found.append((layer, dead))
+                if seen_gamma or not layer.excess(dead) > case.gaps.threshold:
+                    case.explained.add(layer.name)
+            seen_gamma |= bool(gamma.any())
+        if not found:
+            return
+        first, dead = found[0]
+        # a γ that was set to zero after training changes what the norms behind it meet
+        hurt = [layer for layer in case.off if seen_gamma and case.layers.index(layer) > case.layers.index(first)]
+        case.explained.update(names_of(hurt))
+        channels = dead.nonzero().flatten().tolist()
+        by_gamma = bool(_small_gamma(first)[dead].any())
+        values = first.meeting.weight if by_gamma else first.measured[1]
+        assert values is not None
+        largest = float(values.detach().cpu().double().abs()[dead].max())
+        more = f"; {len(found) - 1} more norms have some" if len(found) > 1 else ""
+        more += f"; {len(hurt)} norms behind it have a gap" if hurt else ""
+        evidence = (
+            f"{len(channels)} of {dead.numel()} channels ({listing(channels)}) have "
+            f"{'|γ|' if by_gamma else 'a variance'} of at most {largest:.2g}{more}."
+        )
+        cure = f"{module_line(first.name)}.weight.data[{channels!r}] = 1.0  # then train on, without weight decay on γ"
+        severity: Severity | None = "wrong" if hurt else None
+        yield Suspicion(names_of(layer for layer, _ in found), evidence, cure, severity=severity)
+
+
+def _small_gamma(layer: LayerGap) -> Tensor:
+    weight = layer.meeting.weight
+    if weight is None:
+        return torch.zeros_like(layer.stored[0], dtype=torch.bool)
+    gamma = weight.detach().cpu().double().abs()
+    return gamma <= _SMALL_GAMMA * gamma.max()
+
+
+def constant_channels(layer: LayerGap) -> Tensor:
+    """Return which channels hardly vary, unless most do not: that is a constant input."""
+    variance = layer.measured[1]
+    varying = variance[variance > 0]
+    if not varying.numel():
+        return torch.zeros_like(variance, dtype=torch.bool)
+    return variance <= _TINY * varying.max()

@@ -1,0 +1,152 @@
+"""One pass after the other over the same batches, each on another basis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from batchnorm.diagnosis.held import batch_size
+from batchnorm.diagnosis.meeting import Basis, Meeting, Meetings
+from batchnorm.errors import ArgumentTypeError, BatchError, StateError
+from batchnorm.nn.calling import Forward
+from batchnorm.statistics.collect import OnBatch
+from batchnorm.statistics.estimators import Pooled
+from batchnorm.statistics.failures import explained
+from batchnorm.statistics.operators import NormCall
+from batchnorm.statistics.sites import Site, Sites
+from batchnorm.statistics.stream import in_one_line
+
+__all__ = ["Measure", "Pass", "Passes"]
+
+Measure: TypeAlias = Callable[[Any, Any], Any]
+"""A loss or a metric: from the model's output and the batch to a number, the mean over the samples of the batch."""
+
+_GROUPS = 32
+"""Standard errors come from about so many groups of samples."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What came of one pass: what each norm met, in order of execution, and the metric, if one is given."""
+
+    meetings: dict[Site, Meeting]
+    metric: float | None
+
+
+class Passes:
+    """Runs a model over batches, on any basis.
+
+    Args:
+        model: the model, which the caller has set aside and will restore.
+        sites: its norms.
+        batches: kept batches.
+        forward: how the model is called on one.
+        metric: from output and batch to a number; None if there is none.
+        advance: called after each batch.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        sites: Sites,
+        batches: Sequence[Any],
+        forward: Forward,
+        metric: Measure | None = None,
+        advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model = model
+        self.sites = sites
+        self.batches = batches
+        self._forward = forward
+        self._metric = metric
+        self._advance = advance
+
+    def over(self, batches: Sequence[Any]) -> Passes:
+        """Return the same over other batches, without a metric."""
+        return Passes(self.model, self.sites, batches, self._forward, None, self._advance)
+
+    def run(self, basis: Basis, *, tolerant: bool = False) -> Pass:
+        """Run the model once over all batches.
+
+        Raises:
+            ArgumentTypeError: a batch, or the metric, is of a type that cannot be used.
+            BatchError: the model or the metric failed.
+            NonFiniteError: a norm met NaN or infinity, unless ``tolerant``.
+        """
+        groups = max(1, _GROUPS // len(self.batches))
+        collector = Meetings(self.sites, basis, groups_a_batch=groups, tolerant=tolerant)
+        total, samples = 0.0, 0
+        for index, batch in enumerate(self.batches):
+            output = self._call(collector, index, batch)
+            if self._metric is not None:
+                size = batch_size(batch)
+                total += size * self._measured(self._metric, output, batch, index)
+                samples += size
+            self._advance()
+        return Pass(collector.meetings, total / samples if samples else None)
+
+    def outputs(self, batch: Any) -> Any:
+        """Call the model on one batch, as it is, and return what it gives."""
+        return self._forward(self.model, batch)
+
+    def input_of(self, site: Site, batch: Any) -> Tensor:
+        """Return what the norm is given in its first call on a batch, on batch statistics; the rest is not run."""
+        seen = _Input(self.sites, site)
+        seen.run(0, lambda: self._forward(self.model, batch))
+        if seen.input is None:
+            raise StateError(f"{site.name} was not called.")
+        return seen.input
+
+    def _call(self, collector: Meetings, index: int, batch: Any) -> Any:
+        outputs: list[Any] = []
+        try:
+            collector.run(index, lambda: outputs.append(self._forward(self.model, batch)))
+        except Exception as error:
+            raise explained("diagnose", error, self.model, index, batch, self._forward) from error
+        return outputs[0]
+
+    def _measured(self, metric: Measure, output: Any, batch: Any, index: int) -> float:
+        try:
+            with torch.no_grad():
+                value = metric(output, batch)
+        except Exception as error:
+            raise BatchError(
+                f"diagnose: loss_or_metric failed on batch {index} (counting from 0): {in_one_line(error)} It is "
+                "called with the model's output and the batch, as the loader gave it. The model is as it was."
+            ) from error
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return float(value)
+        if isinstance(value, int | float):
+            return float(value)
+        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ArgumentTypeError(
+            f"diagnose: loss_or_metric: expected one number, the mean over the batch; got {kind} on batch {index}."
+        )
+
+
+class _Input(OnBatch):
+    """Takes the input of one norm, and ends the pass there."""
+
+    def __init__(self, sites: Sites, site: Site) -> None:
+        super().__init__(sites, Pooled)
+        self.input: Tensor | None = None
+        self._site = site
+
+    def run(self, batch: int, call: Callable[[], Any]) -> None:
+        try:
+            super().run(batch, call)
+        except Exception:
+            # a scripted module turns the end of the pass into an error of its own
+            if self.input is None:
+                raise
+
+    def _measure(self, site: Site, call: NormCall) -> Any:
+        if site is self._site:
+            self.input = call.input.detach()
+            raise StateError("seen")
+        return super()._measure(site, call)

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_buffers_that_went_through_half_precision(net, found, dtype: torch.dtype) -> None:
+    net.bn2.running_mean.copy_(net.bn2.running_mean.to(dtype))
+    net.bn2.running_var.copy_(net.bn2.running_var.to(dtype))
+    assert found(net) == [("half_precision", "bn2")]
+
+
+def test_a_model_in_bfloat16(net, found, batches) -> None:
+    result = found(net.bfloat16(), [batch.bfloat16() for batch in batches])
+    assert result == [("half_precision", "bn1")]
+
+
+def test_a_model_in_bfloat16_with_norms_in_float32(net, found, batches) -> None:
+    net.bfloat16()
+    torch.manual_seed(0)
+    for norm in (net.bn1, net.bn2, net.bn3, net.bn4):
+        norm.float()
+        # what was rounded once stays rounded: take off the last bits of a value that was not
+        norm.running_mean.mul_(1 + 1e-4 * torch.rand(norm.num_features))
+        norm.running_var.mul_(1 + 1e-4 * torch.rand(norm.num_features))
+    assert found(net, [batch.bfloat16() for batch in batches], forward=_in_bfloat16) == []
+
+
+def _in_bfloat16(model, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(batch)
