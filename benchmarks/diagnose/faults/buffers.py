@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from benchmarks.diagnose.data import Batch
-from benchmarks.diagnose.faults.dataflow import execution_order, first_moved, pass_in_train_mode
+from benchmarks.diagnose.faults.dataflow import WEIGHTED, execution_order, first_moved, pass_in_train_mode
 from benchmarks.diagnose.faults.registry import Bench, Planted, fault
 from benchmarks.diagnose.training import Recipe, norms
 from torch import Tensor, nn
@@ -181,17 +181,19 @@ def corrected_twice(bench: Bench) -> Planted:
 # -- half precision --------------------------------------------------------------------------------------------------
 
 
-def _kelvin(contrast: float, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Batch:
-    """Return thermal pictures as a camera gives them: in kelvin, of things at 22 °C, with so little contrast."""
-    return 295.3 + contrast * images, labels
+def _kelvin(contrast: float, images: Tensor, labels: Tensor, generator: torch.Generator) -> Batch:
+    """Return thermal pictures as a camera gives them: kelvin, things at 22 °C, so little contrast, a little noise."""
+    noise = 0.1 * torch.randn(images.shape, generator=generator)
+    return 295.3 + contrast * (images + noise), labels
 
 
 def _norm_on_input(model: nn.Module) -> None:
-    """Let a norm of one channel take the raw pictures, before the first convolution: zero padding then is the mean."""
-    name = next(name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
+    """Let a norm take the raw pictures, before the first layer: zero padding then is the mean."""
+    name = next(name for name, module in model.named_modules() if isinstance(module, WEIGHTED))
     first = model.get_submodule(name)
-    if isinstance(first, nn.Conv2d):
-        model.set_submodule(name, nn.Sequential(type(next(iter(norms(model).values())))(1), first))
+    width = first.in_channels if isinstance(first, nn.Conv2d) else first.in_features
+    norm = type(next(iter(norms(model).values())))
+    model.set_submodule(name, nn.Sequential(norm(width), first))
 
 
 def _rounded(bench: Bench, dtype: torch.dtype, contrast: float) -> Planted:
@@ -201,8 +203,9 @@ def _rounded(bench: Bench, dtype: torch.dtype, contrast: float) -> Planted:
     for norm in norms(model).values():
         norm.running_mean.copy_(norm.running_mean.to(dtype))
         norm.running_var.copy_(norm.running_var.to(dtype))
-    batches = [thermal(*batch) for batch in bench.data.held_out()]
-    training = [thermal(*batch) for batch in bench.data.training()]
+    generator = torch.Generator().manual_seed(bench.seed)
+    batches = [thermal(*batch, generator) for batch in bench.data.held_out()]
+    training = [thermal(*batch, generator) for batch in bench.data.training()]
     first = execution_order(model, batches)[:1]
     return bench.planted(model, first, right, batches=batches, training_batches=training)
 
@@ -218,8 +221,8 @@ def buffers_saved_in_bfloat16(bench: Bench) -> Planted:
 
 @fault("half_precision", "fp16_buffers")
 def buffers_saved_in_float16(bench: Bench) -> Planted:
-    """The same through float16, which at 295 goes in steps of a quarter; the pictures are 295 ± 0.5 K."""
-    return _rounded(bench, torch.float16, contrast=0.5)
+    """The same through float16, which at 295 goes in steps of a quarter; the pictures are 295 ± 0.15 K."""
+    return _rounded(bench, torch.float16, contrast=0.15)
 
 
 @fault("half_precision", "bf16_model")
@@ -274,7 +277,8 @@ def _frozen(bench: Bench, warm_up: int) -> Planted:
 def frozen_by_hand(bench: Bench) -> Planted:
     """``torch.optim.swa_utils.update_bn`` reset all statistics, and filled in those of norms in train mode only.
 
-    The model's own ``train()`` keeps one norm in eval mode, and its parameters do not learn (norm_eval). The model is handed over as it trains: in train mode, with that one norm in eval mode.
+    The model's own ``train()`` keeps one norm in eval mode, and its parameters do not learn (norm_eval). The model is
+    handed over as it trains: in train mode, with that one norm in eval mode.
     """
     right = bench.trained()
     model = copy.deepcopy(right)

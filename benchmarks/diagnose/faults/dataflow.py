@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from batchnorm import recalibrate
 
-__all__ = ["execution_order", "feeders", "first_moved", "pass_in_train_mode", "recalibrated"]
+__all__ = ["WEIGHTED", "execution_order", "feeders", "first_moved", "pass_in_train_mode", "recalibrated"]
 
 WEIGHTED = (nn.Linear, nn.Conv2d)
 # A mean that is off by a tenth of a deviation, or a variance by a tenth: well above what a moving average leaves.
