@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from benchmarks.diagnose.data import Batch
+from benchmarks.diagnose.faults.dataflow import statistics_gap
 from benchmarks.diagnose.faults.registry import Planted
-from benchmarks.diagnose.training import logits
+from benchmarks.diagnose.training import logits, norms
 from torch import Tensor, nn
 
 __all__ = ["Damage", "measure"]
@@ -24,12 +25,15 @@ class Damage:
         output_gap: ‖y − y_right‖ / ‖y_right‖ over all logits, each picture's logits less their mean; inf where an
             output is not finite.
         decisions: share of pictures whose class changes.
+        layer_gap: the largest gap of the statistics at a guilty norm, as ``statistics_gap`` measures it; None where
+            the fault is not in a norm that keeps statistics.
     """
 
     accuracy_before: float
     accuracy_after: float
     output_gap: float
     decisions: float
+    layer_gap: float | None
 
 
 def measure(planted: Planted) -> Damage:
@@ -42,7 +46,18 @@ def measure(planted: Planted) -> Damage:
         float((after.argmax(1) == labels).double().mean()),
         gap if after.isfinite().all() else float("inf"),
         float((before.argmax(1) != after.argmax(1)).double().mean()),
+        _layer_gap(planted),
     )
+
+
+def _layer_gap(planted: Planted) -> float | None:
+    stored, due = norms(planted.model), norms(planted.right)
+    gaps = [
+        statistics_gap(stored[name], due[name])
+        for name in planted.layers & stored.keys() & due.keys()
+        if stored[name].running_mean is not None and due[name].running_mean is not None
+    ]
+    return max(gaps, default=None)
 
 
 def _evaluated(model: nn.Module, batches: list[Batch]) -> tuple[Tensor, Tensor]:

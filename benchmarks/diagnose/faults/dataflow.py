@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
 from benchmarks.diagnose.data import Batch
 from benchmarks.diagnose.training import norms
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import recalibrate
 
-__all__ = ["WEIGHTED", "execution_order", "feeders", "first_moved", "pass_in_train_mode", "recalibrated"]
+__all__ = [
+    "WEIGHTED",
+    "execution_order",
+    "feeders",
+    "first_moved",
+    "pass_in_train_mode",
+    "recalibrated",
+    "statistics_gap",
+]
 
 WEIGHTED = (nn.Linear, nn.Conv2d)
 # A mean that is off by a tenth of a deviation, or a variance by a tenth: well above what a moving average leaves.
@@ -21,7 +31,7 @@ _MEASURABLE = 0.1
 
 def execution_order(model: nn.Module, batches: list[Batch]) -> list[str]:
     """Return the names of the norms in the order in which they run first."""
-    return [name for name, module in _calls(model, batches) if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [name for name, module in _calls(model, batches) if isinstance(module, _BatchNorm)]
 
 
 def feeders(model: nn.Module, batches: list[Batch]) -> dict[str, str]:
@@ -41,7 +51,7 @@ def _calls(model: nn.Module, batches: list[Batch]) -> list[tuple[str, nn.Module]
     model = copy.deepcopy(model).eval()
     called: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (*WEIGHTED, nn.modules.batchnorm._BatchNorm)):
+        if isinstance(module, (*WEIGHTED, _BatchNorm)):
 
             def note(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
                 called.setdefault(name, module)
@@ -60,13 +70,23 @@ def first_moved(model: nn.Module, right: nn.Module, batches: list[Batch]) -> lis
     """
     order = execution_order(model, batches)
     stored, due = norms(model), norms(right)
-    for name in order:
-        deviation = due[name].running_var.clamp_min(1e-12).sqrt()
-        shift = (stored[name].running_mean - due[name].running_mean) / deviation
-        ratio = (stored[name].running_var / due[name].running_var.clamp_min(1e-12)).clamp_min(1e-12).log()
-        if max(float(shift.square().mean().sqrt()), float(ratio.square().mean().sqrt())) > _MEASURABLE:
-            return [order[0], name]
-    return [order[0]]
+    moved = (name for name in order if statistics_gap(stored[name], due[name]) > _MEASURABLE)
+    return [order[0], *itertools.islice(moved, 1)]
+
+
+def statistics_gap(stored: _BatchNorm, due: _BatchNorm) -> float:
+    """Return how far stored statistics are from the right ones; inf where they are no statistics.
+
+    The larger of two root mean squares over channels: of the mean's error in standard deviations, and of the
+    logarithm of the variances' ratio.
+    """
+    if not (stored.running_mean.isfinite().all() and (stored.running_var > 0).all()):
+        return float("inf")
+    mean, variance = stored.running_mean.double(), stored.running_var.double()
+    right_mean, right_variance = due.running_mean.double(), due.running_var.double().clamp_min(1e-12)
+    shift = (mean - right_mean) / right_variance.sqrt()
+    ratio = (variance / right_variance).log()
+    return max(float(shift.square().mean().sqrt()), float(ratio.square().mean().sqrt()))
 
 
 def recalibrated(model: nn.Module, batches: list[Batch]) -> nn.Module:
