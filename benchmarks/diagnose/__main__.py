@@ -23,7 +23,6 @@ from benchmarks.diagnose.cases import Row, place
 from benchmarks.diagnose.faults import FAULTS, HEALTHY
 from benchmarks.train_step.rows import machine
 
-ROWS = report.ROWS
 DEVELOPMENT, HELD_OUT = 0, 100  # the first seeds of the two sets
 _QUICK = ("mlp", "resnet")
 
@@ -46,7 +45,7 @@ def main() -> None:
     if options.output:
         options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{options.output}: written", file=sys.stderr)
-    if options.output == ROWS:
+    if options.output == report.ROWS:
         print(report.write(rows))
 
 
@@ -63,7 +62,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     whole = not (options.quick or options.development or options.faults or options.architectures or options.seeds)
     if options.output is None and whole and not options.without_training_batches:
-        options.output = ROWS
+        options.output = report.ROWS
     options.seeds = options.seeds or (1 if options.quick else 3)
     options.architectures = options.architectures or list(_QUICK if options.quick else ARCHITECTURES)
     return options

@@ -91,9 +91,9 @@ class InvertedResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int, norm: Norm) -> None:
         super().__init__()
         hidden = inputs * expansion
+        expand = [*_conv_norm(inputs, hidden, 1, 1, 1, norm), nn.ReLU6()] if expansion > 1 else []
         self.conv = nn.Sequential(
-            *_conv_norm(inputs, hidden, 1, 1, 1, norm),
-            nn.ReLU6(),
+            *expand,
             *_conv_norm(hidden, hidden, 3, stride, hidden, norm),
             nn.ReLU6(),
             *_conv_norm(hidden, outputs, 1, 1, 1, norm),
@@ -113,7 +113,7 @@ class MobileNet(nn.Module):
         super().__init__()
         self.features = nn.Sequential(
             nn.Sequential(*_conv_norm(1, 16, 3, 1, 1, norm), nn.ReLU6()),
-            InvertedResidual(16, 16, 1, 2, norm),
+            InvertedResidual(16, 16, 1, 1, norm),
             InvertedResidual(16, 24, 2, 3, norm),
             InvertedResidual(24, 24, 1, 3, norm),
             InvertedResidual(24, 32, 2, 3, norm),

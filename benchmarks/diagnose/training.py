@@ -24,7 +24,7 @@ class Recipe:
     """How a network is trained.
 
     Attributes:
-        epochs: passes through the training part: 14 of them are 294 steps of 64 pictures.
+        epochs: passes through the training part: 10 of them are 210 steps of 64 pictures.
         batch: pictures a batch.
         accumulate: batches whose gradients are added up for one step.
         learning_rate: at its height, after a tenth of the steps; it falls to zero linearly.
@@ -36,7 +36,7 @@ class Recipe:
             through the network, but not into the loss.
     """
 
-    epochs: int = 14
+    epochs: int = 10
     batch: int = 64
     accumulate: int = 1
     learning_rate: float = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.diagnose.data import Batch
-from benchmarks.diagnose.faults.registry import Bench, Planted, healthy
+from benchmarks.diagnose.faults.registry import THREE, Bench, Planted, healthy
 from benchmarks.diagnose.training import PLAIN, Recipe, norms
 from torch import nn
 
@@ -90,16 +90,16 @@ def _dropout(model: nn.Module) -> None:
     model.set_submodule(name, nn.Sequential(nn.Dropout(0.3), last))
 
 
-@healthy("dropout")
+@healthy("dropout", architectures=THREE)
 def dropout(bench: Bench) -> Planted:
     """Trained with Dropout before the last layer; handed over in train mode."""
     return _fine(bench, bench.trained(replace(PLAIN, prepare=_dropout)).train())
 
 
-@healthy("batches_of_16")
+@healthy("batches_of_16", architectures=THREE)
 def batches_of_16(bench: Bench) -> Planted:
     """Trained in batches of 16, small but not too small, and recalibrated afterwards."""
-    recipe: Recipe = replace(PLAIN, batch=16, epochs=5, learning_rate=0.05)
+    recipe: Recipe = replace(PLAIN, batch=16, epochs=3, learning_rate=0.05)
     model = bench.trained(recipe)
     recalibrate(model, bench.data.training(128), progress=False)
     return _fine(bench, model)
