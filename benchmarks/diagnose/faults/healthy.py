@@ -1,0 +1,105 @@
+"""Models without a fault, some of them odd: diagnose must find nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.diagnose.data import Batch
+from benchmarks.diagnose.faults.registry import THREE, Bench, Planted, healthy
+from benchmarks.diagnose.training import PLAIN, Recipe, norms
+from torch import nn
+
+from batchnorm import fold, freeze, recalibrate
+
+
+def _fine(bench: Bench, model: nn.Module, batches: list[Batch] | None = None) -> Planted:
+    return bench.planted(model, [], model, batches=batches)
+
+
+@healthy("held_out_32")
+def held_out_32(bench: Bench) -> Planted:
+    """Handed over in eval mode, with held-out pictures in batches of 32."""
+    return _fine(bench, bench.trained(), bench.data.held_out(32))
+
+
+@healthy("held_out_128")
+def held_out_128(bench: Bench) -> Planted:
+    """The same in batches of 128."""
+    return _fine(bench, bench.trained(), bench.data.held_out(128))
+
+
+@healthy("training_32")
+def training_32(bench: Bench) -> Planted:
+    """Handed over in eval mode, with the pictures of training in batches of 32."""
+    return _fine(bench, bench.trained(), bench.data.training(32))
+
+
+@healthy("training_128")
+def training_128(bench: Bench) -> Planted:
+    """The same in batches of 128."""
+    return _fine(bench, bench.trained(), bench.data.training(128))
+
+
+@healthy("in_train_mode_32")
+def in_train_mode_32(bench: Bench) -> Planted:
+    """Handed over in train mode, in the middle of a training script, with held-out pictures in batches of 32."""
+    return _fine(bench, bench.trained().train(), bench.data.held_out(32))
+
+
+@healthy("in_train_mode_128")
+def in_train_mode_128(bench: Bench) -> Planted:
+    """The same in batches of 128."""
+    return _fine(bench, bench.trained().train(), bench.data.held_out(128))
+
+
+@healthy("recalibrated")
+def recalibrated(bench: Bench) -> Planted:
+    """Statistics measured by ``batchnorm.recalibrate`` on the training part."""
+    model = bench.trained()
+    recalibrate(model, bench.data.training(128), progress=False)
+    return _fine(bench, model)
+
+
+@healthy("frozen")
+def frozen(bench: Bench) -> Planted:
+    """All norms frozen by ``batchnorm.freeze``, with their right statistics, for a fine-tuning: in train mode."""
+    model = bench.trained()
+    freeze(model)
+    return _fine(bench, model.train())
+
+
+@healthy("frozen_by_hand")
+def frozen_by_hand(bench: Bench) -> Planted:
+    """The model trains, its norms are in eval mode and do not learn; their statistics are right."""
+    model = bench.trained().train()
+    for norm in norms(model).values():
+        norm.eval().requires_grad_(False)
+    return _fine(bench, model)
+
+
+@healthy("folded")
+def folded(bench: Bench) -> Planted:
+    """Every norm folded away by ``batchnorm.fold``: there is nothing to diagnose."""
+    model = bench.trained()
+    return _fine(bench, fold(model, bench.data.test_images[:8]).model)
+
+
+def _dropout(model: nn.Module) -> None:
+    """Let a Dropout go before the last layer, behind the last norm, where it belongs."""
+    name, last = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+    model.set_submodule(name, nn.Sequential(nn.Dropout(0.3), last))
+
+
+@healthy("dropout", architectures=THREE)
+def dropout(bench: Bench) -> Planted:
+    """Trained with Dropout before the last layer; handed over in train mode."""
+    return _fine(bench, bench.trained(replace(PLAIN, prepare=_dropout)).train())
+
+
+@healthy("batches_of_16", architectures=THREE)
+def batches_of_16(bench: Bench) -> Planted:
+    """Trained in batches of 16, small but not too small, and recalibrated afterwards."""
+    recipe: Recipe = replace(PLAIN, batch=16, epochs=3, learning_rate=0.05)
+    model = bench.trained(recipe)
+    recalibrate(model, bench.data.training(128), progress=False)
+    return _fine(bench, model)
