@@ -17,11 +17,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.diagnose import report
 from benchmarks.diagnose.architectures import ARCHITECTURES
 from benchmarks.diagnose.cases import Row, place
 from benchmarks.diagnose.faults import FAULTS, HEALTHY
 from benchmarks.train_step.rows import machine
+
+from benchmarks.diagnose import report
 
 DEVELOPMENT, HELD_OUT = 0, 100  # the first seeds of the two sets
 _QUICK = ("mlp", "resnet")

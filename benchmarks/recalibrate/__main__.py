@@ -32,7 +32,9 @@ def main() -> None:
     measured = {row["question"] for row in rows}
     kept = []
     if options.output.exists():
-        kept = [line for line in options.output.read_text().splitlines() if json.loads(line)["question"] not in measured]
+        kept = [
+            line for line in options.output.read_text().splitlines() if json.loads(line)["question"] not in measured
+        ]
     options.output.write_text("".join(f"{line}\n" for line in [*kept, *(json.dumps(about | row) for row in rows)]))
     print(options.output)
 

@@ -31,7 +31,9 @@ def measure(quick: bool, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _network(name: str, origin: str, model: nn.Module, batches: list[torch.Tensor], rounds: int) -> list[dict[str, Any]]:
+def _network(
+    name: str, origin: str, model: nn.Module, batches: list[torch.Tensor], rounds: int
+) -> list[dict[str, Any]]:
     runs = {"bare": bare, **methods()}
     runs = {method: run for method, run in runs.items() if method not in SLOW or name == next(iter(NETWORKS))}
     seconds: dict[str, list[float]] = {method: [] for method in runs}
@@ -49,6 +51,8 @@ def _network(name: str, origin: str, model: nn.Module, batches: list[torch.Tenso
         # against the bare passes of the same round: the machine drifts
         ratio = statistics.median(t / b for t, b in zip(times, seconds["bare"], strict=False))
         row = {"question": "cost", "network": name, "origin": origin, "batch": list(batches[0].shape)}
-        rows.append({**row, "method": method, "seconds": statistics.median(times), "ratio": ratio, "rounds": len(times)})
+        rows.append(
+            {**row, "method": method, "seconds": statistics.median(times), "ratio": ratio, "rounds": len(times)}
+        )
         print(f"{name}: {method}: {rows[-1]['seconds'] * 1e3:.0f} ms a batch, {ratio:.2f} of the bare pass", flush=True)
     return rows

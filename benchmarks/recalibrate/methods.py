@@ -1,4 +1,4 @@
-"""The ways to measure population statistics that are compared: each takes a model and batches, and changes the model."""
+"""The ways to measure population statistics that are compared; each takes a model and batches."""
 
 from __future__ import annotations
 
