@@ -8,7 +8,7 @@ from pathlib import Path
 
 import benchmarks.recalibrate
 import torch
-from benchmarks.recalibrate import cost, exact
+from benchmarks.recalibrate import cost, exact, streams
 from benchmarks.train_step.rows import machine
 
 ROWS = Path(__file__).with_name("rows.jsonl")
@@ -26,6 +26,7 @@ def main() -> None:
     about = machine(torch.get_num_threads(), 0)
     rows = []
     if options.only != "cost":
+        rows += streams.measure()
         rows += exact.measure(options.quick)
     if options.only != "exact":
         rows += cost.measure(options.quick, 2 if options.quick else options.rounds)

@@ -28,6 +28,7 @@ _STYLES = {
 def main() -> None:
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
     exact = [row for row in rows if row["question"] == "exact"]
+    streams = [row for row in rows if row["question"] == "streams"]
     cost = [row for row in rows if row["question"] == "cost"]
     draw([row for row in exact if row["cut"] == "8"], ROOT / "docs" / _PLOT)
     sheets = jinja2.Environment(
@@ -43,6 +44,10 @@ def main() -> None:
         methods=list(dict.fromkeys(row["method"] for row in exact)),
         worst={(row["cut"], row["method"]): [max(e[i] for e in row["errors"]) for i in (0, 1)] for row in exact},
         deepest={(row["cut"], row["method"]): row["errors"][-1] for row in exact},
+        values=list(dict.fromkeys(row["values"] for row in streams)),
+        stream_cuts=list(dict.fromkeys(row["cut"] for row in streams)),
+        stream_methods=list(dict.fromkeys(row["method"] for row in streams)),
+        streams={(row["values"], row["cut"], row["method"]): row["errors"] for row in streams},
         networks=list(dict.fromkeys(row["network"] for row in cost)),
         costs={(row["network"], row["method"]): row for row in cost},
         ways=list(dict.fromkeys(row["method"] for row in cost)),
