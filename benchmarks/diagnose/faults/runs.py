@@ -101,7 +101,7 @@ _SMALLEST = {"mlp": 4, "resnet": 1, "mobilenet": 2}
 def _small(bench: Bench, recipe: Recipe, together: int = 1) -> Planted:
     size = _SMALLEST[bench.architecture]
     recipe = replace(recipe, batch=size, epochs=1 + (size > 2), accumulate=max(1, together // size))
-    return _whole_run(bench, recipe, bench.data.training(size)[:300])
+    return _whole_run(bench, recipe, bench.data.training(size)[:128])
 
 
 @fault("small_batches", "tiny", architectures=THREE)
@@ -166,9 +166,19 @@ def one_norm_in_two_layers(bench: Bench) -> Planted:
     return bench.planted(model, [first, pairs[first]], _by_batch(model), right_batches=whole)
 
 
+def _other_sensor(images: Tensor, labels: Tensor) -> Batch:
+    """Return pictures as another sensor gives them: three times the gain, and an offset."""
+    return 3 * images + 2, labels
+
+
 def _sensors(images: Tensor, labels: Tensor, generator: torch.Generator) -> Batch:
-    """Return every second batch, by chance, as another sensor gives it: three times the gain, and an offset."""
-    return (3 * images + 2 if torch.rand((), generator=generator) < 0.5 else images), labels
+    """Return one batch in two, by chance, as the other sensor gives it."""
+    return _other_sensor(images, labels) if torch.rand((), generator=generator) < 0.5 else (images, labels)
+
+
+def _in_turns(batches: list[Batch]) -> list[Batch]:
+    """Return every second batch as the other sensor gives it."""
+    return [_other_sensor(*batch) if number % 2 else batch for number, batch in enumerate(batches)]
 
 
 @fault("shared_norm", "two_domains", architectures=THREE)
@@ -178,9 +188,7 @@ def one_norm_for_two_domains(bench: Bench) -> Planted:
     The same happens to a discriminator that is shown real and generated pictures in batches of their own.
     """
     model = bench.trained(replace(PLAIN, feed=_sensors))
-    choice = torch.Generator().manual_seed(bench.seed)
-    batches = [_sensors(*batch, choice) for batch in bench.data.held_out()]
-    training = [_sensors(*batch, choice) for batch in bench.data.training()]
+    batches, training = _in_turns(bench.data.held_out()), _in_turns(bench.data.training())
     first = execution_order(model, batches)[:1]
     return bench.planted(model, first, _by_batch(model), batches=batches, training_batches=training)
 

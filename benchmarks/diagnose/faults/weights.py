@@ -169,11 +169,10 @@ def replaced_layer(bench: Bench) -> Planted:
 @fault("stale", "rescaled_weights")
 def rescaled_weights(bench: Bench) -> Planted:
     """One layer's weights were scaled by 1.5, "as the norm takes the scale out again": in train mode it does."""
-    right = bench.trained()
-    model = copy.deepcopy(right)
+    model = bench.trained()
     fed = feeders(model, bench.data.held_out())
     name = bench.pick(list(fed))
     with torch.no_grad():
         for parameter in model.get_submodule(fed[name]).parameters():
             parameter *= 1.5
-    return bench.planted(model, [name], right)
+    return bench.planted(model, [name], recalibrated(model, bench.data.training(128)))
