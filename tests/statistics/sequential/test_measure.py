@@ -429,6 +429,34 @@ def test_an_error_of_the_model_itself_names_the_batch() -> None:
         recalibrate(deep(1), [*images(4, 4), torch.zeros(2, 5, 8, 8), *images(4)])
 
 
+def test_a_failure_deep_in_the_model_is_not_looked_for_by_running_everything_again() -> None:
+    class FailsOnFive(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 5:
+                raise ValueError("five")
+            return x
+
+    model, calls = deep(3), []
+    model.insert(5, FailsOnFive())
+
+    def counted(m: nn.Module, batch: Tensor) -> None:
+        calls.append(len(batch))
+        m(batch)
+
+    with pytest.raises(BatchError, match=r"failed on batch 2 .*ValueError: five"):
+        recalibrate(model, images(4, 4, 5, 4), forward=counted)
+    assert calls == [4, 4, 5, 4, 5]
+
+
+def test_a_model_that_writes_into_its_input_is_told_what_to_do() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    with pytest.raises(StateError, match=r"writes into its input in place.*batch\.clone"):
+        recalibrate(model, images(4, 4))
+    batches = images(4, 4)
+    recalibrate(model, batches, forward=lambda m, batch: m(batch.clone()))
+    assert gap(model, [b.clone() for b in batches]) < ROUNDING
+
+
 def test_what_is_not_finite_names_batch_and_norm() -> None:
     bad = images(4)[0]
     bad[0, 0, 0, 0] = torch.inf

@@ -30,6 +30,7 @@ class Inputs:
         self._limit = limit
         self._walk = numbered("recalibrate", stream, allow_empty=allow_empty)
         self._held: list[Any] | None = []
+        self._versions: list[list[int]] = []
         self._marks: list[int] = []  # what each batch was like, once they are not held
         self.nbytes = 0  # of the batches held here and nowhere else
         self._counted: set[int] = set()
@@ -64,6 +65,7 @@ class Inputs:
         """
         if self._held is not None:
             for index in wanted:
+                self._require_unwritten(index)
                 yield index, self._held[index]
             return
         left = list(wanted)
@@ -81,6 +83,7 @@ class Inputs:
     def _hold(self, batch: Any) -> None:
         assert self._held is not None
         self._held.append(batch)
+        self._versions.append(_versions(batch))
         if not isinstance(self._stream, list | tuple):  # there they are held anyway
             # batches may be parts of one tensor
             memory = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_of(batch)}
@@ -100,6 +103,15 @@ class Inputs:
         self._held = None
         self.nbytes = 0
 
+    def _require_unwritten(self, index: int) -> None:
+        assert self._held is not None
+        if _versions(self._held[index]) != self._versions[index]:
+            raise StateError(
+                f"recalibrate: the model writes into its input in place, so that batch {index} (counting from 0) is "
+                "not what it was and cannot be run again. Give it copies: forward=lambda model, batch: "
+                "model(batch.clone())."
+            )
+
     def _changed(self, index: int) -> StateError:
         return StateError(
             f"recalibrate: the stream does not fit into memory ({self._limit / 1e9:.2g} GB are allowed), so it is "
@@ -116,6 +128,11 @@ _NONE = object()
 def tensors_of(batch: Any) -> list[Tensor]:
     """Return the tensors in a batch."""
     return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+
+
+def _versions(batch: Any) -> list[int]:
+    """Return how often each tensor has been written into; those of inference mode do not count that."""
+    return [t._version for t in tensors_of(batch) if not t.is_inference()]
 
 
 def _mark(batch: Any) -> int:

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from batchnorm.errors import StateError
+from batchnorm.errors import BatchNormError, StateError
 from batchnorm.moments import Moments
 from batchnorm.nn.calling import Forward, below_autograd
-from batchnorm.statistics.collect import moments_of
+from batchnorm.statistics.collect import moments_of, require_finite
 from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.failures import explained
 from batchnorm.statistics.outcome import Outcome
@@ -192,10 +192,17 @@ class Sequential:
                         del batch
                 sweep.finish(inputs, advance)
             except RunFailed as failure:
-                batch = next((b for _, b in inputs.again([failure.index])), None)
-                error = failure.error
-                raise explained("recalibrate", error, self._model, failure.index, batch, self._call) from error
+                raise self._explained(failure, inputs) from failure.error
+            except Disturbed:
+                own = sweep.failure
+                if own is not None and (error := self._fails_alone(sweep, inputs, own.index)) is not None:
+                    raise self._explained(RunFailed(own.index, error), inputs) from error
+                raise
             return sweep
+
+    def _explained(self, failure: RunFailed, inputs: Inputs) -> BatchNormError:
+        (_, batch), *_ = inputs.again([failure.index])
+        return explained("recalibrate", failure.error, self._model, failure.index, batch, self._call)
 
     def _start(self, index: int, batch: Any, shelf: Shelf | None, *, held: bool = True) -> Run:
         others = [*self._tensors, *tensors_of(batch)]
@@ -207,6 +214,19 @@ class Sequential:
         return run
 
     # -- what may go wrong unseen --------------------------------------------------------------------------------------
+
+    def _fails_alone(self, sweep: Sweep, inputs: Inputs, index: int) -> Exception | None:
+        """Return how a batch fails, run once more by itself, if it does: then no other batch is to blame."""
+        (_, batch), *_ = inputs.again([index])
+        run = self._start(index, batch, None)
+        try:
+            with below_autograd():
+                _goes_through(run, sweep)
+            return None
+        except Exception as error:
+            return error
+        finally:
+            run.abandon()
 
     def _undisturbed(self, sweep: Sweep, inputs: Inputs) -> bool:
         """Return whether the first batch, run once more by itself, brings to each norm what it brought before."""
@@ -222,6 +242,20 @@ class Sequential:
             return False
         finally:
             run.abandon()
+
+
+def _goes_through(run: Run, sweep: Sweep) -> None:
+    """Let a run go to the first norm where it would have to wait.
+
+    Raises:
+        Exception: the model fails, or makes values that are not finite.
+    """
+    arrival = run.go()
+    while arrival is not None:
+        require_finite(arrival.site, moments_of(arrival.call.input, arrival.call.mask))
+        if not sweep.lets_pass(arrival.site):
+            return
+        arrival = run.go(arrival.call.run_on(*sweep.normalizes_by(arrival.site)))
 
 
 def _repeats(run: Run, first: Traveller, sweep: Sweep) -> bool:

@@ -82,6 +82,7 @@ class Sweep:
         final: what the norms normalize by.
         late: norms that some batch came to after they had been made final.
         travellers: the batches.
+        failure: that of a batch in this process while others were on their way.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Sweep:
         self._waiting = waiting
         self._apart = apart
         self._active: Run | None = None
-        self._failure: RunFailed | None = None
+        self.failure: RunFailed | None = None
         self._pinned = pinned
         self._rank_of = {address: i for i, address in enumerate(order)}
         self.travellers: list[Traveller] = []
@@ -115,7 +116,7 @@ class Sweep:
         """Send a batch, the next one, as far as it goes."""
         traveller = Traveller(index)
         self.travellers.append(traveller)
-        if self._failure is None:
+        if self.failure is None:
             self._set_out(traveller, batch)
 
     def finish(self, inputs: Inputs, advance: Callable[[], None]) -> None:
@@ -140,6 +141,10 @@ class Sweep:
         if self._active is not None:
             self._active.abandon()
 
+    def lets_pass(self, site: Site) -> bool:
+        """Return whether batches go through a norm without waiting."""
+        return site in self.final or site in self._pinned
+
     def normalizes_by(self, site: Site) -> Statistics:
         """Return the statistics that a norm normalizes by in this sweep, once it does."""
         return self._pinned[site] if site in self._pinned else self.final[site]
@@ -149,9 +154,9 @@ class Sweep:
     def _next(self) -> Site | None:
         """Return the norm that is made final now: the first in the order, else where most batches wait."""
         mine = Counter(t.at.address for t in self.travellers if t.at is not None)
-        replies = self._ranks.agree((self._failure is not None, mine))
+        replies = self._ranks.agree((self.failure is not None, mine))
         if any(failed for failed, _ in replies):
-            raise Disturbed from self._failure
+            raise Disturbed from self.failure
         there: Counter[Address] = Counter()
         for _, counter in replies:
             there.update(counter)
@@ -170,11 +175,11 @@ class Sweep:
     def _send_on(self, site: Site, inputs: Inputs) -> None:
         here = [t for t in self.travellers if t.at is site]
         for traveller in here:
-            if traveller.arrival is not None and self._failure is None:
+            if traveller.arrival is not None and self.failure is None:
                 self._go_on(traveller)
-        again = {t.index: t for t in here if t.at is site and self._failure is None}
+        again = {t.index: t for t in here if t.at is site and self.failure is None}
         for index, batch in inputs.again(sorted(again)):
-            if self._failure is None:
+            if self.failure is None:
                 self._set_out(again[index], batch)
 
     def _set_out(self, traveller: Traveller, batch: Any) -> None:
@@ -219,7 +224,7 @@ class Sweep:
             failure = RunFailed(traveller.index, error)
             if self._apart or len(self.travellers) == 1:
                 raise failure from error
-            self._failure = failure
+            self.failure = failure
             return
         if arrival is not None:
             traveller.at = arrival.site
@@ -230,7 +235,7 @@ class Sweep:
     def _to_next_wait(self, traveller: Traveller, run: Run, answer: Any) -> Arrival | None:
         while (arrival := run.go(answer)) is not None:
             self._count(traveller, arrival)
-            if arrival.site not in self.final and arrival.site not in self._pinned:
+            if not self.lets_pass(arrival.site):
                 return arrival
             answer = self._pass(arrival)
         return None
