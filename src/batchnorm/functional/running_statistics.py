@@ -1,0 +1,136 @@
+"""Running statistics that cannot be poisoned: a step that is not finite is not taken, and is counted.
+
+One infinity in a batch makes the batch's mean or variance infinite or NaN, and every later
+r ← (1 − momentum)·r + momentum·b is so too. The steps of all paths end here (the native kernels hold to the same rule
+inside their loop): a channel takes its new values only if both are finite, else it keeps the old ones bit for bit.
+Nothing here asks a device for a value, so nothing waits for one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from batchnorm.functional.observing import followed
+from batchnorm.kernels.native.layout import DTYPES
+from batchnorm.kernels.native.library import library
+from batchnorm.moments import Moments
+
+__all__ = ["NOBODY", "Counters", "count_call", "is_counter", "keep_finite", "take_finite", "take_step"]
+
+_Optional: TypeAlias = Tensor | None
+
+
+class Counters(NamedTuple):
+    """What is counted beside the running statistics: int64 tensors of no dimensions, or None.
+
+    Attributes:
+        batches: those that entered in every channel; a layer's ``num_batches_tracked``.
+        refused: those that did not, in one channel or more.
+    """
+
+    batches: _Optional = None
+    refused: _Optional = None
+
+
+NOBODY = Counters()
+
+
+def take_step(
+    mean: Tensor, var: Tensor, moments: Moments, momentum: float | Tensor, counters: Counters = NOBODY
+) -> None:
+    """Move running statistics by r ← (1 − momentum)·r + momentum·b, in place, b being mean and variance of ``moments``.
+
+    The variance is the unbiased one, with divisor n − 1; channels of fewer than 2 values have none and stay as they
+    are. The arithmetic is float64, rounded once.
+    """
+    with torch.no_grad():
+        defined = (moments.count > 1).reshape(mean.shape)
+        new = []
+        for running, batch in ((mean, moments.mean), (var, moments.variance(correction=1))):
+            old = running.double()
+            stepped = (1 - momentum) * old + momentum * batch.reshape(running.shape)
+            new.append(torch.where(defined, stepped, old).to(running.dtype))
+        _take(*new, mean, var, counters, ~defined)
+
+
+def take_finite(new_mean: Tensor, new_var: Tensor, mean: Tensor, var: Tensor, counters: Counters) -> None:
+    """Copy new running statistics into the buffers, except in channels where one of the two is not finite."""
+    if library is None or not _is_plain(mean, var, counters) or followed():
+        with torch.no_grad():
+            _take(new_mean, new_var, mean, var, counters)
+        return
+    addresses = [0 if t is None else t.data_ptr() for t in (new_mean, new_var, mean, var, *counters)]
+    library.take_finite(DTYPES[mean.dtype], mean.numel(), *addresses)
+    # An earlier call, of whatever kind of norm, may have kept the buffers for its backward pass: autograd has to know.
+    torch.autograd.graph.increment_version([mean, var] if counters.batches is None else [mean, var, counters.batches])
+
+
+def keep_finite(old_mean: Tensor, old_var: Tensor, mean: Tensor, var: Tensor, counters: Counters) -> None:
+    """Give the buffers their old values back in channels where one of the new ones is not finite.
+
+    Torch's kernel has written the new ones unseen by autograd, and has kept the buffers for its backward pass, which
+    would fail on a write that shows: hence ``data``.
+    """
+    with torch.no_grad():
+        finite = _finite(mean, var)
+        mean.data.copy_(torch.where(finite, mean, old_mean))
+        var.data.copy_(torch.where(finite, var, old_var))
+        _count(counters, finite)
+
+
+def count_call(counters: Counters) -> None:
+    """Count a batch where there are no running statistics that it could enter, or nobody looks whether it does."""
+    if counters.batches is not None:
+        counters.batches.add_(1)
+
+
+def is_counter(tensor: _Optional) -> bool:
+    """Whether kernels can count in it, or there is nothing to count in."""
+    return tensor is None or (
+        type(tensor) is Tensor and tensor.is_cpu and tensor.dtype is torch.int64 and tensor.numel() == 1
+    )
+
+
+def _is_plain(mean: Tensor, var: Tensor, counters: Counters) -> bool:
+    return (
+        type(mean) is Tensor
+        and type(var) is Tensor
+        and mean.is_cpu
+        and var.is_cpu
+        and (mean.dtype is torch.float32 or mean.dtype is torch.float64)
+        and mean.dtype is var.dtype
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and is_counter(counters.batches)
+        and is_counter(counters.refused)
+    )
+
+
+def _take(
+    new_mean: Tensor, new_var: Tensor, mean: Tensor, var: Tensor, counters: Counters, excused: _Optional = None
+) -> None:
+    finite = _finite(new_mean, new_var)
+    mean.copy_(torch.where(finite, new_mean, mean))
+    var.copy_(torch.where(finite, new_var, var))
+    _count(counters, finite if excused is None else finite | excused)
+
+
+def _finite(mean: Tensor, var: Tensor) -> Tensor:
+    """Return where both are finite: 0 · x is NaN for any other x, and NaN equals nothing. isfinite() is four kernels."""
+    return mean * 0 == var * 0
+
+
+def _count(counters: Counters, finite: Tensor) -> None:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        count_call(counters)  # the flags may be of a whole ensemble, which one counter cannot hold
+        return
+    if counters.batches is None and counters.refused is None:
+        return
+    entered = finite.all()
+    if counters.batches is not None:
+        counters.batches.add_(entered)
+    if counters.refused is not None:
+        counters.refused.add_(~entered)
