@@ -5,6 +5,9 @@
 :func:`convert`, :func:`revert`    a model's norms made ours, fused with what follows them, and back, losslessly
 :func:`recalibrate`                population statistics from a stream of batches
 :func:`freeze`, :func:`unfreeze`   a freeze that survives ``model.train()``
+:func:`use`, :func:`no_update`     which statistics normalize, and whether they move, for a block, in whatever mode
+:func:`accumulated_update`         one step of the running statistics for several micro-batches
+:func:`nonfinite_batches`          which layers have kept a batch with NaN or infinity out of their statistics
 :func:`fold`                       norms absorbed by their neighbours, verified, with a reason for each one left
 :func:`check`, :func:`place`       placement and misuse, rule by rule; norms put where they belong
 :func:`watch`                      is this still the data that the model was trained on?
@@ -29,7 +32,10 @@ if TYPE_CHECKING:
     from batchnorm.monitor import WatchResult
     from batchnorm.monitor.watch import watch
     from batchnorm.nn.freeze import FreezeResult, freeze, is_frozen, unfreeze
+    from batchnorm.nn.nonfinite import nonfinite_batches
+    from batchnorm.nn.statistics_in_use import no_update, use
     from batchnorm.statistics import RecalibrateResult
+    from batchnorm.statistics.accumulated_update import accumulated_update
     from batchnorm.statistics.recalibrate import recalibrate
 
 __version__ = "0.1.0"
@@ -43,6 +49,7 @@ __all__ = [
     "PlaceResult",
     "RecalibrateResult",
     "WatchResult",
+    "accumulated_update",
     "active_backend",
     "check",
     "convert",
@@ -52,10 +59,13 @@ __all__ = [
     "functional",
     "is_frozen",
     "nn",
+    "no_update",
+    "nonfinite_batches",
     "place",
     "recalibrate",
     "revert",
     "unfreeze",
+    "use",
     "watch",
 ]
 
@@ -71,7 +81,10 @@ _HOMES = {
     "batchnorm.moments": ("Moments",),
     "batchnorm.monitor": ("WatchResult", "watch"),
     "batchnorm.nn.freeze": ("FreezeResult", "freeze", "is_frozen", "unfreeze"),
+    "batchnorm.nn.nonfinite": ("nonfinite_batches",),
+    "batchnorm.nn.statistics_in_use": ("no_update", "use"),
     "batchnorm.statistics": ("RecalibrateResult", "recalibrate"),
+    "batchnorm.statistics.accumulated_update": ("accumulated_update",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -13,7 +13,6 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from batchnorm.functional.observing import followed
 from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library
 from batchnorm.moments import Moments
@@ -48,24 +47,46 @@ def take_step(
     """
     with torch.no_grad():
         defined = (moments.count > 1).reshape(mean.shape)
-        new = []
-        for running, batch in ((mean, moments.mean), (var, moments.variance(correction=1))):
+
+        def stepped(running: Tensor, batch: Tensor) -> Tensor:
             old = running.double()
-            stepped = (1 - momentum) * old + momentum * batch.reshape(running.shape)
-            new.append(torch.where(defined, stepped, old).to(running.dtype))
-        _take(*new, mean, var, counters, ~defined)
+            new = (1 - momentum) * old + momentum * batch.reshape(running.shape)
+            return torch.where(defined, new, old).to(running.dtype)
+
+        new_mean, new_var = stepped(mean, moments.mean), stepped(var, moments.variance(correction=1))
+        _take(new_mean, new_var, mean, var, counters, ~defined)
 
 
-def take_finite(new_mean: Tensor, new_var: Tensor, mean: Tensor, var: Tensor, counters: Counters) -> None:
-    """Copy new running statistics into the buffers, except in channels where one of the two is not finite."""
-    if library is None or not _is_plain(mean, var, counters) or followed():
+def take_finite(
+    new_mean: Tensor, new_var: Tensor, mean: Tensor, var: Tensor, counters: Counters, *, followed: bool
+) -> None:
+    """Copy new running statistics into the buffers, except in channels where one of the two is not finite.
+
+    Args:
+        new_mean: contiguous.
+        new_var: likewise.
+        mean: the buffer.
+        var: likewise.
+        counters: of the layer.
+        followed: whether torch follows the operators, so that nothing may be done but by them.
+    """
+    if followed or library is None or not _is_plain(mean, var, counters):
         with torch.no_grad():
             _take(new_mean, new_var, mean, var, counters)
         return
-    addresses = [0 if t is None else t.data_ptr() for t in (new_mean, new_var, mean, var, *counters)]
-    library.take_finite(DTYPES[mean.dtype], mean.numel(), *addresses)
+    batches, refused = counters
+    library.take_finite(
+        DTYPES[mean.dtype],
+        mean.numel(),
+        new_mean.data_ptr(),
+        new_var.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        0 if batches is None else batches.data_ptr(),
+        0 if refused is None else refused.data_ptr(),
+    )
     # An earlier call, of whatever kind of norm, may have kept the buffers for its backward pass: autograd has to know.
-    torch.autograd.graph.increment_version([mean, var] if counters.batches is None else [mean, var, counters.batches])
+    torch.autograd.graph.increment_version([mean, var] if batches is None else [mean, var, batches])
 
 
 def keep_finite(old_mean: Tensor, old_var: Tensor, mean: Tensor, var: Tensor, counters: Counters) -> None:
@@ -119,7 +140,7 @@ def _take(
 
 
 def _finite(mean: Tensor, var: Tensor) -> Tensor:
-    """Return where both are finite: 0 · x is NaN for any other x, and NaN equals nothing. isfinite() is four kernels."""
+    """Return where both are finite: 0 · x is NaN for any other x. isfinite() would be four kernels each."""
     return mean * 0 == var * 0
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchnorm.functional.observing import followed
 from batchnorm.functional.running_statistics import Counters, count_call, keep_finite, take_finite
 
 __all__ = ["torch_batch_norm"]
@@ -33,38 +34,58 @@ def torch_batch_norm(
     counters: Counters,
 ) -> Tensor:
     """Do what ``torch.nn.functional.batch_norm`` does; in training a channel's step is taken only if it is finite."""
-
-    def call(mean: _Optional, var: _Optional) -> Tensor:
-        return F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
-
-    if running_mean is None or running_var is None or _recorded():
-        y = call(running_mean, running_var)
+    if running_mean is None or running_var is None:
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         if training:
             count_call(counters)
         return y
-    if not training:
-        if _looked_at() or not _differentiable(input, weight, bias):
-            return call(running_mean, running_var)
-        return call(running_mean.clone(), running_var.clone())
+    known = followed()
+    if known and not _copies_allowed():
+        return _with_the_buffers(input, running_mean, running_var, weight, bias, training, momentum, eps, counters)
+    if not training and not _differentiable(input, weight, bias):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     mean, var = running_mean.clone(), running_var.clone()
-    if _looked_at():
-        y = call(running_mean, running_var)
-        keep_finite(mean, var, running_mean, running_var, counters)
-    else:
-        y = call(mean, var)
-        take_finite(mean, var, running_mean, running_var, counters)
+    y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
+    if training:
+        take_finite(mean, var, running_mean, running_var, counters, followed=known)
     return y
 
 
-def _looked_at() -> bool:
-    """Return whether a dispatch mode looks at the operators: it knows a norm by the buffers that it is given."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+def _with_the_buffers(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: _Optional,
+    bias: _Optional,
+    training: bool,
+    momentum: float,
+    eps: float,
+    counters: Counters,
+) -> Tensor:
+    """Do the same where others look at the call and know the norm by its buffers: an exporter, a dispatch mode."""
+    looked_at = training and not _recorded()
+    old = (running_mean.clone(), running_var.clone()) if looked_at else None
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if old is not None:
+        keep_finite(*old, running_mean, running_var, counters)
+    elif training:
+        count_call(counters)
+    return y
 
 
 def _recorded() -> bool:
     """Return whether the call becomes part of a program, which is to hold torch's operator and nothing else."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
-def _differentiable(*tensors: _Optional) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _copies_allowed() -> bool:
+    """Return whether torch's operator may be given other tensors than the buffers."""
+    return not _recorded() and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0)
+
+
+def _differentiable(input: Tensor, weight: _Optional, bias: _Optional) -> bool:
+    return torch.is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )

@@ -181,7 +181,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         )
 
     def _refusals(self, device: torch.device) -> Tensor | None:
-        """Return the counter of refused batches, beside ``num_batches_tracked``; no buffer, for torch's layers have none.
+        """Return the counter of refused batches. It is no buffer, for torch's layers have none of the kind.
 
         Layers of older pickles get theirs here, as do replicas on another device. A compiler is given what there is.
         """
@@ -189,8 +189,8 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         if torch.compiler.is_compiling():
             return None if torch.compiler.is_exporting() else counter
         if counter is None or counter.device != device:
-            kept = counter is not None and not counter.is_meta
-            counter = counter.to(device) if kept else torch.zeros((), dtype=torch.int64, device=device)
+            known = counter is not None and not counter.is_meta
+            counter = counter.to(device) if known else torch.zeros((), dtype=torch.int64, device=device)  # type: ignore[union-attr]
             self.__dict__["_refused"] = counter
         return counter
 
@@ -200,7 +200,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         They are sums over many batches, with steps that half precision would round away.
         """
         before = {name: self._buffers.get(name) for name in _STATISTICS}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers.get(name)
             if new is not None and new.dtype in HALF:
@@ -214,7 +214,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load; statistics that ``assign=True`` has put in as they lie in the file are kept in float32 all the same."""
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         for name in _STATISTICS:
             buffer = self._buffers.get(name)
             if buffer is not None and buffer.dtype in HALF:

@@ -33,6 +33,7 @@ from batchnorm.functional import dispatch
 from batchnorm.kernels.activation import ACTIVATIONS
 from batchnorm.nn.frozen import THAWED, state_of
 from batchnorm.nn.recomputation import recomputing
+from batchnorm.nn.redirect import shallow_copy
 
 if TYPE_CHECKING:
     from batchnorm.nn.batch_norm import _Layer
@@ -125,7 +126,7 @@ class _Source:
     """
 
     def __init__(self, layer: _Layer, input: Tensor) -> None:
-        self.layer = _stand_in(layer)
+        self.layer = shallow_copy(layer)
         self.input = input
         self.grad = torch.is_grad_enabled()
         self.recomputed = recomputing()
@@ -455,18 +456,6 @@ _METADATA: frozenset[Any] = frozenset(
     }
 )
 """Questions that shape, dtype and device answer."""
-
-
-# -- the layer as it was -----------------------------------------------------------------------------------------------
-
-
-def _stand_in(layer: _Layer) -> _Layer:
-    """Return a shallow copy: the layer's tensors and settings as they are now, whatever it is given later."""
-    twin: _Layer = object.__new__(type(layer))
-    twin.__dict__.update(layer.__dict__)
-    twin.__dict__["_parameters"] = dict(layer._parameters)
-    twin.__dict__["_buffers"] = dict(layer._buffers)
-    return twin
 
 
 def _versions(tensors: Sequence[Tensor | None]) -> list[int | None] | None:

@@ -94,8 +94,8 @@ class Saved(NamedTuple):
 class Running(NamedTuple):
     """Running statistics, contiguous and of :func:`compute_dtype`, or None.
 
-    With a momentum the batch is normalized by its own statistics and enters them with that weight, in the channels where
-    the result is finite; without one they are what normalizes.
+    With a momentum the batch is normalized by its own statistics and enters them with that weight, in the channels
+    where the result is finite; without one they are what normalizes.
 
     Attributes:
         mean: or None.
