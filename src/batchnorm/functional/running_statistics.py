@@ -140,8 +140,10 @@ def _take(
 
 
 def _finite(mean: Tensor, var: Tensor) -> Tensor:
-    """Return where both are finite: 0 · x is NaN for any other x. isfinite() would be four kernels each."""
-    return mean * 0 == var * 0
+    """Return where both are finite."""
+    if torch.compiler.is_compiling():  # which takes x · 0 for 0, and makes one kernel of it all
+        return torch.isfinite(mean) & torch.isfinite(var)
+    return mean * 0 == var * 0  # NaN where one is not; isfinite() would be four kernels each
 
 
 def _count(counters: Counters, finite: Tensor) -> None:

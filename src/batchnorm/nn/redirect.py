@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any, Protocol, TypeVar
 
@@ -52,6 +52,12 @@ class Rule(Protocol):
         """
 
 
+_COMPILED = (
+    "this block cannot be entered in compiled code. Enter it around the call of what is compiled, which runs eagerly "
+    "in it."
+)
+
+
 def norms_for(verb: str, model: Module, names: str | Sequence[str] | None) -> dict[str, NormModule]:
     """Return the norms that ``names`` means, for a block that redirects their calls.
 
@@ -61,7 +67,7 @@ def norms_for(verb: str, model: Module, names: str | Sequence[str] | None) -> di
         UnknownNameError: a name means no norm.
     """
     if torch.compiler.is_compiling():
-        raise StateError(f"{verb}: cannot be entered in compiled code. Enter it around the call of what is compiled.")
+        raise StateError(_COMPILED)
     require_module(verb, model)
     for name, module in model.named_modules():
         _require_reachable(verb, name or type(module).__name__, module)
@@ -93,8 +99,16 @@ def _require_reachable(verb: str, name: str, module: Module) -> None:
 
 @contextmanager
 def redirected(rules: Mapping[NormModule, Rule]) -> Iterator[None]:
-    """Let each norm follow its rule, in all threads, within the rules of the blocks around this one."""
-    with compiled_modules_eager:  # what is compiled already would not notice
+    """Let each norm follow its rule, in all threads, within the rules of the blocks around this one.
+
+    Raises:
+        StateError: the block is in code that is being compiled, or was.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(compiled_modules_eager)  # what is compiled already would not notice
+        except RuntimeError as error:
+            raise StateError(_COMPILED) from error
         try:
             for norm, rule in rules.items():
                 _add(norm, rule)
