@@ -54,7 +54,7 @@ def take_step(
             return torch.where(defined, new, old).to(running.dtype)
 
         new_mean, new_var = stepped(mean, moments.mean), stepped(var, moments.variance(correction=1))
-        _take(new_mean, new_var, mean, var, counters, ~defined)
+        _take(new_mean, new_var, mean, var, counters, _finite(new_mean, new_var), ~defined)
 
 
 def take_finite(
@@ -72,7 +72,8 @@ def take_finite(
     """
     if followed or library is None or not _is_plain(mean, var, counters):
         with torch.no_grad():
-            _take(new_mean, new_var, mean, var, counters)
+            finite = (_finite if followed else _finite_at_once)(new_mean, new_var)
+            _take(new_mean, new_var, mean, var, counters, finite, None)
         return
     batches, refused = counters
     library.take_finite(
@@ -131,19 +132,20 @@ def _is_plain(mean: Tensor, var: Tensor, counters: Counters) -> bool:
 
 
 def _take(
-    new_mean: Tensor, new_var: Tensor, mean: Tensor, var: Tensor, counters: Counters, excused: _Optional = None
+    new_mean: Tensor, new_var: Tensor, mean: Tensor, var: Tensor, counters: Counters, finite: Tensor, excused: _Optional
 ) -> None:
-    finite = _finite(new_mean, new_var)
     mean.copy_(torch.where(finite, new_mean, mean))
     var.copy_(torch.where(finite, new_var, var))
     _count(counters, finite if excused is None else finite | excused)
 
 
 def _finite(mean: Tensor, var: Tensor) -> Tensor:
-    """Return where both are finite."""
-    if torch.compiler.is_compiling():  # which takes x · 0 for 0, and makes one kernel of it all
-        return torch.isfinite(mean) & torch.isfinite(var)
-    return mean * 0 == var * 0  # NaN where one is not; isfinite() would be four kernels each
+    return torch.isfinite(mean) & torch.isfinite(var)
+
+
+def _finite_at_once(mean: Tensor, var: Tensor) -> Tensor:
+    """Return the same in three kernels, not nine: else x · 0 is NaN. A compiler would take it for 0."""
+    return mean * 0 == var * 0
 
 
 def _count(counters: Counters, finite: Tensor) -> None:
