@@ -32,6 +32,12 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+// A batch has entered the running statistics in all channels, or was refused in some; an address of 0: nobody counts.
+void count_batch(bool entered, uintptr_t batches, uintptr_t refused) {
+    const uintptr_t counter = entered ? batches : refused;
+    if (counter) ++*at<int64_t>(counter);
+}
+
 // What all calls on inputs of one size and layout share.
 struct Plan {
     Shape shape;
@@ -187,13 +193,15 @@ NB_MODULE(_native, m) {
         .def(
             "train_forward",
             [](const Plan& plan, View x, View residual, View y, uintptr_t bits, Parameters p, double eps,
-               uintptr_t running_mean, uintptr_t running_var, double momentum) {
+               uintptr_t running_mean, uintptr_t running_var, double momentum, uintptr_t batches, uintptr_t refusals) {
+                std::atomic<bool> refused{false};
                 active_kernels().train_forward(plan.shape, x, p.affine(plan), p.of(plan), eps,
-                                               {at<void>(running_mean), at<void>(running_var), momentum}, residual, y,
-                                               at<uint16_t>(bits), p.pool());
+                                               {at<void>(running_mean), at<void>(running_var), momentum, &refused},
+                                               residual, y, at<uint16_t>(bits), p.pool());
+                count_batch(!refused, batches, refusals);
             },
             "x"_a, "residual"_a, "y"_a, "bits"_a, "parameters"_a, "eps"_a, "running_mean"_a, "running_var"_a,
-            "momentum"_a, free)
+            "momentum"_a, "batches"_a, "refusals"_a, free)
         .def(
             "backward_reduce",
             [](const Plan& plan, const Backward& b, Parameters p, uintptr_t sums) {
@@ -221,6 +229,16 @@ NB_MODULE(_native, m) {
             },
             "backward"_a, "parameters"_a, "sums"_a, "dx"_a, "dresidual"_a, "of_weight"_a, "of_bias"_a, free);
 
+    m.def(
+        "take_finite",
+        [](int dtype, int64_t channels, uintptr_t new_mean, uintptr_t new_var, uintptr_t mean, uintptr_t var,
+           uintptr_t batches, uintptr_t refusals) {
+            count_batch(take_finite(DType(dtype), channels, at<void>(new_mean), at<void>(new_var), at<void>(mean),
+                                    at<void>(var)),
+                        batches, refusals);
+        },
+        "dtype"_a, "channels"_a, "new_mean"_a, "new_var"_a, "mean"_a, "var"_a, "batches"_a, "refusals"_a,
+        "Take new running statistics but where they are not finite, and count the batch as entered or as refused.");
     m.def(
         "set_stream_bytes", [](int64_t bytes) { return std::exchange(stream_bytes, bytes); }, "bytes"_a,
         "Let outputs of more bytes go around the caches; returns the limit that held. For tests and measurements.");

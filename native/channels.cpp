@@ -31,7 +31,31 @@ void take(int64_t channels, const A* mean, const A* variance, double eps, const 
     }
 }
 
+template <class A>
+bool take_those(int64_t channels, const A* new_mean, const A* new_variance, A* mean, A* variance) {
+    bool all = true;
+    for (int64_t c = 0; c < channels; ++c) {
+        if (std::isfinite(new_mean[c]) && std::isfinite(new_variance[c])) {
+            mean[c] = new_mean[c];
+            variance[c] = new_variance[c];
+        } else {
+            all = false;
+        }
+    }
+    return all;
+}
+
 }  // namespace
+
+bool take_finite(DType dtype, int64_t channels, const void* new_mean, const void* new_variance, void* mean,
+                 void* variance) {
+    const auto take = [&](auto zero) {
+        using A = decltype(zero);
+        return take_those(channels, static_cast<const A*>(new_mean), static_cast<const A*>(new_variance),
+                          static_cast<A*>(mean), static_cast<A*>(variance));
+    };
+    return dtype == DType::float64 ? take(0.0) : take(0.0f);
+}
 
 void take_stored(const Shape& shape, const void* mean, const void* variance, double eps, const Statistics& statistics) {
     if (shape.dtype == DType::float64)

@@ -217,8 +217,14 @@ INLINE void update_running(const Running& running, int64_t c, double count, doub
     if (!running.mean || !(count > 1)) return;
     A* means = static_cast<A*>(running.mean);
     A* variances = static_cast<A*>(running.variance);
-    means[c] = A((1 - running.momentum) * double(means[c]) + running.momentum * mean);
-    variances[c] = A((1 - running.momentum) * double(variances[c]) + running.momentum * (m2 / (count - 1)));
+    const A new_mean = A((1 - running.momentum) * double(means[c]) + running.momentum * mean);
+    const A new_variance = A((1 - running.momentum) * double(variances[c]) + running.momentum * (m2 / (count - 1)));
+    if (std::isfinite(new_mean) && std::isfinite(new_variance)) {
+        means[c] = new_mean;
+        variances[c] = new_variance;
+    } else if (running.refused) {
+        running.refused->store(true, std::memory_order_relaxed);
+    }
 }
 
 template <class A>

@@ -3,6 +3,7 @@
 // one of those compilations offers. All arguments have been checked above.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <numeric>
 #include <string>
@@ -38,11 +39,13 @@ struct Affine {
     Activation activation;
 };
 
-// r ← (1 − momentum)·r + momentum·b, the variance with divisor n − 1; mean == nullptr: none are kept.
+// r ← (1 − momentum)·r + momentum·b, the variance with divisor n − 1; mean == nullptr: none are kept. A channel whose new
+// values are not finite keeps its old ones, and `refused`, where there is one, is set.
 struct Running {
     void* mean;
     void* variance;
     double momentum;
+    std::atomic<bool>* refused;
 };
 
 // Per channel: mean, M2 = Σ(x − mean)², rstd = 1/√(M2/n + eps).
@@ -111,6 +114,10 @@ inline int64_t narrow_unit(const Shape& shape) { return per_word(shape) / std::g
 
 // Takes the running mean and 1/√(running variance + eps) for the statistics to normalize by; M2 is not touched.
 void take_stored(const Shape& shape, const void* mean, const void* variance, double eps, const Statistics& statistics);
+
+// Takes new running statistics, but in channels where they are not finite; false if there is one.
+bool take_finite(DType dtype, int64_t channels, const void* new_mean, const void* new_variance, void* mean,
+                 void* variance);
 
 // Which channels x cannot be recovered from y = γ·x̂ + β to the precision of the data: 1 where it cannot; how many.
 int64_t mark_unrecoverable(const Shape& shape, const Affine& affine, uint8_t* marks);

@@ -7,6 +7,9 @@
 :func:`merge`, :func:`update_bn`   averaged models: statistics of a mixture of models, or measured for averaged weights
 :func:`freeze`, :func:`unfreeze`   a freeze that survives ``model.train()``
 :func:`diagnose`                   why eval mode is bad: the guilty layer, the cause, the cure
+:func:`use`, :func:`no_update`     which statistics normalize, and whether they move, for a block, in whatever mode
+:func:`accumulated_update`         one step of the running statistics for several micro-batches
+:func:`nonfinite_batches`          which layers have kept a batch with NaN or infinity out of their statistics
 :func:`fold`                       norms absorbed by their neighbours, verified, with a reason for each one left
 :func:`check`, :func:`place`       placement and misuse, rule by rule; norms put where they belong
 :func:`watch`                      is this still the data that the model was trained on?
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
     from batchnorm.monitor import WatchResult
     from batchnorm.monitor.watch import watch
     from batchnorm.nn.freeze import FreezeResult, freeze, is_frozen, unfreeze
+    from batchnorm.nn.nonfinite import nonfinite_batches
+    from batchnorm.nn.statistics_in_use import no_update, use
     from batchnorm.statistics import MergeResult, RecalibrateResult
+    from batchnorm.statistics.accumulated_update import accumulated_update
     from batchnorm.statistics.merge import merge
     from batchnorm.statistics.recalibrate import recalibrate
     from batchnorm.statistics.update_bn import update_bn
@@ -51,6 +57,7 @@ __all__ = [
     "PlaceResult",
     "RecalibrateResult",
     "WatchResult",
+    "accumulated_update",
     "active_backend",
     "check",
     "convert",
@@ -62,11 +69,14 @@ __all__ = [
     "is_frozen",
     "merge",
     "nn",
+    "no_update",
+    "nonfinite_batches",
     "place",
     "recalibrate",
     "revert",
     "unfreeze",
     "update_bn",
+    "use",
     "watch",
 ]
 
@@ -85,6 +95,9 @@ _HOMES = {
     "batchnorm.monitor": ("WatchResult", "watch"),
     "batchnorm.nn.freeze": ("FreezeResult", "freeze", "is_frozen", "unfreeze"),
     "batchnorm.statistics": ("MergeResult", "RecalibrateResult", "merge", "recalibrate", "update_bn"),
+    "batchnorm.nn.nonfinite": ("nonfinite_batches",),
+    "batchnorm.nn.statistics_in_use": ("no_update", "use"),
+    "batchnorm.statistics.accumulated_update": ("accumulated_update",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

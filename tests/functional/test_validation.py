@@ -39,7 +39,7 @@ BAD = {
         {"input": X.bfloat16()} | {k: torch.ones(3).half() for k in NAMES[1:]},
         "torch.bfloat16 or torch.float32",
     ),
-    "half weight, float32 statistics": ({"input": X.half(), "weight": W.half()}, "weight torch.float16"),
+    "bfloat16 weight, float16 input": ({"input": X.half(), "weight": W.bfloat16()}, "weight torch.bfloat16"),
     "a list of statistics": ({"running_mean": [0.0]}, "running_mean must be a tensor; got list"),
     "negative eps": ({"eps": -1.0}, "eps must be .*; got -1.0"),
     "eps of zero": ({"eps": 0.0, "training": True}, "eps must be positive during training; got 0.0"),

@@ -16,7 +16,9 @@ from batchnorm.functional import dispatch
 from batchnorm.functional.fused import fused_batch_norm
 from batchnorm.functional.observing import followed
 from batchnorm.functional.operator import batch_norm_operator, composite
-from batchnorm.functional.validation import check_extras, check_valid_counts, first_problem
+from batchnorm.functional.running_statistics import NOBODY, Counters
+from batchnorm.functional.torchs import torch_batch_norm
+from batchnorm.functional.validation import HALF, check_extras, check_valid_counts, first_problem
 from batchnorm.kernels.activation import ACTIVATIONS
 from batchnorm.kernels.contract import Request
 from batchnorm.moments import Moments, expand_mask
@@ -130,8 +132,11 @@ def normalize(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     inplace: bool = False,
+    counters: Counters = NOBODY,
 ) -> Tensor:
-    """Do what :func:`batch_norm` does; messages open with ``where``."""
+    """Do what :func:`batch_norm` does, and count the batch in training; messages open with ``where``."""
+    if getattr(input, "dtype", None) in HALF:
+        weight, bias = (_beside(running_mean, parameter, input.dtype) for parameter in (weight, bias))
     extras = activation is not None or residual is not None
     backend = None if mask is not None else dispatch.at_once(input, training, extras)
     if backend == "native":
@@ -147,6 +152,7 @@ def normalize(
             activation,
             residual,
             inplace,
+            counters,
         )
         if y is not None:
             return y
@@ -172,13 +178,21 @@ def normalize(
             residual,
             activation,
             backend,
+            *counters,
         )
     try:
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        y = torch_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, counters)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
         raise
     return _finish(y, residual, activation) if extras else y
+
+
+def _beside(running: Tensor | None, parameter: Tensor | None, half: torch.dtype) -> Tensor | None:
+    """Return γ or β in float32, if it is half as wide as the running statistics: kernels take both of one dtype."""
+    if parameter is None or running is None or parameter.dtype != half or running.dtype != torch.float32:
+        return parameter
+    return parameter.float()
 
 
 # Written over their argument: as much as one line each of torch's own.

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from batchnorm.errors import StateError
 from batchnorm.functional.observing import followed, observed
+from batchnorm.functional.running_statistics import NOBODY, Counters, is_counter
 from batchnorm.kernels.activation import ACTIVATIONS, LEAKY_SLOPE
 from batchnorm.kernels.contract import Transform
 from batchnorm.kernels.native import calls
@@ -42,6 +43,7 @@ def fused_batch_norm(
     activation: str | None,
     residual: _Optional,
     inplace: bool,
+    counters: Counters = NOBODY,
 ) -> _Optional:
     """Do what :func:`batchnorm.functional.batch_norm` does if the call is plain; else do nothing and return None.
 
@@ -75,7 +77,9 @@ def fused_batch_norm(
     for statistic in (running_mean, running_var):
         if statistic is not None and (statistic.requires_grad or not _is_per_channel(statistic, wanted, channels)):
             return None
-    running = Running(running_mean, running_var, momentum if training else None)
+    if training and not (is_counter(counters.batches) and is_counter(counters.refused)):
+        return None
+    running = Running(running_mean, running_var, momentum if training else None, *counters)
     if tracked and torch.is_grad_enabled():
         # autograd forbids to write over these
         inplace = inplace and not x._is_view() and not (x.is_leaf and x.requires_grad)
@@ -101,6 +105,8 @@ def _count_writes(running: Running, x: _Optional) -> None:
     written = [] if x is None else [x]
     if running.momentum is not None and running.mean is not None and running.var is not None:
         written += running.mean, running.var
+    if running.momentum is not None and running.batches is not None:
+        written.append(running.batches)
     if written:
         torch.autograd.graph.increment_version(written)
 

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from batchnorm.functional.autograd import normalize_with_batch_statistics, normalize_with_given_statistics
 from batchnorm.functional.observing import notify
-from batchnorm.moments import Moments, expand_mask
+from batchnorm.functional.running_statistics import Counters, count_call, take_step
+from batchnorm.moments import expand_mask
 
 __all__ = ["SCHEMA", "batch_norm_operator", "composite"]
 
 SCHEMA = (
     "batch_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias, "
-    "bool training, float momentum, float eps, Tensor? mask, Tensor? residual, str? activation, str backend) -> Tensor"
+    "bool training, float momentum, float eps, Tensor? mask, Tensor? residual, str? activation, str backend, "
+    "Tensor(c!)? num_batches_tracked=None, Tensor(d!)? refused=None) -> Tensor"
 )
 
 _library = torch.library.Library("batchnorm", "FRAGMENT")
@@ -37,6 +39,8 @@ def composite(
     residual: Tensor | None,
     activation: str | None,
     backend: str,
+    num_batches_tracked: Tensor | None = None,
+    refused: Tensor | None = None,
 ) -> Tensor:
     """Do what the operator does, out of what it is made of."""
     notify(input, running_mean, running_var, eps, mask)
@@ -47,23 +51,18 @@ def composite(
     full = None if mask is None else expand_mask(mask, input, 1)
     if training:
         y, moments = normalize_with_batch_statistics(input, weight, bias, residual, full, eps, activation, backend)
+        counters = Counters(num_batches_tracked, refused)
         if running_mean is not None and running_var is not None:
-            _update(running_mean, moments.mean, moments, momentum)
-            _update(running_var, moments.variance(correction=1), moments, momentum)
+            take_step(running_mean, running_var, moments, momentum, counters)
+        else:
+            count_call(counters)
         return y
     assert running_mean is not None
     assert running_var is not None
-    mean = running_mean.detach().reshape(-1).double()
+    # a copy in any dtype: the backward pass needs the values of now
+    mean = running_mean.detach().reshape(-1).to(torch.float64, copy=True)
     rstd = (running_var.detach().reshape(-1).double() + eps).rsqrt()
     return normalize_with_given_statistics(input, mean, rstd, weight, bias, residual, full, activation, backend)
-
-
-@torch.no_grad()
-def _update(running: Tensor, batch: Tensor, moments: Moments, momentum: float) -> None:
-    """Move a running statistic towards the batch's, except in channels that have no variance (fewer than 2 values)."""
-    old = running.double()
-    new = (1 - momentum) * old + momentum * batch.reshape(running.shape)
-    running.copy_(torch.where((moments.count > 1).reshape(running.shape), new, old))
 
 
 _library.impl("batch_norm", composite, "CompositeImplicitAutograd")

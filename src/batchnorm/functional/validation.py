@@ -24,10 +24,10 @@ from batchnorm.errors import (
 from batchnorm.kernels.activation import ACTIVATIONS
 from batchnorm.moments import expand_mask
 
-__all__ = ["check_activation", "check_extras", "check_valid_counts", "first_problem", "too_few_values"]
+__all__ = ["HALF", "check_activation", "check_extras", "check_valid_counts", "first_problem", "too_few_values"]
 
-_HALF = (torch.float16, torch.bfloat16)
-_DTYPES = (torch.float32, torch.float64, *_HALF)
+HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, *HALF)
 
 
 def first_problem(
@@ -117,7 +117,7 @@ def _dtype_problems(where: str, input: Tensor, state: Mapping[str, Tensor | None
             "Convert it with input.float()."
         )
     given = {name: tensor.dtype for name, tensor in state.items() if tensor is not None}
-    allowed = {input.dtype, torch.float32} if input.dtype in _HALF else {input.dtype}
+    allowed = {input.dtype, torch.float32} if input.dtype in HALF else {input.dtype}
     if len(set(given.values())) > 1 or not allowed.issuperset(given.values()):
         listed = ", ".join(f"{name} {dtype}" for name, dtype in given.items())
         wanted = " or ".join(sorted(map(str, allowed)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,17 @@ from torch import Tensor
 
 from batchnorm.errors import ArgumentTypeError, ShapeError
 from batchnorm.functional.batch_norm import normalize
-from batchnorm.functional.validation import check_activation
+from batchnorm.functional.running_statistics import NOBODY, Counters
+from batchnorm.functional.validation import HALF, check_activation
 from batchnorm.nn.pending import defer
+from batchnorm.nn.recomputation import recomputing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 class _Layer(torch.nn.modules.batchnorm._BatchNorm):
@@ -25,6 +33,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
     activation = None  # type: str | None
     layer_name = None  # type: str | None
     inplace = False  # type: bool
+    _refused = None  # type: Tensor | None
 
     __jit_unused_properties__ = ("center", "scale")
     # for torch.jit.script: converted layers have it by their class only
@@ -59,6 +68,8 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         if affine and not (center and bias):
             self.bias = None  # type: ignore[assignment]
         self.activation = activation
+        if self.num_batches_tracked is not None:
+            self._refusals(self.num_batches_tracked.device)
         if inplace:
             self.inplace = True
 
@@ -129,7 +140,10 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
                     return pending
             return self._normalize(input, residual, mask)
 
-    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, update: bool | None = None
+    ) -> Tensor:
+        """Normalize. ``update``: whether the batch may enter the running statistics; None: if it has not before."""
         if isinstance(input, torch.fx.Proxy):
             return self._record(input, residual, mask)
         self._check_input_dim(input)
@@ -137,13 +151,19 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         keep = not training or self.track_running_stats
         mean = self.running_mean if keep else None
         var = self.running_var if keep else None
-        # The counter moves only once the batch is in the statistics: a refused batch leaves no trace.
-        counter = self.num_batches_tracked if training and self.track_running_stats else None
+        batches = self.num_batches_tracked if training and self.track_running_stats else None
         if self.momentum is not None:
             factor = self.momentum
         else:
-            factor = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
-        output = normalize(
+            factor = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
+        counters = NOBODY
+        if training and (update is False or (update is None and recomputing())):
+            # Copies take the step, so that the same operators run and keep the same for the backward pass: a
+            # checkpoint counts on it.
+            mean, var = (None if t is None else t.clone() for t in (mean, var))
+        elif batches is not None:
+            counters = Counters(batches, self._refusals(batches.device))
+        return normalize(
             self._where,
             input,
             mean,
@@ -157,10 +177,48 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             residual,
             mask,
             self.inplace,
+            counters,
         )
-        if counter is not None:
-            counter.add_(1)
-        return output
+
+    def _refusals(self, device: torch.device) -> Tensor | None:
+        """Return the counter of refused batches. It is no buffer, for torch's layers have none of the kind.
+
+        Layers of older pickles get theirs here, as do replicas on another device. A compiler is given what there is.
+        """
+        counter = self._refused
+        if torch.compiler.is_compiling():
+            return None if torch.compiler.is_exporting() else counter
+        if counter is None or counter.device != device:
+            known = counter is not None and not counter.is_meta
+            counter = counter.to(device) if known else torch.zeros((), dtype=torch.int64, device=device)  # type: ignore[union-attr]
+            self.__dict__["_refused"] = counter
+        return counter
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert the layer; running statistics stay in float32 where parameters become narrower.
+
+        They are sums over many batches, with steps that half precision would round away.
+        """
+        before = {name: self._buffers.get(name) for name in _STATISTICS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers.get(name)
+            if new is not None and new.dtype in HALF:
+                exact = new if old is None or old.is_meta else old.detach().to(new.device)
+                self._buffers[name] = exact.to(torch.float32)
+        if self._refused is not None and self.num_batches_tracked is not None:
+            counter = self._refusals(self.num_batches_tracked.device)
+            if counter is not None and self.num_batches_tracked.is_shared() and not counter.is_shared():
+                counter.share_memory_()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load; statistics that ``assign=True`` has put in as they lie in the file are kept in float32 all the same."""
+        super()._load_from_state_dict(*args, **kwargs)
+        for name in _STATISTICS:
+            buffer = self._buffers.get(name)
+            if buffer is not None and buffer.dtype in HALF:
+                self._buffers[name] = buffer.float()
 
     def _record(self, input: Any, residual: Any, mask: Any) -> Any:
         """Stay one node in a graph that torch.fx traces, as torch's own layers do."""

@@ -32,6 +32,8 @@ from batchnorm.errors import StateError
 from batchnorm.functional import dispatch
 from batchnorm.kernels.activation import ACTIVATIONS
 from batchnorm.nn.frozen import THAWED, state_of
+from batchnorm.nn.recomputation import recomputing
+from batchnorm.nn.redirect import shallow_copy
 
 if TYPE_CHECKING:
     from batchnorm.nn.batch_norm import _Layer
@@ -111,23 +113,24 @@ def _hooked(layer: _Layer) -> bool:
 class _Source:
     """One call of a layer that has not been computed yet, or has.
 
-    The layer's statistics are updated by the first computation and by no other.
+    The layer's statistics are updated by the first computation and by no other; by none if a checkpoint runs again.
 
     Attributes:
         layer: a stand-in with the tensors and settings that the layer had when it was called.
         input: what it was called on.
         grad: whether gradients were recorded then.
+        recomputed: whether a checkpoint ran the layer again then.
         differentiable: whether one of the tensors takes part in them.
         countable: whether each of the tensors counts how often it is written into.
         output: the norm's own output, if somebody asked for it.
     """
 
     def __init__(self, layer: _Layer, input: Tensor) -> None:
-        self.layer = _stand_in(layer)
+        self.layer = shallow_copy(layer)
         self.input = input
         self.grad = torch.is_grad_enabled()
-        # What decides the output, and the order of the statistics' steps. A step does not show in the versions of mean
-        # and variance, for torch's kernel does not count its writes, but in that of the counter.
+        self.recomputed = recomputing()
+        # What decides the output, and the order of the statistics' steps, which shows in their versions.
         statistics = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
         self._read = (input, layer.weight, layer.bias, *statistics)
         self._versions = _versions(self._read)
@@ -160,13 +163,8 @@ class _Source:
         if now is None or self._versions is None or now != self._versions[: len(read)]:
             raise self._stale(now)
         self._require_memory()
-        if self._computed and layer.training:
-            # Copies take the step, so that the same operators run and keep the same for the backward pass: a
-            # checkpoint that computes this again counts on it.
-            layer = _stand_in(layer)
-            layer.__dict__["_buffers"] = {k: None if b is None else b.clone() for k, b in layer._buffers.items()}
         layer.__dict__["activation"] = activation
-        y: Tensor = layer._normalize(self.input, residual, None)
+        y: Tensor = layer._normalize(self.input, residual, None, not (self._computed or self.recomputed))
         self._computed = True
         return y
 
@@ -458,18 +456,6 @@ _METADATA: frozenset[Any] = frozenset(
     }
 )
 """Questions that shape, dtype and device answer."""
-
-
-# -- the layer as it was -----------------------------------------------------------------------------------------------
-
-
-def _stand_in(layer: _Layer) -> _Layer:
-    """Return a shallow copy: the layer's tensors and settings as they are now, whatever it is given later."""
-    twin: _Layer = object.__new__(type(layer))
-    twin.__dict__.update(layer.__dict__)
-    twin.__dict__["_parameters"] = dict(layer._parameters)
-    twin.__dict__["_buffers"] = dict(layer._buffers)
-    return twin
 
 
 def _versions(tensors: Sequence[Tensor | None]) -> list[int | None] | None:

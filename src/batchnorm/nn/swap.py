@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.frozen import THAWED, state_of
 from batchnorm.nn.require import lazy_names
-from batchnorm.nn.select import named_norms
+from batchnorm.nn.select import NormModule, named_norms
 
 __all__ = ["OURS", "TORCHS", "cannot_revert", "class_name", "norms_put_back", "swap", "why_left"]
 
@@ -25,7 +25,7 @@ OURS: dict[type[Module], type[Module]] = {
 
 TORCHS = {ours: torchs for torchs, ours in OURS.items()}
 # What our layers have beyond torch's: nothing of it stays behind.
-_EXTRA_ATTRIBUTES = ("activation", "inplace", "fused", "layer_name")
+_EXTRA_ATTRIBUTES = ("activation", "inplace", "fused", "layer_name", "_refused")
 
 
 @contextmanager
@@ -63,9 +63,23 @@ def swap(
             if classes is TORCHS:
                 for attribute in _EXTRA_ATTRIBUTES:
                     norm.__dict__.pop(attribute, None)
-            elif name:
+                _narrow_statistics(norm)
+                continue
+            if name:
                 norm.__dict__["layer_name"] = name
+            if norm.num_batches_tracked is not None:  # now, for compiled code cannot make it
+                norm._refusals(norm.num_batches_tracked.device)  # type: ignore[operator]
     return tuple(todo), tuple(left.items())
+
+
+def _narrow_statistics(norm: NormModule) -> None:
+    """Cast the running statistics to the dtype of γ and β, as ``half()`` does: torch's kernels want one for all."""
+    dtypes = {p.dtype for p in norm._parameters.values() if p is not None}
+    if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}:
+        (dtype,) = dtypes
+        floating = {k: b for k, b in norm._buffers.items() if b is not None and b.is_floating_point()}
+        # a new dictionary: whoever takes the exchange back has the old one
+        norm.__dict__["_buffers"] = {**norm._buffers, **{k: b.to(dtype) for k, b in floating.items()}}
 
 
 def why_left(norm: Module, classes: Mapping[type[Module], type[Module]]) -> str | None:

