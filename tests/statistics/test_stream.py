@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from batchnorm.errors import ArgumentTypeError, BatchError, EmptyStreamError
-from batchnorm.statistics.stream import in_one_line, length_of, numbered, require_stream
+from batchnorm.statistics.stream import in_one_line, length_of, numbered, part_of, require_stream
 
 
 class Unsized(IterableDataset[int]):
@@ -32,6 +32,22 @@ class Unsized(IterableDataset[int]):
 def test_what_is_no_stream_is_refused(batches: Any, words: str) -> None:
     with pytest.raises(ArgumentTypeError, match=words):
         require_stream("recalibrate", batches)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_parts_make_up_the_stream_at_every_walk(size: int) -> None:
+    parts = [part_of(range(7), first=rank, every=size) for rank in range(size)]
+    for _ in range(2):
+        assert sorted(batch for part in parts for batch in part) == list(range(7))
+    assert list(part_of(range(7), first=1, every=2, most=2)) == [1, 3]
+
+
+def test_a_part_can_be_walked_through_as_often_as_the_stream() -> None:
+    batches = [7, 8]
+    assert part_of(batches) is batches
+    once = part_of(iter(batches), most=1)
+    assert iter(once) is once
+    assert list(once) == [7]
 
 
 def test_batches_are_numbered_from_zero() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+from batchnorm.statistics.stream import part_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.nn import Module
 
-__all__ = ["Part", "Processes", "processes"]
+__all__ = ["Processes", "processes"]
 
 
 class Processes:
@@ -36,20 +37,7 @@ class Processes:
 
     def part(self, batches: Iterable[Any]) -> Iterable[Any]:
         """Return this process's part of a stream that all of them have."""
-        return batches if self.size == 1 else Part(batches, self.rank, self.size)
-
-
-class Part:
-    """Every n-th batch of a stream."""
-
-    def __init__(self, batches: Iterable[Any], rank: int, size: int) -> None:
-        self._batches = batches
-        self._rank = rank
-        self._size = size
-
-    def __iter__(self) -> Iterator[Any]:
-        """Iterate over this part; batches of the others are made and thrown away."""
-        return islice(iter(self._batches), self._rank, None, self._size)
+        return part_of(batches, first=self.rank, every=self.size)
 
 
 @contextmanager

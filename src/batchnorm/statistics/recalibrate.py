@@ -27,7 +27,7 @@ from batchnorm.statistics.stream import length_of, require_stream
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["recalibrate"]
+__all__ = ["plan_of", "recalibrate"]
 
 ORDERS = ["sequential", "parallel"]
 
@@ -137,7 +137,9 @@ def recalibrate(
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 2, for ``"within"``; Wu & Johnson 2021, arXiv 2105.07576,
     section 3, for the pooled estimate and the number of samples; Chan, Golub & LeVeque 1979 for the sums.
     """
-    plan = _checked_plan(model, batches, order, estimator, tolerance)
+    require_module("recalibrate", model)
+    plan = plan_of(order, estimator, tolerance)
+    require_stream("recalibrate", batches)
     ranks = ranks_of(process_group)
     limit = limit_of(memory, model)
     sites = Sites(model, names)
@@ -156,9 +158,13 @@ def recalibrate(
         return finish(plan, sites, outcome, ranks)
 
 
-def _checked_plan(model: Any, batches: Any, order: Any, estimator: Any, tolerance: Any) -> Plan:
-    """Refuse arguments that make no sense, before anything is run."""
-    require_module("recalibrate", model)
+def plan_of(order: Any, estimator: Any, tolerance: Any) -> Plan:
+    """Return how a single process is to measure.
+
+    Raises:
+        ShapeError: the tolerance is not positive.
+        UnknownNameError: the order or the estimator is unknown.
+    """
     for what, given, known in (("order", order, ORDERS), ("estimator", estimator, list(ESTIMATORS))):
         if given not in known:  # lists, for what is asked for may be no key at all
             raise UnknownNameError(
@@ -170,7 +176,6 @@ def _checked_plan(model: Any, batches: Any, order: Any, estimator: Any, toleranc
             f"recalibrate: tolerance={tolerance}: expected a positive number, such as 0.01, the standard error in "
             "standard deviations that will do."
         )
-    require_stream("recalibrate", batches)
     return Plan(order, estimator, tolerance, 1)
 
 

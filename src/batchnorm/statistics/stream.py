@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count, islice
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from batchnorm.errors import ArgumentTypeError, BatchError, EmptyStreamError
 
-__all__ = ["empty_stream", "in_one_line", "length_of", "numbered", "require_stream"]
+__all__ = ["empty_stream", "in_one_line", "length_of", "numbered", "part_of", "require_stream"]
 
 
 def require_stream(verb: str, batches: Any) -> None:
@@ -40,6 +40,31 @@ def length_of(batches: Any) -> int | None:
         return len(batches)
     except Exception:  # a loader over an iterable dataset has a __len__ that raises whatever the dataset raises
         return None
+
+
+def part_of(batches: Iterable[Any], *, first: int = 0, every: int = 1, most: int | None = None) -> Iterable[Any]:
+    """Return every n-th batch from the first one on, and no more than so many.
+
+    It can be walked through as often as the stream, and gives then what the stream gives then. Batches in between are
+    made and thrown away.
+
+    >>> list(part_of(range(10), first=1, every=3, most=2))
+    [1, 4]
+    """
+    if (first, every, most) == (0, 1, None):
+        return batches
+    part = _Part(batches, first, every, most)
+    return iter(part) if isinstance(batches, Iterator) else part
+
+
+class _Part:
+    def __init__(self, batches: Iterable[Any], first: int, every: int, most: int | None) -> None:
+        self._batches = batches
+        self._turns = (first, None, every)
+        self._most = most
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(islice(iter(self._batches), *self._turns), self._most)
 
 
 def numbered(verb: str, batches: Any, *, allow_empty: bool = False) -> Iterator[tuple[int, Any]]:

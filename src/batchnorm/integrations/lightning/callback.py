@@ -1,12 +1,9 @@
-"""Recalibration as a callback of Lightning, whichever of its two names it is installed under."""
+"""The callback that a Lightning trainer measures a module by."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Sequence
-from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,33 +12,18 @@ from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 
 from batchnorm.errors import ArgumentTypeError, ShapeError, StateError
+from batchnorm.integrations.lightning.package import base_class
+from batchnorm.integrations.lightning.processes import buffers_of_rank_0, each_sample_once, group_of, own_part
 from batchnorm.nn.calling import Forward, call_on_batch
-from batchnorm.statistics import RecalibrateResult, recalibrate
+from batchnorm.statistics.memory import limit_of
+from batchnorm.statistics.recalibrate import plan_of, recalibrate
+from batchnorm.statistics.result import RecalibrateResult
+from batchnorm.statistics.sequential.shelf import Shelf
+from batchnorm.statistics.stream import part_of, require_stream
 
 __all__ = ["RecalibrateCallback"]
 
-_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-
-
-def _base_class() -> Any:
-    """Return the Callback of the package that is in use, else of the one that is installed.
-
-    The two are one code under two names. Trainers call their callbacks by the names of the hooks, so that one of
-    either package works in both; which it is matters to ``isinstance`` only.
-    """
-    for name in sorted(_PACKAGES, key=lambda name: name not in sys.modules):
-        try:
-            return import_module(name).Callback
-        except ModuleNotFoundError as error:
-            if error.name not in (name, name.partition(".")[0]):
-                raise  # it is installed, and lacks something of its own
-    raise ImportError(
-        "batchnorm.integrations.lightning needs Lightning, which is not installed: pip install lightning (or "
-        "pytorch-lightning)."
-    )
-
-
-_Callback: Any = _base_class()
+_Callback: Any = base_class()
 
 
 class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not there when the types are checked
@@ -61,26 +43,40 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
     callback holds, with the same parameters, is given the same statistics, so that later checkpoints and validation
     runs have them.
 
+    **Several processes.** Those of ``DDPStrategy`` measure together: each runs its part of the data, and all end with
+    the same bits. If one fails, all raise, and none is changed. What a ``DistributedSampler`` repeats, so that all have
+    as many samples, is left out: each sample counts once. Buffers that are not measured become those of rank 0 first,
+    as DDP makes them before each step (with ``broadcast_buffers=False`` they stay as they are).
+
     Args:
         before_validation: measure before each validation in ``fit`` too, so that it is validated, and by a
             ``ModelCheckpoint`` saved, with statistics that fit the weights of that moment. Training goes on from them.
-        num_batches: how many batches a measurement takes; None takes as many as an epoch of training has.
-        dataloader: other batches than those of the training loader.
+        num_batches: how many batches a measurement takes in each process; None takes as many as an epoch of training
+            has there.
+        dataloader: other batches than those of the training loader. Of several processes each takes its part: of a
+            ``DataLoader``, what the trainer would give it of a training loader; of any other iterable, its turns.
         save: where ``trainer.save_checkpoint`` writes a checkpoint after the measurement at the end of training. Those
             that ``ModelCheckpoint`` wrote at the end of an epoch are older than it.
+        order: as for ``recalibrate``.
         estimator: as for ``recalibrate``.
         names: as for ``recalibrate``.
         forward: as for ``recalibrate``; it is given a batch that was moved.
-        progress: as for ``recalibrate``; off, for Lightning shows bars of its own.
+        tolerance: as for ``recalibrate``.
+        memory: as for ``recalibrate``.
+        cache: as for ``recalibrate``.
+        progress: as for ``recalibrate``, in rank 0 only; off, for Lightning shows bars of its own.
 
     Attributes:
-        result: the last measurement, with its ``undo()``; None before the first.
+        result: the last measurement, with its ``undo()``; None before the first. It lives in the process that trained:
+            ``"ddp_spawn"`` and ``"ddp_fork"`` bring the module's weights and buffers back from there, no more.
 
     Raises:
-        StateError: there are several processes, of which each would measure its own part of the data; the callback
-            stands before one that averages weights; there are several training loaders; or, with
-            ``before_validation``, the loader keeps its workers, so that it cannot be walked through a second time
-            while an epoch is under way.
+        ArgumentTypeError, BatchError, ShapeError, UnknownNameError: an option makes no sense, or there is no such
+            folder as ``cache``.
+        StateError: the trainer's strategy divides the model among the processes, as FSDP and DeepSpeed do, or is not
+            known to let them measure together; the callback stands before one that averages weights; there are several
+            training loaders; or, with ``before_validation``, the loader keeps its workers, so that it cannot be walked
+            through a second time while an epoch is under way.
 
     Example::
 
@@ -101,9 +97,13 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
         num_batches: int | None = None,
         dataloader: Iterable[Any] | None = None,
         save: str | Path | None = None,
+        order: Literal["sequential", "parallel"] = "sequential",
         estimator: Literal["pooled", "within"] = "pooled",
         names: str | Sequence[str] | None = None,
         forward: Forward | None = None,
+        tolerance: float | None = None,
+        memory: int | float | str | None = None,
+        cache: str | Path | None = None,
         progress: bool | None = False,
     ) -> None:
         super().__init__()
@@ -113,13 +113,20 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
             )
         if num_batches is not None and num_batches < 1:
             raise ShapeError(f"RecalibrateCallback: num_batches: expected 1 or more; got {num_batches}.")
+        plan_of(order, estimator, tolerance)
+        if dataloader is not None:
+            require_stream("RecalibrateCallback", dataloader)
         self.before_validation = before_validation
         self.num_batches = num_batches
         self.dataloader = dataloader
         self.save = save
+        self.order: Literal["sequential", "parallel"] = order
         self.estimator: Literal["pooled", "within"] = estimator
         self.names = names
         self.forward = call_on_batch if forward is None else forward
+        self.tolerance = tolerance
+        self.memory = memory
+        self.cache = cache
         self.progress = progress
         self.result: RecalibrateResult | None = None
         self._training_modes: list[tuple[Module, bool]] = []
@@ -130,12 +137,11 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
         """Refuse, before anything is trained, what could not be measured after it."""
         if stage != "fit":
             return
-        if trainer.world_size > 1:
-            raise StateError(
-                f"RecalibrateCallback: the trainer runs {trainer.world_size} processes, and each would measure its own "
-                "part of the data. Train without the callback, then load the checkpoint in one process and call "
-                "batchnorm.recalibrate(module, loader)."
-            )
+        group_of(trainer)
+        limit_of(self.memory, pl_module)
+        if self.cache is not None:
+            with Shelf(self.cache):
+                pass
         # one that another callback calls is not in the list, and its place is that one's affair
         mine = next((i for i, each in enumerate(trainer.callbacks) if each is self), len(trainer.callbacks))
         later = next((c for c in trainer.callbacks[mine + 1 :] if _averages_weights(c)), None)
@@ -198,18 +204,28 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
             with precision.forward_context():
                 return self.forward(module, batch)
 
-        self.result = recalibrate(
-            pl_module,
-            islice(self._loader(trainer), most),
-            estimator=self.estimator,
-            names=self.names,
-            forward=call,
-            progress=self.progress,
-        )
+        loader = self._loader(trainer)
+        with buffers_of_rank_0(trainer, pl_module), each_sample_once(loader):
+            self.result = recalibrate(
+                pl_module,
+                part_of(loader, most=most),
+                order=self.order,
+                estimator=self.estimator,
+                names=self.names,
+                forward=call,
+                tolerance=self.tolerance,
+                memory=self.memory,
+                cache=self.cache,
+                process_group=group_of(trainer),
+                progress=self.progress if trainer.is_global_zero else False,
+            )
 
     def _loader(self, trainer: Any) -> Iterable[Any]:
-        loader: Any = trainer.train_dataloader if self.dataloader is None else self.dataloader
-        if isinstance(loader, dict | list | tuple) and self.dataloader is None:
+        """Return what this process measures on."""
+        if self.dataloader is not None:
+            return own_part(trainer, self.dataloader)
+        loader: Any = trainer.train_dataloader
+        if isinstance(loader, dict | list | tuple):
             raise StateError(
                 f"RecalibrateCallback: there are {len(loader)} training loaders. Pass the one to measure on, or one "
                 "that joins them: dataloader=..."

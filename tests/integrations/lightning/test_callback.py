@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from batchnorm.errors import ArgumentTypeError, ShapeError, StateError
+from batchnorm.errors import ArgumentTypeError, BatchError, ShapeError, StateError, UnknownNameError
 from batchnorm.nn import freeze
 from batchnorm.statistics import recalibrate
 
@@ -254,8 +254,9 @@ def test_batches_go_through_the_transfer_hooks_under_the_trainers_precision(
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(module, datamodule=Data())
-    assert calls == ["before", "to cpu"] * 4
-    assert dtypes == [torch.bfloat16] * 4
+    # four batches, and the first once more, to see that it brings the same
+    assert calls == ["before", "to cpu"] * 5
+    assert dtypes == [torch.bfloat16] * 5
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         met = module.net[0](X + 10).double()
     torch.testing.assert_close(module.net[1].running_mean, met.mean(0).float(), rtol=1e-5, atol=1e-5)
@@ -299,19 +300,62 @@ def test_kept_workers_are_refused_before_training(pl: Any, callback: Any, tmp_pa
         fit(pl, module_of(pl), [callback(before_validation=True)], tmp_path, kept, loader())
 
 
-def test_several_processes_are_refused(callback: Any) -> None:
-    class Trainer:
-        world_size = 4
-
-    with pytest.raises(StateError, match="the trainer runs 4 processes"):
-        callback().setup(Trainer(), None, "fit")
-    callback().setup(Trainer(), None, "test")  # where nothing is measured
-
-
 @pytest.mark.parametrize(("number", "error"), [(0, ShapeError), (2.5, ArgumentTypeError)])
 def test_numbers_of_batches_that_mean_nothing(callback: Any, number: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="num_batches: expected"):
         callback(num_batches=number)
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "words"),
+    [
+        ({"order": "random"}, UnknownNameError, "order='random'; expected one of 'sequential', 'parallel'"),
+        ({"estimator": "median"}, UnknownNameError, "estimator='median'"),
+        ({"tolerance": 0}, ShapeError, "tolerance=0: expected a positive number"),
+        ({"dataloader": X}, ArgumentTypeError, r"got one tensor of shape \(50, 3\)"),
+    ],
+)
+def test_options_that_make_no_sense(callback: Any, option: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        callback(**option)
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "words"),
+    [
+        ({"memory": "4 horses"}, ArgumentTypeError, "memory='4 horses'"),
+        ({"cache": "no/such/folder"}, BatchError, "cache='no/such/folder': No such file"),
+    ],
+)
+def test_what_the_machine_does_not_offer_is_refused_before_training(
+    pl: Any, callback: Any, tmp_path: Path, option: Any, error: type[Exception], words: str
+) -> None:
+    steps: list[Any] = []
+    module = module_of(pl, training_step=lambda self, batch, i: steps.append(batch))
+    with pytest.raises(error, match=words):
+        fit(pl, module, [callback(**option)], tmp_path)
+    assert steps == []
+
+
+def test_options_mean_what_they_mean_to_recalibrate(pl: Any, callback: Any, tmp_path: Path) -> None:
+    module, measuring = module_of(pl), callback(order="parallel", tolerance=10.0)
+    fit(pl, module, [measuring], tmp_path, loader(4))
+    result = measuring.result
+    assert (result.order, result.tolerance) == ("parallel", 10.0)
+    assert result.batches == 8  # of 13: where the parallel order looks for the first time
+    assert_exact(module, X[:32])
+    # memory for nothing: the batches wait on disk, and the loader is walked through again
+    shelved: list[int] = []
+
+    def look(module: Any, batch: Any) -> Any:
+        shelved.append(len(list(tmp_path.glob("batchnorm-*/*.bin"))))
+        return module(batch[0])
+
+    module, measuring = module_of(pl), callback(memory=0, cache=tmp_path, forward=look)
+    fit(pl, module, [measuring], tmp_path)
+    assert max(shelved) > 0
+    assert_exact(module)
+    assert list(tmp_path.glob("batchnorm-*")) == []
 
 
 # -- the import ------------------------------------------------------------------------------------------------------
