@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 import batchnorm
-from batchnorm.cli import check, demo, fold, info, merge, recalibrate, watch
+from batchnorm.cli import check, demo, diagnose, fold, info, merge, recalibrate, watch
 
 COMMANDS = {
     "demo": demo,
+    "diagnose": diagnose,
     "recalibrate": recalibrate,
     "merge": merge,
     "fold": fold,
