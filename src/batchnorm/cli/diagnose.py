@@ -27,7 +27,7 @@ __all__ = ["EPILOG", "diagnose"]
 EPILOG = examples(
     "batchnorm diagnose -m net:build -w net.pt -d images.npz",
     "batchnorm diagnose -m net:build -w net.pt -d net:test --metric net:accuracy",
-    "batchnorm diagnose -m net:build -d net:test --training-data net:train --html d.html",
+    "batchnorm diagnose -m net:build -d net:test --training-data net:train",
 )
 
 
