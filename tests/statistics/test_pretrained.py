@@ -51,5 +51,7 @@ def test_the_first_norm_holds_the_moments_of_the_first_convolution(network: nn.M
     result.undo()
     layer = result.layers[0]
     eps = torch.finfo(torch.float32).eps
-    torch.testing.assert_close(layer.mean_after.double(), met.mean((0, 2, 3)), rtol=eps, atol=1e-12)
-    torch.testing.assert_close(layer.variance_after.double(), met.movedim(1, 0).flatten(1).var(1), rtol=eps, atol=1e-12)
+    # the kernels' contract (kernels/accuracy.py): 4 units of σ in the mean, 8 of the variance; then one rounding
+    mean, variance = met.mean((0, 2, 3)), met.movedim(1, 0).flatten(1).var(1)
+    assert bool(((layer.mean_after.double() - mean).abs() <= eps * (4 * variance.sqrt() + mean.abs())).all())
+    torch.testing.assert_close(layer.variance_after.double(), variance, rtol=9 * eps, atol=1e-12)
