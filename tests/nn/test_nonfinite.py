@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import batchnorm
 from batchnorm.errors import ArgumentTypeError, StateError
@@ -119,6 +120,16 @@ def test_meta_and_empty_layers_begin_at_zero():
     assert batchnorm.nonfinite_batches(layer) == {"": 1}
     layer.to("meta")
     assert layer.running_mean.is_meta
+
+
+def test_fake_tensors_are_not_counted_in_a_real_counter():
+    layer = BatchNorm1d(3)
+    with FakeTensorMode() as mode:
+        state = {k: mode.from_tensor(v) for k, v in layer.state_dict(keep_vars=True).items()}
+        torch.func.functional_call(layer, state, (torch.randn(6, 3),))
+    assert batchnorm.nonfinite_batches(layer) == {}
+    layer(broken())
+    assert batchnorm.nonfinite_batches(layer) == {"": 1}
 
 
 def test_shared_memory_shares_the_count():

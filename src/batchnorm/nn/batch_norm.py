@@ -69,7 +69,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             self.bias = None  # type: ignore[assignment]
         self.activation = activation
         if self.num_batches_tracked is not None:
-            self._refusals(self.num_batches_tracked.device)
+            self._refusals(self.num_batches_tracked)
         if inplace:
             self.inplace = True
 
@@ -162,7 +162,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             # checkpoint counts on it.
             mean, var = (None if t is None else t.clone() for t in (mean, var))
         elif batches is not None:
-            counters = Counters(batches, self._refusals(batches.device))
+            counters = Counters(batches, self._refusals(batches))
         return normalize(
             self._where,
             input,
@@ -180,18 +180,21 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             counters,
         )
 
-    def _refusals(self, device: torch.device) -> Tensor | None:
-        """Return the counter of refused batches. It is no buffer, for torch's layers have none of the kind.
+    def _refusals(self, batches: Tensor) -> Tensor | None:
+        """Return the counter of refused batches, beside that of the others.
 
-        Layers of older pickles get theirs here, as do replicas on another device. A compiler is given what there is.
+        It is no buffer, for torch's layers have none of the kind. Layers of older pickles get theirs here, as do
+        replicas on another device. A compiler is given what there is, and fake tensors are not counted in a real one.
         """
         counter = self._refused
         if torch.compiler.is_compiling():
             return None if torch.compiler.is_exporting() else counter
-        if counter is None or counter.device != device:
-            known = counter is not None and not counter.is_meta
-            counter = counter.to(device) if known else torch.zeros((), dtype=torch.int64, device=device)  # type: ignore[union-attr]
-            self.__dict__["_refused"] = counter
+        if type(batches) is not Tensor:
+            return None
+        if counter is None or counter.is_meta:
+            counter = self.__dict__["_refused"] = torch.zeros((), dtype=torch.int64, device=batches.device)
+        elif counter.device != batches.device:
+            counter = self.__dict__["_refused"] = counter.to(batches.device)
         return counter
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -207,7 +210,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
                 exact = new if old is None or old.is_meta else old.detach().to(new.device)
                 self._buffers[name] = exact.to(torch.float32)
         if self._refused is not None and self.num_batches_tracked is not None:
-            counter = self._refusals(self.num_batches_tracked.device)
+            counter = self._refusals(self.num_batches_tracked)
             if counter is not None and self.num_batches_tracked.is_shared() and not counter.is_shared():
                 counter.share_memory_()
         return self

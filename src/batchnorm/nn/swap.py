@@ -68,7 +68,7 @@ def swap(
             if name:
                 norm.__dict__["layer_name"] = name
             if norm.num_batches_tracked is not None:  # now, for compiled code cannot make it
-                norm._refusals(norm.num_batches_tracked.device)  # type: ignore[operator]
+                norm._refusals(norm.num_batches_tracked)  # type: ignore[operator]
     return tuple(todo), tuple(left.items())
 
 
