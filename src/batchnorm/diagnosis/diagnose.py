@@ -54,9 +54,9 @@ def diagnose(
     moving average. Healthy models give no finding on 4 batches of 32 or more. Then one cause after the other is tried
     on what is off, from the certain ones to "stale"; :mod:`batchnorm.diagnosis.causes` describes them.
 
-    The model is run on the batches about six times: in eval mode, on batch statistics, on population statistics until
-    they settle, and once for each cure that can be tried. At most 32 batches, or as many as hold 1024 samples, are
-    taken and kept in memory. The model is left bit-identical, whatever happens.
+    The model is run on the batches about six times: in eval mode, on batch statistics, for the population statistics as
+    :func:`batchnorm.recalibrate` takes them, on those, and once for each cure that can be tried. At most 32 batches,
+    or as many as hold 1024 samples, are taken and kept in memory. The model is left bit-identical, whatever happens.
 
     Args:
         model: any model that holds batch norms, in the mode in which its trouble shows: in eval mode, as it is

@@ -13,7 +13,7 @@ from torch.nn import Module
 from batchnorm.diagnosis.distance import kl, layer_distance, squared_distance, typical
 from batchnorm.diagnosis.meeting import Basis, Meeting, Statistics
 from batchnorm.diagnosis.passes import Pass, Passes
-from batchnorm.errors import ShapeError
+from batchnorm.diagnosis.population import population_of
 from batchnorm.report.result import finite_or_none
 from batchnorm.statistics.sites import BATCHES, Site
 
@@ -29,10 +29,6 @@ _STRICT = 0.1
 _ADDED_UP = 0.5
 """A norm that meets, as the model is, what is so far from its statistics is hurt, whoever is to blame."""
 
-_SETTLED, _WILD = 0.02, 0.5
-"""Statistics have settled when they change by less than the first; more than the second is no small error any more."""
-
-_MOST_PASSES = 6
 _NOISE = 3.0  # so many times the expected squared noise is no gap
 
 
@@ -211,9 +207,8 @@ def measure(passes: Passes) -> Gaps:
     r"""Measure a model's norms on stored, batch, and population statistics.
 
     The population statistics of a norm are those of what it meets with every *earlier* norm on its own population
-    statistics, so that a layer is not blamed for what an earlier one does to it. They are the fixed point of "measure
-    all norms while they normalize by what was measured last": the first norm is right after one pass, each later one
-    after one more at the latest, and in practice all of them after two or three.
+    statistics, so that a layer is not blamed for what an earlier one does to it: those of a recalibration in the
+    sequential order.
 
     Raises:
         ShapeError: a norm met fewer than two values per channel in all.
@@ -222,10 +217,10 @@ def measure(passes: Passes) -> Gaps:
     deployed = passes.run(Basis("stored"), tolerant=True)
     _set_eval(model)
     training = passes.run(Basis("batch"))
-    settled, population, changes = settle(passes, training)
+    population = population_of(passes, training)
+    settled = passes.run(Basis("batch", population), tolerant=True)
     layers = tuple(
-        _layer(site, meeting, population[site][0], deployed, training, changes[site])
-        for site, meeting in settled.meetings.items()
+        _layer(site, meeting, population[site][0], deployed, training) for site, meeting in settled.meetings.items()
     )
     threshold = _threshold(layers)
     layers = tuple(replace(layer, off=not layer.excess() <= threshold) for layer in layers)
@@ -244,46 +239,10 @@ def _threshold(layers: tuple[LayerGap, ...]) -> float:
     return tolerance
 
 
-def settle(passes: Passes, training: Pass) -> tuple[Pass, dict[Site, list[Statistics]], dict[Site, float]]:
-    """Return the pass in which every norm normalizes by its population statistics, those, and their last change.
-
-    In a very deep network without shortcuts a small error in an early norm may grow from norm to norm, until values
-    overflow. So the norms behind the first one whose statistics changed much go on normalizing by the batch, which
-    keeps them in bounds, until those before it are right.
-    """
-    population = {site: [_known(site, meeting)] for site, meeting in training.meetings.items()}
-    order = list(population)
-    trusted = order
-    for _ in range(_MOST_PASSES):
-        settled = passes.run(Basis("batch", {site: population[site] for site in trusted}), tolerant=True)
-        changes = {site: _change(population[site][0], meeting) for site, meeting in settled.meetings.items()}
-        wild = next((i for i, site in enumerate(order) if not changes.get(site, 0.0) < _WILD), len(order))
-        trusted = order[: wild + 1]
-        for site in trusted:
-            if site in changes and changes[site] < math.inf:
-                population[site] = [_known(site, settled.meetings[site])]
-        if max(changes.values(), default=0.0) < _SETTLED:
-            break
-    meetings = {site: m if _is_finite(m) else training.meetings[site] for site, m in settled.meetings.items()}
-    return Pass(meetings, settled.metric), population, changes
-
-
 def _change(before: Statistics, meeting: Meeting) -> float:
-    return layer_distance(before, meeting.statistics, meeting.eps) if _is_finite(meeting) else math.inf
-
-
-def _is_finite(meeting: Meeting) -> bool:
-    return bool(meeting.estimator.pooled.isfinite().all())
-
-
-def _known(site: Site, meeting: Meeting) -> Statistics:
-    mean, variance = meeting.statistics
-    if bool(variance.isnan().any()):
-        raise ShapeError(
-            f"diagnose: {site.name or 'the norm'}: a variance needs at least 2 values per channel; it met "
-            f"{int(meeting.estimator.pooled.count.min())} in {meeting.calls} calls. Pass larger or more batches."
-        )
-    return mean, variance
+    if not bool(meeting.estimator.pooled.isfinite().all()):
+        return math.inf
+    return layer_distance(before, meeting.statistics, meeting.eps)
 
 
 def _set_eval(model: Module) -> None:
@@ -297,9 +256,7 @@ def _size(meeting: Meeting) -> float:
     return meeting.samples / max(meeting.calls, 1)
 
 
-def _layer(
-    site: Site, meeting: Meeting, measured: Statistics, deployed: Pass, training: Pass, change: float
-) -> LayerGap:
+def _layer(site: Site, meeting: Meeting, measured: Statistics, deployed: Pass, training: Pass) -> LayerGap:
     momentum = getattr(site.owner, "momentum", None)
     counter = getattr(site.owner, BATCHES, None)
     tracked = int(counter) if isinstance(counter, Tensor) else None
@@ -321,7 +278,7 @@ def _layer(
         calls=meeting.calls,
         samples=meeting.samples,
         fewest=meeting.fewest,
-        recalibrated_distance=change,
+        recalibrated_distance=_change(measured, meeting),
         errors=(errors[0], errors[1]),
         noise=noise,
         off=False,

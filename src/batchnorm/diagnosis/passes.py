@@ -62,13 +62,13 @@ class Passes:
         self.model = model
         self.sites = sites
         self.batches = batches
-        self._forward = forward
+        self.forward = forward
         self._metric = metric
-        self._advance = advance
+        self.advance = advance
 
     def over(self, batches: Sequence[Any]) -> Passes:
         """Return the same over other batches, without a metric."""
-        return Passes(self.model, self.sites, batches, self._forward, None, self._advance)
+        return Passes(self.model, self.sites, batches, self.forward, None, self.advance)
 
     def run(self, basis: Basis, *, tolerant: bool = False) -> Pass:
         """Run the model once over all batches.
@@ -87,17 +87,17 @@ class Passes:
                 size = batch_size(batch)
                 total += size * self._measured(self._metric, output, batch, index)
                 samples += size
-            self._advance()
+            self.advance()
         return Pass(collector.meetings, total / samples if samples else None)
 
     def outputs(self, batch: Any) -> Any:
         """Call the model on one batch, as it is, and return what it gives."""
-        return self._forward(self.model, batch)
+        return self.forward(self.model, batch)
 
     def input_of(self, site: Site, batch: Any) -> Tensor:
         """Return what the norm is given in its first call on a batch, on batch statistics; the rest is not run."""
         seen = _Input(self.sites, site)
-        seen.run(0, lambda: self._forward(self.model, batch))
+        seen.run(0, lambda: self.forward(self.model, batch))
         if seen.input is None:
             raise StateError(f"{site.name} was not called.")
         return seen.input
@@ -105,9 +105,9 @@ class Passes:
     def _call(self, collector: Meetings, index: int, batch: Any) -> Any:
         outputs: list[Any] = []
         try:
-            collector.run(index, lambda: outputs.append(self._forward(self.model, batch)))
+            collector.run(index, lambda: outputs.append(self.forward(self.model, batch)))
         except Exception as error:
-            raise explained("diagnose", error, self.model, index, batch, self._forward) from error
+            raise explained("diagnose", error, self.model, index, batch, self.forward) from error
         return outputs[0]
 
     def _measured(self, metric: Measure, output: Any, batch: Any, index: int) -> float:

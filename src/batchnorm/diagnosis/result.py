@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from batchnorm.diagnosis.case import Severity
 from batchnorm.diagnosis.gaps import LayerGap
@@ -167,7 +167,9 @@ class DiagnoseResult(Result):
         )
 
     def _plot(self) -> Plot:
-        names = [_shown(layer.name) for layer in self.layers]
+        many = len(self.layers) > _MOST_BARS
+        names = [i if many else _shown(layer.name) for i, layer in enumerate(self.layers, 1)]
+        style: Literal["line", "bar"] = "line" if many else "bar"
         series = {
             "in eval mode": [layer.deployed_distance for layer in self.layers],
             "its own": [layer.distance for layer in self.layers],
@@ -175,9 +177,9 @@ class DiagnoseResult(Result):
         }
         return Plot(
             "How far each norm is from what it meets",
-            "norm",
+            "norm, by its number in the table" if many else "norm",
             "standard deviations",
-            [Series(name, names, [min(v, _MOST) if v == v else _MOST for v in y], "bar") for name, y in series.items()],
+            [Series(name, names, [min(v, _MOST) if v == v else _MOST for v in y], style) for name, y in series.items()],
             caption="In eval mode a layer inherits the errors of those before it; its own gap is measured with those "
             f"before it put right. Gaps beyond {_MOST:g}, and statistics that are not finite, are shown as {_MOST:g}.",
         )
@@ -185,19 +187,20 @@ class DiagnoseResult(Result):
     def _table(self) -> Table:
         rows = [
             (
+                number,
                 _shown(layer.name),
-                layer.distance,
-                layer.deployed_distance,
-                float(layer.mean_shift.abs().max()),
+                _size(layer.distance),
+                _size(layer.deployed_distance),
+                _size(float(layer.mean_shift.abs().max())),
                 f"{float(layer.variance_ratio.min()):.3g} – {float(layer.variance_ratio.max()):.3g}",
-                float(layer.kl.mean()),
-                layer.relative_error,
+                _size(float(layer.kl.mean())),
+                _size(layer.relative_error),
             )
-            for layer in self.layers
+            for number, layer in enumerate(self.layers, 1)
         ]
         columns = (
-            "layer", "own gap", "gap in eval mode", "largest mean shift (σ)", "variance ratio", "mean KL",
-            "standard error (σ)",
+            "", "layer", "own gap", "gap in eval mode", "largest shift (σ)", "variance ratio", "mean KL",
+            "error (σ)",
         )  # fmt: skip
         return Table(
             columns,
@@ -221,6 +224,8 @@ class DiagnoseResult(Result):
 
 
 _MOST = 3.0
+_MOST_BARS = 20
+"""More norms than these are drawn as lines: bars, and names below them, would be too narrow to be told apart."""
 _WIDE = (
     "One row a layer, in order of execution; its channels from left to right, over the whole width. Of many channels "
     "the strongest of neighbours is shown. Purple, or an exclamation mark: not finite."
@@ -229,6 +234,11 @@ _WIDE = (
 
 def _shown(name: str) -> str:
     return name or "(the model)"
+
+
+def _size(value: float) -> float | str:
+    """Return the number, or that it is too small to matter."""
+    return "< 0.001" if value < 0.001 else float(f"{value:.3g}")
 
 
 def _count(number: int, thing: str) -> str:
