@@ -71,7 +71,7 @@ def one_new_norm(bench: Bench) -> Planted:
 # -- poisoned --------------------------------------------------------------------------------------------------------
 
 
-@fault("poisoned", "nan")
+@fault("poisoned", "nan", architectures=THREE)
 def nan_in_a_batch(bench: Bench) -> Planted:
     """One training picture held NaN: a failed decode, or 0/0 in an augmentation.
 
@@ -86,7 +86,7 @@ def nan_in_a_batch(bench: Bench) -> Planted:
     return bench.planted(model, execution_order(model, bench.data.held_out())[:1], right)
 
 
-@fault("poisoned", "inf")
+@fault("poisoned", "inf", architectures=THREE)
 def overflow_in_one_channel(bench: Bench) -> Planted:
     """Under mixed precision one channel overflowed to inf in the middle of the network; the scaler skipped the step.
 

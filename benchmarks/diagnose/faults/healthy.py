@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from benchmarks.diagnose.data import Batch
+from benchmarks.diagnose.faults.dataflow import pass_in_train_mode
 from benchmarks.diagnose.faults.registry import THREE, Bench, Planted, healthy
 from benchmarks.diagnose.training import PLAIN, Recipe, norms
 from torch import nn
@@ -102,4 +104,13 @@ def batches_of_16(bench: Bench) -> Planted:
     recipe: Recipe = replace(PLAIN, batch=16, epochs=3, learning_rate=0.05)
     model = bench.trained(recipe)
     recalibrate(model, bench.data.training(128), progress=False)
+    return _fine(bench, model)
+
+
+@healthy("poison_refused", architectures=("resnet-ours",))
+def poison_refused(bench: Bench) -> Planted:
+    """A batch with NaN went through this library's norms in train mode: they keep it out of their statistics."""
+    model = bench.trained()
+    images, labels = bench.data.training()[0]
+    pass_in_train_mode(model, [(images.index_fill(0, torch.tensor([3]), torch.nan), labels)])
     return _fine(bench, model)

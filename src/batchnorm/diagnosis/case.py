@@ -14,7 +14,7 @@ from batchnorm.diagnosis.meeting import Basis
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.statistics.sites import Sites
 
-__all__ = ["Case", "Severity", "Suspicion"]
+__all__ = ["SMALL", "Case", "Severity", "Suspicion"]
 
 Severity: TypeAlias = Literal["fatal", "wrong", "doubtful"]
 """``"fatal"``: outputs are not finite or mean nothing. ``"wrong"``: they are other than they should be.
@@ -83,7 +83,7 @@ class Case:
     def fits_home(self, layer: LayerGap) -> bool:
         """Return whether the statistics fit the training batches: then the data changed, not the model."""
         home = () if self.at_home is None else self.at_home.layers
-        return any(one.name == layer.name and not one.off for one in home)
+        return any(one.name == layer.name and not one.off and 2 * one.excess() < layer.excess() for one in home)
 
     def everywhere(self, found: Sequence[LayerGap]) -> list[LayerGap]:
         """Return the layers that have a fault of the whole model: if most have a gap, those whose gap is small too."""
@@ -92,7 +92,7 @@ class Case:
         return [
             layer
             for layer in self.layers
-            if layer in found or (layer.name not in self.explained and layer.excess() > _SMALL)
+            if layer in found or (layer.name not in self.explained and layer.excess() > SMALL)
         ]
 
     def why_frozen(self, layer: LayerGap) -> str:
@@ -112,5 +112,7 @@ class Case:
         return f"batchnorm.recalibrate(model, {batches}, names={[layer.name for layer in layers]!r})"
 
 
-_SMALL = 0.05
+SMALL = 0.05
+"""A gap that counts where the fault is known to be the whole model's, in standard deviations."""
+
 _MOST_NAMES = 12

@@ -72,13 +72,14 @@ def explain(passes: Passes, layer: LayerGap) -> InputChange | None:
     scale = (layer.measured[1] + layer.eps).sqrt()
     squared, added = _fit_variance(layer, noise)
     contrast = squared**0.5
-    columns = torch.stack([(layer.measured[0] - zero) / scale, *(one / scale for one in ones)], 1)
-    fitted = torch.linalg.lstsq(columns, ((layer.stored[0] - zero) / scale)[:, None]).solution[:, 0]
-    mean = zero + columns @ fitted * scale
+    scaled = zero + contrast * (layer.measured[0] - zero)
+    columns = torch.stack([one / scale for one in ones], 1)
+    fitted = torch.linalg.lstsq(columns, ((layer.stored[0] - scaled) / scale)[:, None]).solution[:, 0]
+    mean = scaled + columns @ fitted * scale
     variance = squared * layer.measured[1] + added * noise
     before = layer_distance(layer.stored, layer.measured, layer.eps)
     left = layer_distance(layer.stored, (mean, variance.clamp(min=0)), layer.eps) / max(before, 1e-300)
-    shifts = tuple(float(b) for b in fitted[1:])
+    shifts = tuple(fitted.tolist())
     return InputChange(contrast, shifts, max(-added, 0.0) ** 0.5, left)
 
 

@@ -47,3 +47,11 @@ def test_an_averaged_and_recalibrated_model_is_healthy(net, found, home) -> None
         average.update_parameters(model)
     batchnorm.recalibrate(average, home)
     assert found(average) == []
+
+
+def test_other_weights_are_no_average_though_variances_shrank(net, found) -> None:
+    with torch.no_grad():
+        for layer in (net.conv1, net.conv2, net.fc3, net.fc4):
+            layer.weight.mul_(0.8)
+            layer.weight.add_(0.4 * layer.weight.std() * torch.randn(layer.weight.shape))
+    assert found(net)[0][0] == "stale"

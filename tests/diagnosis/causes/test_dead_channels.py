@@ -22,3 +22,11 @@ def test_a_small_gamma_is_not_dead(net, found) -> None:
     with torch.no_grad():
         net.bn4.weight[:6] *= 0.05
     assert found(net) == []
+
+
+def test_most_channels_do_not_vary(net, found) -> None:
+    with torch.no_grad():
+        net.conv2.weight[:12] *= 1e-9
+    net.bn2.running_mean[:12] = 0.0
+    net.bn2.running_var[:12] = 1e-12
+    assert ("dead_channels", "bn2") in found(net)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from batchnorm.diagnosis.case import Case, Suspicion
+from batchnorm.diagnosis.case import SMALL, Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, names_of
 from batchnorm.diagnosis.gaps import LayerGap
 
@@ -15,6 +15,8 @@ __all__ = ["AveragedWeights"]
 
 _SHRUNK = -0.08
 _MOST = 0.75
+_HURT = 0.15
+"""Shrunk variances add up: where a norm meets what is so far from its statistics, no single gap need be large."""
 
 
 class AveragedWeights(Cause):
@@ -23,8 +25,9 @@ class AveragedWeights(Cause):
     What it finds:
         A gap in a model that counts averaged models (``n_averaged``, as ``torch.optim.swa_utils.AveragedModel`` does),
         or whose measured variances are smaller than the stored ones throughout: in at least three quarters of the
-        norms, and of their channels, by eight per cent in the middle. What differs between the models that are averaged
-        cancels, so that activations of an average have less variance than the average of their variances.
+        norms, and of their channels, by eight per cent in the middle, while means moved less than scales. What differs
+        between the models that are averaged cancels, so that activations of an average have less variance than the
+        average of their variances.
 
     Evidence:
         How many models were averaged, or the variance ratios.
@@ -37,12 +40,13 @@ class AveragedWeights(Cause):
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all layers that are left."""
-        left = case.everywhere(case.off)
-        if not left:
-            return
         counters = [b for name, b in case.model.named_buffers() if name.rpartition(".")[2] == "n_averaged"]
         shrunk, median = _shrunk(case.layers)
-        if (not counters and not shrunk) or case.fits_home(left[0]):
+        hurt = bool(case.off) or max((layer.deployed_excess() for layer in case.layers), default=0.0) > _HURT
+        if not (counters or shrunk) or not hurt:
+            return
+        left = [layer for layer in case.layers if layer.name not in case.explained and layer.excess() > SMALL]
+        if not left or case.fits_home(max(left, key=LayerGap.excess)):
             return
         case.explained.update(names_of(left))
         averaged = f"n_averaged is {int(counters[0])}; " if counters else ""
@@ -64,4 +68,10 @@ def _shrunk(layers: tuple[LayerGap, ...]) -> tuple[bool, Tensor]:
     medians = torch.stack([_log_ratio(layer).median() for layer in layers])
     shares = torch.stack([(_log_ratio(layer) < 0).double().mean() for layer in layers])
     throughout = float((medians < 0).double().mean()) >= _MOST and float(shares.mean()) >= _MOST
-    return throughout and float(medians.median()) < _SHRUNK, medians.median()
+    return throughout and float(medians.median()) < _SHRUNK and not _moved(layers), medians.median()
+
+
+def _moved(layers: tuple[LayerGap, ...]) -> bool:
+    """Return whether means moved by more than scales did: those of other weights do, those of an average hardly."""
+    shift = sum(float(layer.mean_shift.square().mean()) for layer in layers)
+    return shift > sum(float(_log_ratio(layer).square().mean()) / 4 for layer in layers)

@@ -12,10 +12,10 @@ from batchnorm.diagnosis.gaps import LayerGap
 
 __all__ = ["BiasedVariance"]
 
-_SIZES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
+_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 _LEAST = 0.05
 _LEFT = 0.1
-"""What the factor leaves of the squared deviations, at most."""
+"""What the factor leaves of the squared deviations of means and scales, at most."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,25 @@ class BiasedVariance(Cause):
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all layers in which the factor is felt."""
         layers = [layer for layer in case.layers if layer.name not in case.explained]
+        if not any(layer.off for layer in layers):
+            return
         fit = _fit(layers)
-        if fit is None or not any(layer.off for layer in layers):
+        if fit is None:
             return
         felt = [layer for layer in layers if abs(_expected(layer, fit)) >= _LEAST]
         if any(layer.off for layer in layers if layer not in felt):
             return
-        case.explained.update(names_of(felt))
-        first = felt[0]
+        case.explained.update(names_of(layers))
+        first = max(felt, key=lambda layer: abs(_expected(layer, fit)))
         m = fit.size * _positions(first)
         right = f"{m} / {m - 1}" if fit.power > 0 else f"{m - 1} / {m}"
         evidence = (
-            f"Stored over measured variance is {math.exp(-float(first.log_ratio.mean())):.3g} in every channel, means "
-            f"agree: {_shown(m, fit.power)} for batches of {fit.size}, which explains "
-            f"{100 * (1 - fit.left):.0f} % of the deviations in {len(felt)} of {len(case.layers)} norms."
+            f"Stored over measured variance is {math.exp(-float(first.log_ratio.mean())):.3g} in every channel of "
+            f"{first.name or 'the norm'}, means agree: {_shown(m, fit.power)} for batches of {fit.size}, which "
+            f"explains {100 * (1 - fit.left):.0f} % of the deviations; felt in {len(felt)} of {len(case.layers)} norms."
         )
-        cure = f"{module_line(first.name)}.running_var.mul_({right})" if len(felt) == 1 else case.recalibrate(felt)
-        yield Suspicion(names_of(felt), evidence, cure, case.corrected(felt))
+        cure = f"{module_line(first.name)}.running_var.mul_({right})" if len(layers) == 1 else case.recalibrate(layers)
+        yield Suspicion(names_of(layers), evidence, cure, case.corrected(layers))
 
 
 def _shown(m: int, power: int) -> str:
@@ -83,7 +85,12 @@ def _expected(layer: LayerGap, fit: _Fit) -> float:
 
 
 def _fit(layers: Sequence[LayerGap]) -> _Fit | None:
-    """Return the batch size and direction that fit best, if they explain the variances of all layers."""
+    """Return the batch size and direction that fit best, if they explain the deviations of all layers."""
+    # noise of the estimates is no deviation
+    chance = sum(float(layer.noise.mean()) for layer in layers)
+    total = sum(_deviations(layer, 0.0) for layer in layers)
+    if total <= 4 * chance:
+        return None
     best: _Fit | None = None
     for power in (1, -1):
         for size in _SIZES:
@@ -91,12 +98,14 @@ def _fit(layers: Sequence[LayerGap]) -> _Fit | None:
             expected = [_expected(layer, fit) for layer in layers]
             if max(map(abs, expected), default=0.0) < _LEAST:
                 continue
-            ratios = [layer.log_ratio for layer in layers]
-            total = sum(float(r.square().mean()) for r in ratios)
-            left = sum(float((r - e).square().mean()) for r, e in zip(ratios, expected, strict=True))
-            # noise of the estimates is no deviation
-            chance = sum(4 * float(layer.variance_noise.mean()) for layer in layers)
-            share = max(left - chance, 0.0) / max(total - chance, 1e-300)
-            if total > 4 * chance and (best is None or share < best.left):
+            left = sum(_deviations(layer, e) for layer, e in zip(layers, expected, strict=True))
+            share = max(left - chance, 0.0) / (total - chance)
+            if best is None or share < best.left:
                 best = _Fit(size, power, share)
     return best if best is not None and best.left < _LEFT else None
+
+
+def _deviations(layer: LayerGap, expected: float) -> float:
+    """Return the mean square over the channels of what the factor leaves: of the mean, and of the scale."""
+    scale = (layer.log_ratio - expected).square() / 4
+    return float((layer.mean_shift.square() + scale).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1.0).mean())

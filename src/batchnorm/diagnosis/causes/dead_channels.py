@@ -45,8 +45,7 @@ class DeadChannels(Cause):
         seen_gamma = False
         for layer in case.layers:
             gamma, constant = _small_gamma(layer), constant_channels(layer)
-            kept = constant & (layer.stored[1] > 0.1 * layer.stored[1].median())
-            if bool(kept.any()) and not seen_gamma:
+            if bool((constant & _kept(layer, constant)).any()) and not seen_gamma:
                 continue  # statistics of a channel that was alive: its weights were changed since
             dead = gamma | constant
             if float(dead.double().mean()) > _LEAST:
@@ -82,6 +81,12 @@ def _small_gamma(layer: LayerGap) -> Tensor:
         return torch.zeros_like(layer.stored[0], dtype=torch.bool)
     gamma = weight.detach().cpu().double().abs()
     return gamma <= _SMALL_GAMMA * gamma.max()
+
+
+def _kept(layer: LayerGap, constant: Tensor) -> Tensor:
+    """Return which channels have a stored variance as large as that of the channels that vary."""
+    varying = layer.stored[1][~constant]
+    return layer.stored[1] > 0.1 * varying.median() if varying.numel() else layer.stored[1] > 0
 
 
 def constant_channels(layer: LayerGap) -> Tensor:

@@ -48,7 +48,7 @@ class DomainShift(Cause):
 def _beside_home(case: Case, left: list[LayerGap]) -> str:
     assert case.at_home is not None
     home = {layer.name: layer for layer in case.at_home.layers}
-    fitting = [layer for layer in left if layer.name in home and not home[layer.name].off]
+    fitting = [layer for layer in left if case.fits_home(layer)]
     if left[0] not in fitting or 2 * len(fitting) < len(left):
         return ""
     first = left[0]

@@ -23,7 +23,7 @@ from batchnorm.moments import Moments
 __all__ = ["Padding"]
 
 _SHARE = 0.05
-_EXPLAINED = 0.4
+_EXPLAINED = 0.25
 _SOME = 8
 
 
@@ -82,15 +82,15 @@ class Padding(Cause):
         yield Suspicion(names_of(left), evidence, case.recalibrate(left), case.corrected(left))
 
     def _likely(self, case: Case, first: LayerGap, mixture: _Mixture) -> bool:
-        """Return whether it is padding rather than another contrast, which looks alike where it is not to be seen."""
+        """Return whether it is padding rather than another contrast, or scale of weights, which look much alike."""
         if mixture.left > _EXPLAINED or abs(mixture.stored - mixture.met) < _SHARE:
             return False
         if mixture.met > 2 * _SHARE:
             return True
         if case.home is not None and _share(case.passes, case.home, first) > mixture.met + _SHARE:
             return True
-        if case.at_home is not None:
-            return next((layer.off for layer in case.at_home.layers if layer.name == first.name), True)
+        if case.fits_home(first):
+            return False
         change = explain(case.passes, first)
         return change is None or mixture.left < change.left
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from batchnorm.diagnosis.case import Case, Suspicion
+from batchnorm.diagnosis.case import SMALL, Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, names_of
 from batchnorm.diagnosis.distance import layer_distance
 from batchnorm.diagnosis.gaps import LayerGap
@@ -45,9 +45,7 @@ class SmallBatches(Cause):
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all layers whose stored statistics are not the population's."""
-        apart = [
-            layer for layer in case.layers if layer.name not in case.explained and layer.apart > case.gaps.threshold
-        ]
+        apart = _apart(case)
         trained_on_few = case.home is not None and _typical_size(case.home) <= _FEW_SAMPLES
         if not apart:
             if trained_on_few and not case.explained:
@@ -88,6 +86,14 @@ class SmallBatches(Cause):
         )
         names = names_of(case.layers)
         return Suspicion(names, evidence, case.recalibrate(case.layers), case.corrected(case.layers), "doubtful")
+
+
+def _apart(case: Case) -> list[LayerGap]:
+    """Return the layers that are not on population statistics: if one is far off, those that are less so too."""
+    left = [layer for layer in case.layers if layer.name not in case.explained]
+    if not any(layer.apart > case.gaps.threshold for layer in left):
+        return []
+    return [layer for layer in left if layer.apart > SMALL]
 
 
 def _typical_size(batches: Sequence[Any]) -> float:
