@@ -76,6 +76,12 @@ class Case:
         return [layer for layer in self.layers if layer.off and layer.name not in self.explained]
 
     @cached_property
+    def n_averaged(self) -> int | None:
+        """How many models the weights are an average of, where a buffer counts them; None where none does."""
+        counters = [b for name, b in self.model.named_buffers() if name.rpartition(".")[2] == "n_averaged"]
+        return int(counters[0]) if counters else None
+
+    @cached_property
     def at_home(self) -> Gaps | None:
         """What the norms meet on the training batches; measured when first asked for, None if there are none."""
         return None if self.home is None else measure(self.passes.over(self.home))

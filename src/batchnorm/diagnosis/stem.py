@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class InputChange:
     """A change of the input that would account for the stored statistics of the first norm.
 
     Attributes:
-        contrast: the training inputs were this many times these, about zero.
+        contrast: the training inputs were this many times these, about zero; negative if they were inverted.
         brightness: plus these shifts, one for each input channel, or one for all.
         noise: standard deviation of white noise in these inputs that those of the training lacked.
         left: the share of the distance that it leaves unexplained.
@@ -69,18 +70,15 @@ def explain(passes: Passes, layer: LayerGap) -> InputChange | None:
     if answers is None:
         return None
     zero, ones, noise = answers
-    scale = (layer.measured[1] + layer.eps).sqrt()
     squared, added = _fit_variance(layer, noise)
-    contrast = squared**0.5
-    scaled = zero + contrast * (layer.measured[0] - zero)
-    columns = torch.stack([one / scale for one in ones], 1)
-    fitted = torch.linalg.lstsq(columns, ((layer.stored[0] - scaled) / scale)[:, None]).solution[:, 0]
-    mean = scaled + columns @ fitted * scale
-    variance = squared * layer.measured[1] + added * noise
+    variance = (squared * layer.measured[1] + added * noise).clamp(min=0)
     before = layer_distance(layer.stored, layer.measured, layer.eps)
-    left = layer_distance(layer.stored, (mean, variance.clamp(min=0)), layer.eps) / max(before, 1e-300)
-    shifts = tuple(fitted.tolist())
-    return InputChange(contrast, shifts, max(-added, 0.0) ** 0.5, left)
+    changes = []
+    for contrast in (squared**0.5, -(squared**0.5)):
+        shifts, mean = _fit_mean(layer, zero, ones, contrast)
+        left = layer_distance(layer.stored, (mean, variance), layer.eps) / max(before, 1e-300)
+        changes.append(InputChange(contrast, shifts, max(-added, 0.0) ** 0.5, left))
+    return min(changes, key=lambda change: change.left)
 
 
 def _answers(passes: Passes, batch: Any, layer: LayerGap) -> tuple[Tensor, list[Tensor], Tensor] | None:
@@ -102,13 +100,23 @@ def _answers(passes: Passes, batch: Any, layer: LayerGap) -> tuple[Tensor, list[
     with_input(batch, lambda x: sizes.extend(x.shape) or x)  # type: ignore[func-returns-value]
     separate = len(sizes) > 2 and sizes[1] <= _MOST_CHANNELS
     channels: list[slice | int] = list(range(sizes[1])) if separate else [slice(None)]
-    changes = [filled(slice(None), 0.0), *(filled(c, 1.0) for c in channels), noise]
+    changes = [filled(slice(None), 0.0), *(filled(c, 1.0) for c in channels)]
     inputs = first_inputs(passes, [with_input(batch, change) for change in changes], layer)
-    if inputs is None:
+    # a variance is known from many samples only: there are as many as the measured one comes from
+    noisy = first_inputs(passes, [with_input(one, noise) for one in passes.batches], layer)
+    if inputs is None or noisy is None:
         return None
-    met = [Moments.of(x.cpu()) for x in inputs]
-    zero = met[0].mean
-    return zero, [m.mean - zero for m in met[1:-1]], met[-1].variance()
+    zero, *ones = (Moments.of(x.cpu()).mean for x in inputs)
+    return zero, [one - zero for one in ones], reduce(Moments.merge, (Moments.of(x.cpu()) for x in noisy)).variance()
+
+
+def _fit_mean(layer: LayerGap, zero: Tensor, ones: list[Tensor], contrast: float) -> tuple[tuple[float, ...], Tensor]:
+    """Return the shifts of the input channels that bring the mean nearest to the stored one, and that mean."""
+    scale = (layer.measured[1] + layer.eps).sqrt()
+    scaled = zero + contrast * (layer.measured[0] - zero)
+    columns = torch.stack([one / scale for one in ones], 1)
+    fitted = torch.linalg.lstsq(columns, ((layer.stored[0] - scaled) / scale)[:, None]).solution[:, 0]
+    return tuple(fitted.tolist()), scaled + columns @ fitted * scale
 
 
 def _fit_variance(layer: LayerGap, noise: Tensor) -> tuple[float, float]:

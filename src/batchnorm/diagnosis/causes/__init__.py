@@ -40,8 +40,8 @@ CAUSES: tuple[type[Cause], ...] = (
     EpsMismatch,
     SmallBatches,
     Padding,
-    AveragedWeights,
     DomainShift,
+    AveragedWeights,
     Stale,
 )
 """Every cause, the more certain before the less certain: each explains gaps that those after it then leave alone."""

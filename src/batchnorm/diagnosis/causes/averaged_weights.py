@@ -40,16 +40,16 @@ class AveragedWeights(Cause):
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all layers that are left."""
-        counters = [b for name, b in case.model.named_buffers() if name.rpartition(".")[2] == "n_averaged"]
         shrunk, median = _shrunk(case.layers)
+        shrunk &= not case.explained  # what another cause did to the values shows in all their norms
         hurt = bool(case.off) or max((layer.deployed_excess() for layer in case.layers), default=0.0) > _HURT
-        if not (counters or shrunk) or not hurt:
+        if (case.n_averaged is None and not shrunk) or not hurt:
             return
         left = [layer for layer in case.layers if layer.name not in case.explained and layer.excess() > SMALL]
         if not left or case.fits_home(max(left, key=LayerGap.excess)):
             return
         case.explained.update(names_of(left))
-        averaged = f"n_averaged is {int(counters[0])}; " if counters else ""
+        averaged = "" if case.n_averaged is None else f"n_averaged is {case.n_averaged}; "
         evidence = (
             f"{averaged}variance ratio {median.exp():.2g} in the middle, below 1 in "
             f"{sum(bool(_log_ratio(layer).median() < 0) for layer in case.layers)} of {len(case.layers)} norms."

@@ -59,10 +59,13 @@ def _beside_home(case: Case, left: list[LayerGap]) -> str:
 
 
 def _by_input(case: Case, first: LayerGap) -> str:
-    if first is not case.layers[0]:
+    if first is not case.layers[0] or case.n_averaged is not None:
         return ""
     change = explain(case.passes, first)
     if change is None or change.left > _EXPLAINED or change.left * first.distance > 1.5 * TOLERANCE:
+        return ""
+    # once it is normalized, another contrast is gone: it leaves the norms behind the first one as they are
+    if change.noise == 0 and len(case.layers) > 2 and len(case.off) == len(case.layers):
         return ""
     return f"{_words(change)}: that explains {100 * (1 - change.left):.0f} % of the gap of the first norm."
 
