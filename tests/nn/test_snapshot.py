@@ -107,3 +107,15 @@ def test_untouched_however_the_body_ends(error):
             raise error
     assert_same(state(model), before)
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_parameters_that_were_replaced_come_back() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = dict(model.named_parameters())
+    with untouched(model):
+        model[0]._parameters["weight"] = torch.zeros(2, 2)
+        del model[1].bias
+        model[1].register_parameter("extra", nn.Parameter(torch.zeros(1)))
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is p for name, p in before.items())

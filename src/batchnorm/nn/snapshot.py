@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ class Snapshot:
     """The train/eval mode of every module and the value of every buffer, as they are now.
 
     Buffers are restored into the tensors they live in, so that whoever shares them sees the old values again; a buffer
-    that was replaced, added or removed in between is put back, taken out, or returned to its name. Parameters are kept
-    too when ``parameters=True``.
+    or parameter that was replaced, added or removed in between is put back, taken out, or returned to its name. The
+    values of parameters are kept too when ``parameters=True``.
     """
 
     def __init__(self, model: Module, *, parameters: bool = False) -> None:
@@ -26,7 +27,9 @@ class Snapshot:
         self._modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
         # a scripted module keeps its buffers in C++, where their slots cannot change
         plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        self._slots = [(m, dict(m._buffers)) for m in plain]
+        self._slots: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (slots, dict(slots)) for m in plain for slots in (m._parameters, m._buffers)
+        ]
         self._values: list[tuple[Tensor, Tensor]] = []
         tensors = list(model.buffers()) + (list(model.parameters()) if parameters else [])
         for tensor in tensors:
@@ -40,9 +43,9 @@ class Snapshot:
         for module, training in self._modes:
             # the attribute itself: train() may be overridden (a frozen norm ignores it)
             module.training = training
-        for module, buffers in self._slots:
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for slots, tensors in self._slots:
+            slots.clear()
+            slots.update(tensors)
         with torch.no_grad():
             for tensor, value in self._values:
                 # a write, even of the same value, would fail a backward pass that is still to come
