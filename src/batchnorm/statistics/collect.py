@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.errors import NonFiniteError
+from batchnorm.errors import NonFiniteError, ShapeError
 from batchnorm.kernels.contract import Request
 from batchnorm.kernels.native import NATIVE
 from batchnorm.moments import Moments, expand_mask
 from batchnorm.nn.calling import below_autograd
 from batchnorm.statistics.estimators import Estimator
-from batchnorm.statistics.operators import NormCall
+from batchnorm.statistics.operators import NormCall, run_with_functions
 from batchnorm.statistics.sites import Site, Sites
 from batchnorm.statistics.tally import Tally
 
-__all__ = ["Collector", "OnBatch", "OnStored", "counts_of", "moments_of", "require_finite"]
+__all__ = ["Collector", "OnBatch", "OnStored", "counts_of", "moments_of", "require_channels", "require_finite"]
 
 _CHUNK = 1 << 20
 """How many values are turned into float64 at a time: 8 MiB, whatever the size of the batch."""
@@ -38,6 +39,8 @@ class Collector(TorchDispatchMode):
     Attributes:
         tallies: what each site has met.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, sites: Sites, estimator: type[Estimator]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -72,6 +75,8 @@ class Collector(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            return run_with_functions(self, func, args, kwargs or {})
         call = NormCall.of(func, args, kwargs or {})
         if call is None:
             return func(*args, **(kwargs or {}))
@@ -124,6 +129,17 @@ class OnStored(Collector):
 
     def _normalize(self, site: Site, call: NormCall, met: Moments, tally: Tally) -> Any:
         return call.run()
+
+
+def require_channels(site: Site, met: Moments) -> None:
+    """Refuse what a norm met if it has other channels than the norm.
+
+    Raises:
+        ShapeError: it has.
+    """
+    expected = site.running_mean.numel()
+    if met.num_features != expected:
+        raise ShapeError(f"{site.name or 'the norm'}: expected {expected} channels; got {met.num_features}")
 
 
 def require_finite(site: Site, met: Moments) -> None:

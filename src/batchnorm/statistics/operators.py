@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 from torch import Tensor
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from batchnorm.nn.operators import NORM_OPERATORS, named_arguments
 
-__all__ = ["NormCall"]
+__all__ = ["NormCall", "run_with_functions"]
 
 
 @cache
@@ -19,6 +22,27 @@ def _schema(func: Any) -> Any | None:
     if func._schema.name not in NORM_OPERATORS:
         return None
     return func._schema if any(a.name == "running_mean" for a in func._schema.arguments) else None
+
+
+def run_with_functions(mode: TorchDispatchMode, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
+    """Run an operator that is given functions, such as ``torch.cond``, so that the mode sees what these call.
+
+    For a mode that supports higher-order operators and is, as always in its ``__torch_dispatch__``, switched off.
+    """
+
+    def seen(leaf: Any) -> Any:
+        if not callable(leaf) or isinstance(leaf, Tensor):
+            return leaf
+
+        @wraps(leaf)
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with mode:
+                return leaf(*args, **kwargs)
+
+        return within
+
+    args, kwargs = tree_map(seen, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)

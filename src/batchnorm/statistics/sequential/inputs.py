@@ -31,7 +31,7 @@ class Inputs:
         self._walk = numbered("recalibrate", stream, allow_empty=allow_empty)
         self._held: list[Any] | None = []
         self._versions: list[list[int]] = []
-        self._marks: list[int] = []  # what each batch was like, once they are not held
+        self._marks: list[int] = []  # what each batch was like; while they are held, the first only
         self.nbytes = 0  # of the batches held here and nowhere else
         self._counted: set[int] = set()
         self.ended = False
@@ -47,7 +47,9 @@ class Inputs:
 
     def new(self) -> Any:
         """Return the next batch that nobody has seen yet; :attr:`ended` says that there was none, and None comes."""
-        _, batch = next(self._walk, (0, _NONE))
+        index, batch = next(self._walk, (0, _NONE))
+        while batch is not _NONE and index < len(self):  # seen before, in a walk that was begun anew
+            index, batch = next(self._walk, (0, _NONE))
         if batch is _NONE:
             self.ended = True
             return None
@@ -56,6 +58,14 @@ class Inputs:
         else:
             self._marks.append(_mark(batch))
         return batch
+
+    def one(self, index: int) -> Any:
+        """Return one of the batches met so far, and go no further: a loader may give the next in the same memory.
+
+        Raises:
+            StateError: it is not held, and the stream gives others now.
+        """
+        return next(batch for _, batch in self.again([index]))
 
     def again(self, wanted: Iterable[int]) -> Iterator[tuple[int, Any]]:
         """Yield the batches of these indices, which must rise, with the indices.
@@ -69,19 +79,27 @@ class Inputs:
                 yield index, self._held[index]
             return
         left = list(wanted)
-        for index, batch in numbered("recalibrate", self._stream, allow_empty=True):
-            if not left:
-                return
-            if index < len(self._marks) and _mark(batch) != self._marks[index]:
-                raise self._changed(index)
+        walk = self._walk_anew()
+        if not self.ended:
+            self._walk = walk  # the old one may be over: a loader with persistent workers has one for all walks
+        while left:
+            index, batch = next(walk, (0, _NONE))
+            if batch is _NONE:
+                raise self._changed(left[0])
             if index == left[0]:
                 left.pop(0)
                 yield index, batch
-        if left:
-            raise self._changed(left[0])
+
+    def _walk_anew(self) -> Iterator[tuple[int, Any]]:
+        for index, batch in numbered("recalibrate", self._stream, allow_empty=True):
+            if index < len(self._marks) and _mark(batch) != self._marks[index]:
+                raise self._changed(index)
+            yield index, batch
 
     def _hold(self, batch: Any) -> None:
         assert self._held is not None
+        if not self._held:
+            self._marks.append(_mark(batch))
         self._held.append(batch)
         self._versions.append(_versions(batch))
         if not isinstance(self._stream, list | tuple):  # there they are held anyway
@@ -91,7 +109,7 @@ class Inputs:
             self._counted.update(memory)
         if self.nbytes <= self._limit:
             return
-        if iter(self._stream) is self._stream:
+        if isinstance(self._stream, Iterator):
             raise StateError(
                 f"recalibrate: a {type(self._stream).__name__} can be walked through only once, and its batches do not "
                 f"fit into memory: {len(self._held)} of them take {self.nbytes / 1e9:.2g} GB, "
@@ -105,11 +123,14 @@ class Inputs:
 
     def _require_unwritten(self, index: int) -> None:
         assert self._held is not None
-        if _versions(self._held[index]) != self._versions[index]:
+        batch = self._held[index]
+        # what numpy writes, into the memory of a tensor, is not counted: there one batch stands for all
+        if _versions(batch) != self._versions[index] or (index == 0 and _mark(batch) != self._marks[0]):
             raise StateError(
-                f"recalibrate: the model writes into its input in place, so that batch {index} (counting from 0) is "
-                "not what it was and cannot be run again. Give it copies: forward=lambda model, batch: "
-                "model(batch.clone())."
+                f"recalibrate: the model writes into its input in place, or the loader gives every batch in the same "
+                f"memory, so that batch {index} (counting from 0) is not what it was and cannot be run again. Give the "
+                "model copies: forward=lambda model, batch: model(batch.clone()); a loader must make them itself: "
+                "yield batch.clone(). The model is as it was."
             )
 
     def _changed(self, index: int) -> StateError:

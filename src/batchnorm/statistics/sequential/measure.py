@@ -23,7 +23,7 @@ from batchnorm.statistics.ranks import Ranks
 from batchnorm.statistics.sequential.ambient import Ambient
 from batchnorm.statistics.sequential.inputs import Inputs, tensors_of
 from batchnorm.statistics.sequential.order import order_of
-from batchnorm.statistics.sequential.run import Run
+from batchnorm.statistics.sequential.run import Run, Stuck
 from batchnorm.statistics.sequential.shelf import Shelf
 from batchnorm.statistics.sequential.sweep import Disturbed, RunFailed, Sweep, Traveller
 from batchnorm.statistics.sequential.waiting import Waiting
@@ -149,8 +149,8 @@ class Sequential:
                 pass
             self._apart = True
             self._notes.append(
-                "The model keeps something of a batch between its layers outside of the forward pass, so that batches "
-                "cannot wait side by side: each was run again for every norm."
+                "The model keeps something of a batch, or a lock, between its layers, so that batches cannot wait side "
+                "by side: each was run again for every norm."
             )
         sweep = self._sweep_once(inputs, number, pinned, order, advance)
         if not all(self._ranks.agree(self._undisturbed(sweep, inputs))):
@@ -174,7 +174,6 @@ class Sequential:
             if self._cache is not None and not self._apart:
                 shelf = stack.enter_context(Shelf(self._cache))
             waiting = Waiting(0 if self._apart else max(0.0, self._limit - inputs.nbytes), shelf, apart=self._apart)
-            stack.callback(waiting.close)
 
             def start(index: int, batch: Any) -> Run:
                 return self._start(index, batch, shelf, held=inputs.held)
@@ -195,13 +194,15 @@ class Sequential:
                 raise self._explained(failure, inputs) from failure.error
             except Disturbed:
                 own = sweep.failure
-                if own is not None and (error := self._fails_alone(sweep, inputs, own.index)) is not None:
-                    raise self._explained(RunFailed(own.index, error), inputs) from error
+                if own is not None and not isinstance(own.error, Stuck):
+                    error = self._fails_alone(sweep, inputs, own.index, shelf)
+                    if error is not None:
+                        raise self._explained(RunFailed(own.index, error), inputs) from error
                 raise
             return sweep
 
     def _explained(self, failure: RunFailed, inputs: Inputs) -> BatchNormError:
-        (_, batch), *_ = inputs.again([failure.index])
+        batch = inputs.one(failure.index)
         return explained("recalibrate", failure.error, self._model, failure.index, batch, self._call)
 
     def _start(self, index: int, batch: Any, shelf: Shelf | None, *, held: bool = True) -> Run:
@@ -215,11 +216,11 @@ class Sequential:
 
     # -- what may go wrong unseen --------------------------------------------------------------------------------------
 
-    def _fails_alone(self, sweep: Sweep, inputs: Inputs, index: int) -> Exception | None:
+    def _fails_alone(self, sweep: Sweep, inputs: Inputs, index: int, shelf: Shelf | None) -> Exception | None:
         """Return how a batch fails, run once more by itself, if it does: then no other batch is to blame."""
-        (_, batch), *_ = inputs.again([index])
-        run = self._start(index, batch, None)
+        run = self._start(index, inputs.one(index), shelf)
         try:
+            run.start()
             with below_autograd():
                 _goes_through(run, sweep)
             return None
@@ -233,9 +234,9 @@ class Sequential:
         if len(sweep.travellers) < 2:
             return True
         first: Traveller = sweep.travellers[0]
-        (_, batch), *_ = inputs.again([0])
-        run = self._start(0, batch, None)
+        run = self._start(0, inputs.one(0), None)
         try:
+            run.start()
             with below_autograd():
                 return _repeats(run, first, sweep)
         except Exception:  # alone it fails: it is not the same run

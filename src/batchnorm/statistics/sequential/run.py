@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.nn.calling import below_autograd
-from batchnorm.statistics.operators import NormCall
+from batchnorm.statistics.operators import NormCall, run_with_functions
 from batchnorm.statistics.sequential.ambient import Ambient
 from batchnorm.statistics.sequential.storages import Storages
 from batchnorm.statistics.sites import Site, Sites
 
-__all__ = ["Arrival", "Run"]
+__all__ = ["Arrival", "Run", "Stuck"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,19 @@ class _Abandoned(BaseException):
     """Raised inside the model to leave it."""
 
 
+class Stuck(Exception):  # noqa: N818
+    """The model has called no operator for so long that it may be waiting for another batch, which holds a lock."""
+
+
 class Run:
     """A forward pass in a thread of its own, which runs only while :meth:`go` waits for it.
 
     So there is never more than one at work, and a model meets nothing that it would not meet in a loop over the
     batches, except that other batches may pass between two of its lines. Operators are run by the thread that calls
     :meth:`go`: each thread that runs large ones would keep a pool of workers of its own.
+
+    What the two threads hand each other goes through queues that are written in C: an interrupt, which may come between
+    any two lines of Python, can leave none of their locks taken.
 
     Args:
         call: runs the model on the batch.
@@ -84,31 +93,39 @@ class Run:
         self._ambient = ambient
         self._visits: dict[Site, int] = {}
         self._random = torch.Generator().manual_seed(seed).get_state()
-        self._request: Any = None
-        self._reply: Any = None
+        self._requests: SimpleQueue[Any] = SimpleQueue()
+        self._replies: SimpleQueue[Any] = SimpleQueue()
         self._abandoned = False
-        self._resume, self._stop = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._ambient.context.copy().run, args=(self._body,), daemon=True)
+
+    def start(self) -> None:
+        """Make the thread; from then on somebody has to call :meth:`abandon`, unless the model returns.
+
+        Raises:
+            RuntimeError: the system allows no more threads.
+        """
         self._thread.start()
 
-    def go(self, answer: Any = None) -> Arrival | None:
+    def go(self, answer: Any = None, patience: float | None = None) -> Arrival | None:
         """Run on until the next norm is reached.
 
         Args:
             answer: the output of the norm that it waits at, if it does.
+            patience: how many seconds the model may take from one operator to the next; None for any number.
 
         Returns:
             Which norm that is; None if the model has returned.
 
         Raises:
             Exception: what the model raised.
+            Stuck: it took longer; the run can only be abandoned.
         """
         outside = torch.get_rng_state()
         torch.set_rng_state(self._random)
         try:
-            request = self._hand_over(answer)
+            request = self._hand_over(answer, patience)
             while isinstance(request, _Work):
-                request = self._hand_over(self._do(request))
+                request = self._hand_over(self._do(request), patience)
         finally:
             self._random = torch.get_rng_state()
             torch.set_rng_state(outside)
@@ -120,23 +137,28 @@ class Run:
         arrived: Arrival = request
         return arrived
 
+    def tell_to_leave(self) -> None:
+        """Have the model left at its next operator, without waiting for it."""
+        self._abandoned = True
+        self._replies.put(None)
+
     def abandon(self) -> None:
         """Leave the model where it stands, and give all memory back."""
-        self._abandoned = True
+        self.tell_to_leave()  # in any case: a thread that was begun a moment ago is not alive yet
         while self._thread.is_alive():
-            self._reply = None
-            self._resume.release()
+            self._replies.put(None)
             self._thread.join(timeout=1)  # a model that catches everything is told again at its next operator
-        self._request = self._reply = self._call = None
+        self._requests, self._call = SimpleQueue(), None
 
     # -- in the thread that calls go() ---------------------------------------------------------------------------------
 
-    def _hand_over(self, reply: Any) -> Any:
-        self._request, self._reply = None, reply
-        self._resume.release()
-        self._stop.acquire()
-        request, self._request = self._request, None
-        return request
+    def _hand_over(self, reply: Any, patience: float | None) -> Any:
+        self._replies.put(reply)
+        del reply
+        try:
+            return self._requests.get(timeout=patience)
+        except Empty:
+            raise Stuck(f"no operator was called for {patience:.0f} seconds") from None
 
     def _do(self, work: _Work) -> Any:
         try:
@@ -151,7 +173,7 @@ class Run:
     # -- in its own ----------------------------------------------------------------------------------------------------
 
     def _body(self) -> None:
-        self._resume.acquire()
+        self._replies.get()
         error: BaseException | None = None
         try:
             call, self._call = self._call, None
@@ -160,21 +182,20 @@ class Run:
                     call()
                     del call
         except BaseException as raised:
-            error = raised
-        self._request = _Ended(error)
-        self._stop.release()
+            # one that nobody will look at would keep the model's tensors, by its frames
+            error = None if self._abandoned else raised
+        self._requests.put(_Ended(error))
+        del error
 
     def ask(self, request: Any) -> Any:
         """Wait for what the request gives; the thread's own side."""
         if self._abandoned:
             raise _Abandoned
-        self._request = request
+        self._requests.put(request)
         del request
-        self._stop.release()
-        self._resume.acquire()
+        reply = self._replies.get()
         if self._abandoned:
             raise _Abandoned
-        reply, self._reply = self._reply, None
         if isinstance(reply, _Raised):
             raise reply.error
         return reply
@@ -197,6 +218,8 @@ class _Raised:
 class _Stops(TorchDispatchMode):
     """Hands every operator of a run to whoever waits for it; views, which compute nothing, are made here."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, run: Run) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._run = run
@@ -205,6 +228,8 @@ class _Stops(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return run_with_functions(self, func, args, given)
         norm = NormCall.of(func, args, given)
         if norm is not None:
             site = self._run.site_of(norm)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import tempfile
+import os
+import shutil
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.errors import BatchError
@@ -27,8 +31,12 @@ class Shelf:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        self._given = folder
+        self._folder = Path(folder) / f"batchnorm-{uuid4().hex}"
+        # should an interrupt come between two lines: removed with this object, or when Python ends
+        self._removed_at_last = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         try:
-            self._folder = tempfile.TemporaryDirectory(prefix="batchnorm-", dir=folder)
+            self._folder.mkdir(mode=0o700)
         except OSError as error:
             raise _refused(folder, error) from error
         self._files: dict[Run, Path] = {}
@@ -43,9 +51,10 @@ class Shelf:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the folder and all that is in it."""
-        self._away.clear()
-        with suppress(OSError):
-            self._folder.cleanup()
+        for run in list(self._away):
+            self.drop(run)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._removed_at_last.detach()
 
     def put(self, run: Run) -> None:
         """Take the memory of a run to disk.
@@ -54,14 +63,14 @@ class Shelf:
             BatchError: the disk is full, or the system refuses otherwise; the run has its memory still.
         """
         storages = [s for s in run.storages.alive() if s.nbytes() and s.resizable() and not s.is_shared()]
-        path = Path(self._folder.name) / f"{id(run)}.bin"
+        path = self._folder / f"{id(run)}.bin"
         try:
             with path.open("wb") as file:
                 for storage in storages:
                     file.write(_memory(storage))
         except OSError as error:
             path.unlink(missing_ok=True)
-            raise _refused(self._folder.name, error) from error
+            raise _refused(self._given, error) from error
         self._away[run] = [(storage, storage.nbytes()) for storage in storages]
         self._files[run] = path
         for storage in storages:
@@ -69,27 +78,42 @@ class Shelf:
             storage.resize_(0)
 
     def bring(self, run: Run) -> None:
-        """Give a run its memory back, if it is on the shelf."""
-        storages = self._away.pop(run, None)
+        """Give a run its memory back, if it is on the shelf.
+
+        Raises:
+            BatchError: the file is gone, or cannot be read.
+        """
+        storages = self._away.get(run)
         if storages is None:
             return
-        path = self._files.pop(run)
-        with path.open("rb") as file:
-            for storage, size in storages:
-                storage.resize_(size)
-                values = torch.UntypedStorage(size)
-                file.readinto(_memory(values))
-                storage.copy_(values)
-                self._owner.pop(storage._cdata, None)
-        path.unlink()
+        path = self._files[run]
+        try:
+            with path.open("rb") as file:
+                for storage, size in storages:
+                    _fill(storage, size, file)
+                    self._owner.pop(storage._cdata, None)
+        except OSError as error:
+            raise _refused(self._given, error) from error
+        del self._away[run], self._files[run]
+        path.unlink(missing_ok=True)
 
     def drop(self, run: Run) -> None:
-        """Forget a run that will not go on."""
-        for storage, _ in self._away.pop(run, []):
-            self._owner.pop(storage._cdata, None)
-        path = self._files.pop(run, None)
-        if path is not None:
-            path.unlink(missing_ok=True)
+        """Forget a run that has been left; what the model or the user holds too gets its memory back."""
+        storages, path = self._away.pop(run, None), self._files.pop(run, None)
+        if storages is None or path is None:
+            return
+        kept = [(StorageWeakRef(storage), size) for storage, size in storages]
+        while storages:
+            self._owner.pop(storages.pop()[0]._cdata, None)
+        if not all(reference.expired() for reference, _ in kept):
+            with suppress(OSError), path.open("rb") as file:
+                for reference, size in kept:
+                    storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+                    if storage is None:
+                        file.seek(size, os.SEEK_CUR)
+                    else:
+                        _fill(storage, size, file)
+        path.unlink(missing_ok=True)
 
     def require(self, arguments: Any) -> None:
         """Bring back the runs whose memory an operator is about to read: models may keep tensors between batches."""
@@ -100,6 +124,14 @@ class Shelf:
                 owner = self._owner.get(t.untyped_storage()._cdata)
                 if owner is not None:
                     self.bring(owner)
+
+
+def _fill(storage: torch.UntypedStorage, size: int, file: Any) -> None:
+    """Give a storage its memory, and what the file holds next."""
+    storage.resize_(size)
+    values = torch.UntypedStorage(size)
+    file.readinto(_memory(values))
+    storage.copy_(values)
 
 
 def _memory(storage: torch.UntypedStorage) -> Any:
@@ -113,6 +145,6 @@ def _memory(storage: torch.UntypedStorage) -> Any:
 def _refused(folder: str | Path, error: OSError) -> BatchError:
     return BatchError(
         f"recalibrate: cache={str(folder)!r}: {error.strerror or error}. Waiting batches are put there when memory= "
-        "is used up. Name a folder with more room, pass a larger memory=, or leave cache= out: batches that do not "
-        "fit are run again instead. The model is as it was."
+        "is used up. Name a folder that exists and has more room, pass a larger memory=, or leave cache= out: batches "
+        "that do not fit are run again instead. The model is as it was."
     )

@@ -11,17 +11,20 @@ from torch import Tensor
 
 from batchnorm.moments import Moments
 from batchnorm.nn.calling import below_autograd
-from batchnorm.statistics.collect import counts_of, moments_of, require_finite
+from batchnorm.statistics.collect import counts_of, moments_of, require_channels, require_finite
 from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.ranks import Ranks
 from batchnorm.statistics.sequential.inputs import Inputs
-from batchnorm.statistics.sequential.run import Arrival, Run
+from batchnorm.statistics.sequential.run import Arrival, Run, Stuck
 from batchnorm.statistics.sequential.waiting import Waiting
 from batchnorm.statistics.sites import Address, Site, Sites
 from batchnorm.statistics.tally import Tally, merge_tallies
 from batchnorm.statistics.values import Statistics, statistics_of
 
 __all__ = ["Disturbed", "RunFailed", "Sweep", "Traveller"]
+
+_PATIENCE = 60.0
+"""After so many seconds without an operator a batch is taken to wait for a lock that another one holds."""
 
 
 class RunFailed(Exception):  # noqa: N818
@@ -137,7 +140,10 @@ class Sweep:
         self.tallies.update(merge_tallies(self._ranks, self._sites, pinned))
 
     def close(self) -> None:
-        """Leave the run that is on its way, if the sweep ended in the middle of it."""
+        """Leave the runs that wait, and the one that is on its way, if the sweep ended in the middle of it."""
+        if self._active is not None:
+            self._active.tell_to_leave()
+        self._waiting.close()  # before it is waited for: one of these may hold a lock that it needs
         if self._active is not None:
             self._active.abandon()
 
@@ -185,13 +191,17 @@ class Sweep:
     def _set_out(self, traveller: Traveller, batch: Any) -> None:
         run = self._begin_run(traveller.index, batch)
         del batch
-        self._travel(traveller, run, None)
+        self._travel(traveller, run)
 
     def _begin_run(self, index: int, batch: Any) -> Run:
         while True:
+            # known before its thread is: whatever interrupts us leaves it
+            run = self._active = self._start(index, batch)
             try:
-                return self._start(index, batch)
+                run.start()
+                return run
             except RuntimeError:  # the system allows no more threads
+                run.abandon()
                 waiting = [t for t in self.travellers if t.run is not None]
                 if not waiting:
                     raise
@@ -202,23 +212,21 @@ class Sweep:
                 self._waiting.most_runs = len(waiting) // 2
 
     def _go_on(self, traveller: Traveller) -> None:
-        run, arrival = traveller.run, traveller.arrival
+        run = self._active = traveller.run
         assert run is not None
-        assert arrival is not None
-        traveller.run = traveller.arrival = None
+        traveller.run = None
         self._waiting.wake(run)
-        with below_autograd():
-            answer = self._pass(arrival)
-        del arrival
-        self._travel(traveller, run, answer)
+        self._travel(traveller, run)
 
-    def _travel(self, traveller: Traveller, run: Run, answer: Any) -> None:
+    def _travel(self, traveller: Traveller, run: Run) -> None:
         """Let a run go on until it has to wait; a failure is set aside where it may be the fault of other batches."""
         traveller.at = None
-        self._active = run
         try:
             with below_autograd():
-                arrival = self._to_next_wait(traveller, run, answer)
+                arrival = self._to_next_wait(traveller, run)
+        except Stuck as error:  # it is left once those who wait are
+            self.failure = RunFailed(traveller.index, error)
+            return
         except Exception as error:
             run.abandon()
             failure = RunFailed(traveller.index, error)
@@ -232,12 +240,15 @@ class Sweep:
                 traveller.run, traveller.arrival = run, arrival
         self._active = None
 
-    def _to_next_wait(self, traveller: Traveller, run: Run, answer: Any) -> Arrival | None:
-        while (arrival := run.go(answer)) is not None:
+    def _to_next_wait(self, traveller: Traveller, run: Run) -> Arrival | None:
+        arrival, traveller.arrival = traveller.arrival, None
+        answer = None if arrival is None else self._pass(run, arrival)
+        patience = _PATIENCE if self._waiting else None
+        while (arrival := run.go(answer, patience)) is not None:
             self._count(traveller, arrival)
             if not self.lets_pass(arrival.site):
                 return arrival
-            answer = self._pass(arrival)
+            answer = self._pass(run, arrival)
         return None
 
     def _count(self, traveller: Traveller, arrival: Arrival) -> None:
@@ -245,7 +256,9 @@ class Sweep:
         site, call = arrival.site, arrival.call
         if arrival.visit <= traveller.counted[site]:
             return
+        self._waiting.require(call.given)
         met = moments_of(call.input, call.mask)
+        require_channels(site, met)
         require_finite(site, met)
         tally = self.tallies.get(site)
         if tally is None:
@@ -259,6 +272,8 @@ class Sweep:
         if site in self.final and site not in self._pinned:
             self.late.add(site)
 
-    def _pass(self, arrival: Arrival) -> Tensor:
+    def _pass(self, run: Run, arrival: Arrival) -> Tensor:
+        self._waiting.require(arrival.call.given)
         answer: Tensor = arrival.call.run_on(*self.normalizes_by(arrival.site))
+        run.storages.note(answer)
         return answer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from batchnorm.statistics.sequential.run import Run
 from batchnorm.statistics.sequential.shelf import Shelf
 
@@ -26,6 +28,10 @@ class Waiting:
         self._nbytes: dict[Run, int] = {}  # of those in memory; 0 for those on the shelf
         self._total = 0
 
+    def __len__(self) -> int:
+        """Return how many runs wait, wherever their memory is."""
+        return len(self._nbytes)
+
     def keep(self, run: Run) -> bool:
         """Take in a run that waits; False if it had to be left, for lack of memory."""
         nbytes = run.storages.nbytes()
@@ -49,10 +55,15 @@ class Waiting:
 
     def leave(self, run: Run) -> None:
         """Give up a run that waits."""
-        self._total -= self._nbytes.pop(run)
+        run.abandon()  # first: an interrupt may come between
         if self._shelf is not None:
             self._shelf.drop(run)
-        run.abandon()
+        self._total -= self._nbytes.pop(run)
+
+    def require(self, arguments: Any) -> None:
+        """Give the tensors that an operator is about to read their memory back."""
+        if self._shelf is not None:
+            self._shelf.require(arguments)
 
     def close(self) -> None:
         """Give up all of them."""

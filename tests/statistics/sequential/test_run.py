@@ -1,0 +1,135 @@
+"""A batch on its way can be left at any moment, whoever fails or waits for whom."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from batchnorm.errors import BatchError
+from batchnorm.statistics import recalibrate
+from batchnorm.statistics.operators import NormCall
+from batchnorm.statistics.sequential import sweep
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
+    return nn.Sequential(*layers, nn.Tanh(), nn.BatchNorm2d(4))
+
+
+def images(*sizes: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 3, 8, 8, generator=generator) * (1 + i % 3) + i % 2 for i, n in enumerate(sizes)]
+
+
+def expected(model: nn.Module, batches: list[Tensor]) -> nn.Module:
+    """The same model, measured with all batches waiting in memory."""
+    twin = copy.deepcopy(model)
+    recalibrate(twin, batches)
+    return twin
+
+
+def assert_alike(a: nn.Module, b: nn.Module) -> None:
+    torch.testing.assert_close(dict(a.named_buffers()), dict(b.named_buffers()))
+
+
+@pytest.mark.parametrize("memory", [None, 10_000])
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_an_interrupt_inside_a_norm_leaves_no_thread(
+    memory: Any, at: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    model, calls, run_on = network(), [], NormCall.run_on
+
+    def interrupted(self: NormCall, *statistics: Tensor) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return run_on(self, *statistics)
+
+    monkeypatch.setattr(NormCall, "run_on", interrupted)
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        recalibrate(model, images(4, 4, 4), memory=memory, cache=tmp_path)
+    assert threading.active_count() == threads
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_norm_that_cannot_run_is_a_failure_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: NormCall, *statistics: Tensor) -> Any:
+        raise RuntimeError("no kernel for this device")
+
+    monkeypatch.setattr(NormCall, "run_on", failing)
+    threads = threading.active_count()
+    with pytest.raises(BatchError, match=r"failed on batch 0 .*no kernel for this device"):
+        recalibrate(network(), images(4, 4, 4))
+    assert threading.active_count() == threads
+
+
+class Locked(nn.Module):
+    """One forward pass at a time, as servers do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.lock = network(), threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            out: Tensor = self.inner(x)
+        return out
+
+
+def test_a_batch_that_waits_for_the_lock_of_another_is_run_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "_PATIENCE", 0.5)
+    model, batches, threads = Locked(), images(4, 4, 4), threading.active_count()
+    result = recalibrate(model, batches)
+    assert "or a lock" in result.notes[0]
+    assert threading.active_count() == threads
+    assert_alike(model.inner, expected(network(), batches))
+
+
+def test_an_interrupt_while_a_batch_waits_for_a_lock_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, threads = Locked(), threading.active_count()
+
+    def go(self: Any, answer: Any = None, patience: Any = None) -> Any:
+        if patience is None:
+            return real(self, answer, None)
+        self._replies.put(answer)  # it goes on, and waits for the lock, while the interrupt comes here
+        raise KeyboardInterrupt
+
+    real = sweep.Run.go
+    monkeypatch.setattr(sweep.Run, "go", go)
+    with pytest.raises(KeyboardInterrupt):
+        recalibrate(model, images(4, 4))
+    assert threading.active_count() == threads
+    assert not model.lock.locked()
+
+
+class Chooses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm1 = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+        self.norm2, self.norm3 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv(x))
+        x = torch.cond(x.sum() < torch.inf, lambda y: self.norm2(y.relu()), torch.cos, (x,))
+        out: Tensor = self.norm3(x)
+        return out
+
+
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+def test_norms_inside_the_branches_of_a_cond_are_measured(order: Any) -> None:
+    torch.manual_seed(0)
+    model, batches = Chooses(), images(4, 6, 8)
+    plain = nn.Sequential(model.conv, model.norm1, nn.ReLU(), model.norm2, model.norm3)
+    plain = copy.deepcopy(plain)
+    result = recalibrate(model, batches, order=order)
+    recalibrate(plain, batches, order=order)
+    assert [layer.name for layer in result.layers] == ["norm1", "norm2", "norm3"]
+    for name, buffer in zip(dict(model.named_buffers()), plain.buffers(), strict=True):
+        torch.testing.assert_close(model.get_buffer(name), buffer)
