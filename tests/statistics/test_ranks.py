@@ -77,6 +77,13 @@ def killing(batches: list[Tensor]) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def wrapped(rank: int) -> dict[str, Any]:
+    model = nn.parallel.DistributedDataParallel(network())  # sends its buffers before each pass
+    mine = [stream()[i] for i in CUTS["uneven"][rank]]
+    recalibrate(model, mine, process_group=distributed.group.WORLD)
+    return {"bits": bits(model), "synchronizes": model.require_forward_param_sync}
+
+
 def alone_with_all_empty(rank: int) -> str:
     try:
         recalibrate(network(), [], process_group=distributed.group.WORLD)
@@ -147,6 +154,14 @@ def test_all_ranks_end_with_the_same_bits_those_of_one_process(order: Any, cut: 
         torch.testing.assert_close(
             torch.tensor(answer["uncertainty"], dtype=torch.float64), result.layers[-1].uncertainty, rtol=1e-5, atol=0
         )
+
+
+def test_a_wrapped_model_may_be_fed_streams_of_different_lengths(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    plain = run(tmp_path / "plain", 3, measure, "sequential", "uneven", {})
+    answers = run(tmp_path, 3, wrapped)
+    assert {a["bits"] for a in answers} == {plain[0]["bits"]}
+    assert all(a["synchronizes"] for a in answers)
 
 
 @pytest.mark.parametrize("order", ["sequential", "parallel"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from batchnorm.errors import (
     ArgumentTypeError,
@@ -207,3 +208,33 @@ def test_a_model_must_be_a_module() -> None:
 
 def test_every_refusal_is_one_of_the_librarys_errors() -> None:
     assert all(issubclass(e, BatchNormError | KeyboardInterrupt) for _, _, e, _ in FAILURES.values())
+
+
+@pytest.mark.parametrize("wrong", [[0], [0, 1, 2], [1]])
+def test_another_number_of_channels_is_told_of_the_batch_that_has_it(wrong: list[int]) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
+    batches = [torch.randn(8, 5 if index in wrong else 3) for index in range(3)]
+    before = bits(model)
+    with pytest.raises(BatchError, match=rf"failed on batch {wrong[0]} .*0: expected 3 channels; got 5"):
+        recalibrate(model, batches)
+    assert bits(model) == before
+
+
+def test_parameters_that_a_forward_puts_in_place_are_taken_out_again() -> None:
+    model = network()
+    averaged = {name: p.detach() / 2 for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    recalibrate(model, [batch(), batch() + 1], forward=lambda m, x: functional_call(m, averaged, (x,)))
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+
+
+def test_a_model_that_is_being_recalibrated_is_refused() -> None:
+    model = network()
+    before = bits(model)
+    hook = model[0].register_forward_hook(lambda *_: recalibrate(model, [batch()]) and None)
+    with pytest.raises(BatchError, match=r"StateError: .*is being recalibrated already"):
+        recalibrate(model, [batch()])
+    hook.remove()
+    assert bits(model) == before
+    recalibrate(model, [batch()])

@@ -38,9 +38,10 @@ def finish(plan: Plan, sites: Sites, outcome: Outcome, ranks: Ranks) -> Recalibr
         written += [Written(f"{site.name}.{key}".lstrip("."), site.owner, key, value) for key, value in old.items()]
         layers.append(_layer(site, tally, old, new))
     population = Population({site.name: _population(tally) for site, tally in tallies.items()})
+    result = RecalibrateResult(plan, outcome, layers, left, written, population)
     ranks.agree("ready to write")
-    write_all(changes)
-    return RecalibrateResult(plan, outcome, layers, left, written, population)
+    write_all(changes)  # the last that happens: an interrupt after it would leave the new values
+    return result
 
 
 def _layer(site: Site, tally: Tally, old: dict[str, Tensor], new: dict[str, Tensor]) -> LayerStatistics:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
 
-from batchnorm.errors import ShapeError, UnknownNameError, closest
+from batchnorm.errors import ShapeError, StateError, UnknownNameError, closest
 from batchnorm.nn.calling import Forward, call_on_batch
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["plan_of", "recalibrate"]
 
 ORDERS = ["sequential", "parallel"]
+
+_at_work: MutableMapping[Module, object] = WeakKeyDictionary()
+"""The models that are being recalibrated, by which call."""
 
 
 def recalibrate(
@@ -85,9 +91,10 @@ def recalibrate(
     **Several processes.** With a ``process_group`` each process feeds its part of the stream, of any length, none
     included; what they met is merged, and all end with the same bits. If one fails, all raise, and none is changed.
 
-    **What is left alone.** Norms that keep no statistics, that the pass never calls and, unless ``names`` means them,
-    those that the user froze: by ``freeze``, or by hand (in eval mode inside a model in train mode). They run on their
-    stored statistics and are listed in the result. Parameters, modes, other buffers and torch's random generators are
+    **What is left alone.** Norms that keep no statistics, that the pass never calls (or only in threads that the model
+    starts itself, where they are not seen) and, unless ``names`` means them, those that the user froze: by ``freeze``,
+    or by hand (in eval mode inside a model in train mode). They run on their stored statistics and are listed in the
+    result. Parameters, modes, other buffers and torch's random generators are
     as before. The buffers are written at the very end, all or none: after any exception, an interrupt included, the
     model is bit-identical to before.
 
@@ -119,8 +126,9 @@ def recalibrate(
         EmptyStreamError: there was no batch.
         NonFiniteError: a norm met NaN or infinity, or a variance does not fit into a half-precision buffer.
         ShapeError: a norm met fewer than two values per channel in the whole stream.
-        StateError: the model holds nothing to recalibrate; or the stream does not fit into memory and gives other data
-            when it is walked through again; or the model gives another result on the same batch.
+        StateError: the model holds nothing to recalibrate, or is being recalibrated already; or the stream does not fit
+            into memory and gives other data when it is walked through again; or gives every batch in the same memory;
+            or the model gives another result on the same batch.
         UnknownNameError: a name means no norm, or the order or the estimator is unknown.
 
     Example:
@@ -147,7 +155,12 @@ def recalibrate(
     plan = replace(plan, processes=ranks.size)
     total = length_of(batches) if order == "parallel" else len(sites.known)
     with ranks.failing_together():
-        with untouched(model), progress_bar("Recalibrating", total, progress) as advance:
+        with (
+            _once_at_a_time(model),
+            untouched(model),
+            _unsynchronized(model),
+            progress_bar("Recalibrating", total, progress) as advance,
+        ):
             _set_eval(model)
             chosen = ESTIMATORS[estimator]
             if order == "parallel":
@@ -177,6 +190,43 @@ def plan_of(order: Any, estimator: Any, tolerance: Any) -> Plan:
             "standard deviations that will do."
         )
     return Plan(order, estimator, tolerance, 1)
+
+
+@contextmanager
+def _once_at_a_time(model: Module) -> Iterator[None]:
+    """Refuse a model that is being recalibrated: each call would take the modes set by the other for the user's.
+
+    Raises:
+        StateError: it is, in another thread, or by the call that this one comes from.
+    """
+    mine = object()
+    try:
+        if _at_work.setdefault(model, mine) is not mine:
+            raise StateError(
+                f"recalibrate: {type(model).__name__} is being recalibrated already, in another thread or by the call "
+                "that runs this hook. Wait until that is done, or recalibrate a copy: copy.deepcopy(model)."
+            )
+        yield
+    finally:
+        if _at_work.get(model) is mine:
+            del _at_work[model]
+
+
+@contextmanager
+def _unsynchronized(model: Module) -> Iterator[None]:
+    """Keep ``DistributedDataParallel`` from sending its buffers to the other processes before each forward pass.
+
+    It does so in eval mode too; processes with different numbers of batches would wait for each other for ever.
+    """
+    wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    before = [(m, m.require_forward_param_sync) for m in wrappers]
+    try:
+        for wrapper in wrappers:
+            wrapper.require_forward_param_sync = False
+        yield
+    finally:
+        for wrapper, synchronized in before:
+            wrapper.require_forward_param_sync = synchronized
 
 
 def _set_eval(model: Module) -> None:
