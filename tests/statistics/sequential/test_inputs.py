@@ -59,6 +59,13 @@ def test_batches_in_one_memory_are_measured_if_they_are_taken_from_the_stream_ag
     assert_alike(model, expected(network(), images(4, 4, 4, 4)))
 
 
+def test_batches_of_conjugated_numbers_are_taken() -> None:
+    model, batches = network(), images(4, 4)
+    numbers = [torch.complex(batch, -batch).conj() for batch in batches]
+    recalibrate(model, numbers, forward=lambda m, x: m(x.imag))
+    assert_alike(model, expected(network(), batches))
+
+
 @pytest.mark.parametrize("tolerance", [None, 1e-4])
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_loader_with_workers_may_be_walked_again_before_it_has_ended(persistent: bool, tolerance: Any) -> None:

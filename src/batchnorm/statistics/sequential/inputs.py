@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.errors import StateError
@@ -160,7 +161,10 @@ def _mark(batch: Any) -> int:
     """Return a number that tells batches apart."""
     mark = 0
     for t in tensors_of(batch):
-        data = memoryview(t.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        if t.is_meta or t.is_quantized or is_traceable_wrapper_subclass(t):
+            continue  # without bytes of their own that could be read
+        plain = t.detach().resolve_conj().resolve_neg()
+        data = memoryview(plain.cpu().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         mark = zlib.crc32(repr((t.shape, t.dtype)).encode(), mark)
         mark = zlib.crc32(data, mark)
     return mark
