@@ -11,6 +11,7 @@
 :func:`accumulated_update`         one step of the running statistics for several micro-batches
 :func:`nonfinite_batches`          which layers have kept a batch with NaN or infinity out of their statistics
 :func:`fold`                       norms absorbed by their neighbours, verified, with a reason for each one left
+:func:`unfold`                     a folded model with its norms back, to go on training it
 :func:`check`, :func:`place`       placement and misuse, rule by rule; norms put where they belong
 :func:`watch`                      is this still the data that the model was trained on?
 =================================  ====================================================================================
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from batchnorm.graph.fold import fold
     from batchnorm.graph.fold_result import FoldResult
     from batchnorm.graph.place import PlaceResult, place
+    from batchnorm.graph.unfold import unfold
     from batchnorm.moments import Moments
     from batchnorm.monitor import WatchResult
     from batchnorm.monitor.watch import watch
@@ -74,6 +76,7 @@ __all__ = [
     "place",
     "recalibrate",
     "revert",
+    "unfold",
     "unfreeze",
     "update_bn",
     "use",
@@ -90,6 +93,7 @@ _HOMES = {
     "batchnorm.graph.convert_result": ("ConvertResult",),
     "batchnorm.graph.fold": ("fold",),
     "batchnorm.graph.fold_result": ("FoldResult",),
+    "batchnorm.graph.unfold": ("unfold",),
     "batchnorm.graph.place": ("PlaceResult", "place"),
     "batchnorm.moments": ("Moments",),
     "batchnorm.monitor": ("WatchResult", "watch"),

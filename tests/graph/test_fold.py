@@ -11,7 +11,7 @@ from torch import nn
 from batchnorm.errors import ArgumentTypeError, InputError, StateError, VerificationError
 from batchnorm.graph import fold as fold_module
 from batchnorm.graph.fold import fold
-from batchnorm.graph.merge import Rewrite
+from batchnorm.graph.rewrite import Rewrite
 
 
 class Net(nn.Module):
@@ -22,7 +22,7 @@ class Net(nn.Module):
         self.head = nn.Linear(4, 2)
 
     def forward(self, x):
-        return {"logits": self.head(self.late(self.stem(x)).mean((2, 3)))}
+        return {"logits": self.head(torch.tanh(self.late(self.stem(x))).mean((2, 3)))}
 
 
 def make(seed=0, dtype=torch.float32):
@@ -60,7 +60,8 @@ def test_result_says_what_was_folded_and_what_was_left():
     assert_unchanged(net, before)
     assert [str(item) for item in [*result.folded, *result.left]] == [
         "stem.1 → stem.0: folded.",
-        "late: not folded. It reads the output of relu in stem.2, which is no linear operator.",
+        "late: not folded. No shift can cross relu in stem.2. "
+        "Nor can it go on: tanh reads it, which is no linear operator.",
     ]
     assert result.folded[0].kind == "convolution"
     assert result.summary == f"1 of 2 norms folded; output error {result.error:.2g}, bound {result.bound:.2g}"
@@ -85,7 +86,10 @@ def test_refusal_names_both_sides_and_the_other_reader():
             return self.bn(y) + y
 
     (left,) = fold(nn.Sequential(Residual()).eval(), X).left
-    assert str(left) == "0.bn → 0.conv: not folded. The output of conv2d is also read by add in 0."
+    assert str(left) == (
+        "0.bn → 0.conv: not folded. The output of conv2d is also read by add in 0. "
+        "Nor can it go on: add in 0 adds a tensor that is not scaled alike."
+    )
 
 
 def test_class_modes_and_other_modules_are_kept():
@@ -240,7 +244,7 @@ def test_output_without_a_finite_number_is_refused():
 def test_wrong_algebra_or_an_interruption_leaves_the_model_bit_identical(monkeypatch, inplace, error):
     net = make()
     before = state_of(net)
-    for name in ("trace", "merge", "run", "verify", "_in_float64", "_copy"):
+    for name in ("trace", "make_plan", "run", "verify", "_in_float64", "_copy"):
         with monkeypatch.context() as patch:
             patch.setattr(fold_module, name, _raising(error))
             with pytest.raises(error):

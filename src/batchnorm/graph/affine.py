@@ -57,6 +57,20 @@ def _rows(scale: Tensor, weight: Tensor, groups: int) -> Tensor:
     return scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
+def _inner_columns(scale: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Lay out a factor per input channel over a weight (Cout, Cin/g, …).
+
+    The rows of group j, which are Cout/g output channels, read the input channels j·Cin/g … (j+1)·Cin/g − 1.
+    """
+    per_group = scale.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
+    return per_group.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.dim() - 2))
+
+
+def _inner_rows(scale: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Lay out a factor per input channel over a weight (Cin, Cout/g, …) of a transposed convolution."""
+    return _rows(scale, weight, groups)
+
+
 def _columns_of_each_group(scale: Tensor, weight: Tensor, groups: int) -> Tensor:
     """Lay out a factor per output channel over a weight (Cin, Cout/g, …) of a transposed convolution.
 
@@ -74,11 +88,13 @@ class LinearOperator:
         kind: what it is called in a sentence.
         trailing: number of axes after the channels in its output: 2 for ``conv2d``, 0 for ``linear``.
         spread: lays a factor per output channel out over the weight, given the weight and the number of groups.
+        spread_inner: does so for a factor per input channel.
     """
 
     kind: str
     trailing: int
     spread: Callable[[Tensor, Tensor, int], Tensor]
+    spread_inner: Callable[[Tensor, Tensor, int], Tensor]
 
     def channel_axis(self, dim: int) -> int:
         """Return the axis of the channels in an output of ``dim`` axes."""
@@ -96,12 +112,31 @@ class LinearOperator:
             return merged, affine.shift.clone()
         return merged, affine.scale * bias.detach().double() + affine.shift
 
+    def absorb_inner(
+        self, affine: Affine, weight: Tensor, bias: Tensor | None, groups: int
+    ) -> tuple[Tensor, Tensor | None]:
+        r"""Return weight and bias, float64, with which the operator computes of x what it computed of ``affine`` of x.
+
+        .. math::
+
+            W * (s x + t) + b = (W s) * x + (b + \textstyle\sum W t)
+
+        The sum is over the input channels and the taps: all of them are read everywhere, so that no zeros are padded,
+        or t is 0. Then the bias stays as it is, None too.
+        """
+        double = weight.detach().double()
+        merged = self.spread_inner(affine.scale, weight, groups) * double
+        if not bool(affine.shift.any()):
+            return merged, None if bias is None else bias.detach().double()
+        added = (self.spread_inner(affine.shift, weight, groups) * double).flatten(1).sum(1)
+        return merged, added if bias is None else bias.detach().double() + added
+
 
 def _convolutions() -> Mapping[str, LinearOperator]:
-    table = {"linear": LinearOperator("linear", 0, _rows)}
+    table = {"linear": LinearOperator("linear", 0, _rows, _inner_columns)}
     for n in (1, 2, 3):
-        table[f"conv{n}d"] = LinearOperator("convolution", n, _rows)
-        table[f"conv_transpose{n}d"] = LinearOperator("transposed convolution", n, _columns_of_each_group)
+        table[f"conv{n}d"] = LinearOperator("convolution", n, _rows, _inner_columns)
+        table[f"conv_transpose{n}d"] = LinearOperator("transposed convolution", n, _columns_of_each_group, _inner_rows)
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -76,6 +76,11 @@ class Call:
         owners = [name.rpartition(".")[0] for name in value.names]
         return self.module if self.module in owners else owners[0]
 
+    def writes_into(self, value: Value) -> bool:
+        """Whether the call writes into an argument that holds ``value``."""
+        written = [a.name for a in self.op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        return any(leaf is value for name in written for leaf in tree_leaves(self.args.get(name)))
+
     def tensor_args(self) -> Iterator[Value]:
         """Yield every tensor that the call reads, those inside lists too."""
         yield from (leaf for leaf in tree_leaves(dict(self.args)) if isinstance(leaf, Value))
@@ -132,7 +137,11 @@ class Graph:
 
     def other_readers(self, value: Value, call: Call) -> list[str]:
         """Return who reads ``value`` besides ``call``, each as a phrase for a sentence."""
-        others = [f"{c.name} in {c.module or 'the model'}" for c in self.readers(value) if c is not call]
+        return self.others_than(value, {id(call)})
+
+    def others_than(self, value: Value, known: Collection[int]) -> list[str]:
+        """Return who reads ``value`` besides the calls whose ids are given, each as a phrase for a sentence."""
+        others = [f"{c.name} in {c.module or 'the model'}" for c in self.readers(value) if id(c) not in known]
         if self.is_output(value):
             others.append("the caller of the model (it is an output)")
         return others + value.held_by

@@ -1,27 +1,29 @@
-"""Norms with fixed statistics, absorbed by the linear operators that they follow."""
+"""Norms with fixed statistics, absorbed by the operators before and after them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.errors import InputError, StateError, VerificationError
-from batchnorm.graph.dataflow import Graph
+from batchnorm.graph.dataflow import Graph, Value
 from batchnorm.graph.fold_result import FoldedNorm, FoldResult, LeftNorm
-from batchnorm.graph.merge import Merged, Rewrite, find_tensor, merge, norm_tensors
-from batchnorm.graph.norms import norm_uses, require_no_alternative, unreached_norms
+from batchnorm.graph.norms import norm_uses
+from batchnorm.graph.parameters import find_tensor
+from batchnorm.graph.plan import Plan, Step, describe_source, make_plan
+from batchnorm.graph.proof import Proof
 from batchnorm.graph.refusal import Refusal
-from batchnorm.graph.site_check import SiteCheck
-from batchnorm.graph.sites import Site, describe_source, find_site
+from batchnorm.graph.rewrite import Rewrite, round_parameters
 from batchnorm.graph.threads import threads_for_float64
 from batchnorm.graph.trace import trace
-from batchnorm.graph.verify import Agreement, Reference, run, spacing, verify, verify_float64
+from batchnorm.graph.unfold import Pairs
+from batchnorm.graph.verify import Agreement, Reference, as_float64, run, spacing, verify, verify_float64
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_readable
 
@@ -29,25 +31,26 @@ __all__ = ["fold"]
 
 
 def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldResult:
-    r"""Absorb every norm that can be absorbed into the convolution or linear layer before it.
+    r"""Absorb every norm that can be absorbed by the operators before and after it.
 
-    With fixed statistics a norm is s·x + t per channel, and the operator before it can compute that itself:
+    With fixed statistics a norm is s·x + t per channel, and a linear operator next to it can compute that itself:
 
     .. math::
 
-        s = \frac{\gamma}{\sqrt{\mathrm{var} + \varepsilon}} \qquad W' = s W \qquad
-        b' = s\,(b - \mathrm{mean}) + \beta
+        s = \frac{\gamma}{\sqrt{\mathrm{var} + \varepsilon}} \qquad t = \beta - s \cdot \mathrm{mean} \qquad
+        s (W x + b) + t = (s W) x + (s b + t) \qquad W (s x + t) + b = (W s) x + (W t + b)
 
     (Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 2, line 11; ``var`` as it is stored.) Merged in float64, rounded
-    once. Convolutions and transposed convolutions of 1 to 3 dimensions, with groups and any padding, and linear layers
-    absorb a norm that is the only reader of their output; dropout that is off may be in between. Each norm that is left
-    is listed with the reason.
+    once. Such a map travels through all operators that commute with it: views, pools, sums of which both operands take
+    the scale, ReLU where the scale is positive, and so on; a part of it may go back and the rest forth. Convolutions,
+    transposed convolutions, linear layers, embeddings and other norms absorb it. Each norm that is left is listed with
+    the reason.
 
     The model is run on copies, as it is: in the modes, dtypes and on the devices it is in. What is folded is what the
     pass shows, so the inputs must take the way through the model that matters. Where a norm that they do not reach
     stands beside one that they do (``bns.0`` and ``bns.1``), neither is folded: other inputs may take the other. Every
-    site is proved in float64 on the input it meets, and the folded
-    model is compared with the original end to end (about ten forward passes in all, two of them in float64).
+    value is compared in float64 with what it was, and the folded model with the original end to end (about twelve
+    forward passes in all, five of them in float64).
 
     Args:
         model: any model that runs; call ``model.eval()`` first.
@@ -55,8 +58,8 @@ def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldRe
         inplace: fold ``model`` itself, once all is verified, instead of a copy.
 
     Returns:
-        The folded model, of the same class: its norms are ``torch.nn.Identity``, their neighbours have new parameters,
-        and a bias where they had none. The state dict changes accordingly.
+        The folded model, of the same class: its norms are ``torch.nn.Identity``, or the activation that they also ran;
+        their neighbours have new parameters, and a bias where they had none. The state dict changes accordingly.
 
     Raises:
         InputError: the model fails on the inputs.
@@ -68,15 +71,16 @@ def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldRe
         >>> import torch, batchnorm
         >>> from batchnorm.graph.fold import fold
         >>> net = torch.nn.Sequential(
-        ...     torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.BatchNorm2d(8)
+        ...     torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.BatchNorm2d(8), torch.nn.Tanh(), torch.nn.BatchNorm2d(8)
         ... ).eval()
         >>> result = fold(net, torch.randn(1, 3, 16, 16))
-        >>> for norm in [*result.folded, *result.left]:
+        >>> for norm in result.folded:
         ...     print(norm)
         1 → 0: folded.
-        3: not folded. It reads the output of relu in 2, which is no linear operator.
+        >>> print(result.left[0].reason)  # doctest: +ELLIPSIS
+        It reads the output of tanh in 2, which is no linear operator. Nor can it go on: ...
         >>> [type(module).__name__ for module in result.model]
-        ['Conv2d', 'Identity', 'ReLU', 'BatchNorm2d']
+        ['Conv2d', 'Identity', 'Tanh', 'BatchNorm2d']
         >>> result.error <= result.bound
         True
     """
@@ -85,30 +89,33 @@ def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldRe
         raise StateError("fold: DistributedDataParallel writes into the buffers before each pass. Fold model.module.")
     with torch.inference_mode(False):
         work = _copy(model)
+        run(work, example_inputs)  # what a model keeps from its first call is there in all that follow
         graph = trace(work, example_inputs)
-        sites, left, order = _find_sites(work, graph)
+        plan, parameters = _plan_that_holds(work, graph, example_inputs)
         agreement, exact = Agreement(0.0, 0.0), None
-        folds = _merge_all(work, sites, left)
-        if folds:
-            reference = Reference.of(work, example_inputs, _touched(work, folds))
-            with threads_for_float64(graph):
-                folds = _fold_those_that_hold(work, example_inputs, folds, left)
-        if folds:
+        if plan.steps:
+            touched = _touched(work, plan)
+            reference = Reference.of(work, example_inputs, touched)
+            rewrite = Rewrite()
+            rewrite.apply(work, plan, parameters)
             agreement = verify(reference, run(work, example_inputs))
             with threads_for_float64(graph):
-                exact = _in_float64(model, example_inputs, list(folds), reference)
+                exact = _in_float64(model, example_inputs, plan, reference, touched)
         del work
         target = model if inplace else _copy(model)
-        with _all_or_nothing() as rewrite:
-            for site, merged in folds.items():
-                rewrite.fold(target, site, merged)
+        pairs = None
+        if plan.steps:
+            pairs = Pairs.of(target, parameters, [target.get_submodule(step.module) for step in plan.steps])
+            with _all_or_nothing() as rewrite:
+                rewrite.apply(target, plan, parameters)
     return FoldResult(
         target,
-        [FoldedNorm(site.norm, site.into, site.kind) for site in folds],
-        sorted(left, key=lambda item: order[item.norm]),
+        [_told(step) for step in sorted(plan.steps, key=lambda step: plan.order[step.name])],
+        sorted(plan.left, key=lambda item: plan.order[item.norm]),
         agreement.error,
         agreement.bound,
         exact.error if exact is not None else None,
+        pairs,
     )
 
 
@@ -117,92 +124,71 @@ def _copy(model: Module) -> Module:
     return copy_model("fold", model, remedy)
 
 
-def _find_sites(model: Module, graph: Graph) -> tuple[list[Site], list[LeftNorm], dict[str, int]]:
-    """Return the norms that can be folded, those that cannot, and the order of all of them."""
-    uses = norm_uses(model, graph)
-    unreached = unreached_norms(model, uses)
-    sites: list[Site] = []
-    left: list[LeftNorm] = []
-    for use in uses:
-        try:
-            require_no_alternative(model, use.owner, unreached)
-            sites.append(find_site(model, graph, use))
-        except Refusal as refusal:
-            left.append(LeftNorm(use.name, describe_source(graph, use), str(refusal)))
-    left += [LeftNorm(name, None, "The example inputs do not reach it.") for name in unreached]
-    order = {name: index for index, name in reversed(list(enumerate([*(use.name for use in uses), *unreached])))}
-    return sites, left, order
+def _told(step: Step) -> FoldedNorm:
+    into = ", ".join(host.name for host in step.into)
+    return FoldedNorm(step.name, into, ", ".join(dict.fromkeys(host.kind for host in step.into)))
 
 
-def _merge_all(model: Module, sites: Sequence[Site], left: list[LeftNorm]) -> dict[Site, tuple[Merged, ...]]:
-    folds = {}
-    for site in sites:
-        try:
-            folds[site] = merge(model, site)
-        except Refusal as refusal:
-            left.append(LeftNorm(site.norm, site.into, str(refusal)))
-    return folds
-
-
-def _touched(model: Module, sites: Iterable[Site]) -> list[Tensor]:
-    """Return every tensor that goes into a merged parameter, each once."""
-    tensors: dict[int, Tensor] = {}
-    for site in sites:
-        names = [f"{host.name}.{slot}".removeprefix(".") for host in site.hosts for slot in (host.weight, host.bias)]
-        for tensor in (*norm_tensors(model, site.state), *(find_tensor(model, name) for name in names)):
-            if tensor is not None:
-                tensors[id(tensor)] = tensor
-    return list(tensors.values())
-
-
-def _fold_those_that_hold(
-    model: Module, example_inputs: Any, folds: dict[Site, tuple[Merged, ...]], left: list[LeftNorm]
-) -> dict[Site, tuple[Merged, ...]]:
-    """Fold ``model`` by the sites that are proved on a run of it, and return them; the others are added to ``left``."""
-    holding = dict(folds)
-    while holding:
-        rewrite, problems = Rewrite(), {}
-        try:
-            problems = _problems(model, example_inputs, holding, rewrite)
-        except InputError as error:
-            reason = f"Without it the model stops: {error.__cause__}."
-            problems = dict.fromkeys(_culprits(model, example_inputs, holding, rewrite), reason)
+def _plan_that_holds(model: Module, graph: Graph, example_inputs: Any) -> tuple[Plan, dict[str, Parameter]]:
+    """Return what can be done with ``model``, all of it proved, and its new parameters; it is not changed."""
+    banned: dict[str, str] = {}
+    while True:
+        plan = make_plan(model, graph, banned)
+        parameters, problems = _rounded(model, plan)
+        if plan.steps and not problems:
+            with threads_for_float64(graph):
+                problems = _problems(model, plan, example_inputs, banned)
         if not problems:
-            return holding
-        rewrite.roll_back()
-        for site, reason in problems.items():
-            left.append(LeftNorm(site.norm, site.into, reason))
-            del holding[site]
-    return holding
+            sources = {use.name: describe_source(graph, use) for use in norm_uses(model, graph)}
+            plan.left += [LeftNorm(name, sources.get(name), reason) for name, reason in banned.items()]
+            return plan, parameters
+        banned |= problems
 
 
-def _problems(
-    model: Module, example_inputs: Any, folds: dict[Site, tuple[Merged, ...]], rewrite: Rewrite
-) -> dict[Site, str]:
-    check = SiteCheck()
-    for site, merged in folds.items():
-        check.watch(model, site, merged)
-    for site, merged in folds.items():
-        rewrite.fold(model, site, merged)
-    trace(model, example_inputs, observer=check)
-    return check.problems()
+def _rounded(model: Module, plan: Plan) -> tuple[dict[str, Parameter], dict[str, str]]:
+    """Return the new parameters, or the norms that must stay because one does not fit into its type."""
+    try:
+        return round_parameters(model, plan.parameters), {}
+    except Refusal as refusal:
+        name = str(refusal).removeprefix("The ").removeprefix("merged ").split(" ")[2]
+        guilty = [step.name for step in plan.steps if any(host.name == name for host in step.into)]
+        return {}, dict.fromkeys(guilty or [step.name for step in plan.steps], str(refusal))
 
 
-def _culprits(
-    model: Module, example_inputs: Any, folds: dict[Site, tuple[Merged, ...]], rewrite: Rewrite
-) -> list[Site]:
-    """Return the sites whose folding makes the model raise, found by halves; ``model`` is not folded afterwards."""
-    rewrite.roll_back()
-    if len(folds) == 1:
-        return list(folds)
-    items = list(folds.items())
-    found: list[Site] = []
-    for half in (dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])):
+def _problems(model: Module, plan: Plan, example_inputs: Any, banned: Collection[str]) -> dict[str, str]:
+    """Return the norms that must stay, after a look at every value of a run in float64."""
+    wide, inputs = _copy(model).double(), as_float64(example_inputs)
+    try:
+        run(wide, inputs)
+    except InputError:  # a model that does not run in float64 is looked at in its own types
+        wide, inputs = _copy(model), example_inputs
+    proof = Proof(plan)
+    trace(wide, inputs, observer=proof.before)
+    rewrite = Rewrite()
+    rewrite.apply(wide, plan, round_parameters(wide, plan.parameters))
+    try:
+        trace(wide, inputs, observer=proof.after)
+    except InputError as error:
+        reason = f"Without it the model stops: {error.__cause__}."
+        return dict.fromkeys(_culprits(model, plan, example_inputs, banned), reason)
+    return proof.problems()
+
+
+def _culprits(model: Module, plan: Plan, example_inputs: Any, banned: Collection[str]) -> list[str]:
+    """Return the norms without which the model raises, found by halves."""
+    names = [step.name for step in plan.steps]
+    if len(names) == 1:
+        return names
+    found: list[str] = []
+    for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+        stay = {*banned, *names} - set(half)
+        part = make_plan(model, plan.graph, stay)
+        copied = _copy(model)
+        Rewrite().apply(copied, part, round_parameters(copied, part.parameters))
         try:
-            _problems(model, example_inputs, half, rewrite)
+            run(copied, example_inputs)
         except InputError:
-            found += _culprits(model, example_inputs, half, rewrite)
-        rewrite.roll_back()
+            found += _culprits(model, part, example_inputs, stay)
     if not found:
         raise VerificationError(
             "The folded model fails on the example inputs, though neither half of its norms alone makes it fail. It is "
@@ -211,17 +197,29 @@ def _culprits(
     return found
 
 
-def _in_float64(model: Module, example_inputs: Any, sites: Sequence[Site], reference: Reference) -> Agreement | None:
-    """Fold a float64 copy by the same sites and compare."""
+def _touched(model: Module, plan: Plan) -> list[Tensor]:
+    """Return every tensor that goes into a new parameter, each once."""
+    names = list(plan.parameters.changed)
+    for step in plan.steps:
+        values = (step.use.calls[0].args[key] for key in ("running_mean", "running_var", "weight", "bias"))
+        names += [value.names[0] for value in values if isinstance(value, Value)]
+    tensors = (find_tensor(model, name) for name in dict.fromkeys(names))
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _in_float64(
+    model: Module, example_inputs: Any, plan: Plan, reference: Reference, touched: Sequence[Tensor]
+) -> Agreement | None:
+    """Fold a float64 copy by the same plan and compare."""
     wide = _copy(model).double()
-    roundoff = max(spacing(tensor) / 2 for tensor in _touched(model, sites))
-
-    def rewrite() -> None:
-        changes = Rewrite()
-        for site, merged in [(site, merge(wide, site)) for site in sites]:
-            changes.fold(wide, site, merged)
-
-    return verify_float64(wide, example_inputs, reference, rewrite, roundoff)
+    roundoff = max(spacing(tensor) / 2 for tensor in touched)
+    return verify_float64(
+        wide,
+        example_inputs,
+        reference,
+        lambda: Rewrite().apply(wide, plan, round_parameters(wide, plan.parameters)),
+        roundoff,
+    )
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch.nn import Module
 
+from batchnorm.errors import StateError
+from batchnorm.graph.unfold import Pairs, unfold
 from batchnorm.report import Document, Facts, Paragraph, Result, Section, Table
 
 __all__ = ["FoldResult", "FoldedNorm", "LeftNorm"]
@@ -64,6 +67,7 @@ class FoldResult(Result):
         bound: what rounding allows there (see :mod:`batchnorm.graph.verify`).
         error_float64: the same difference when both compute in float64; None where the model does not run in float64,
             or nothing was folded.
+        pairs: what the model had before, for :func:`batchnorm.unfold`; None if nothing was folded.
     """
 
     model: Module
@@ -72,6 +76,21 @@ class FoldResult(Result):
     error: float
     bound: float
     error_float64: float | None = None
+    pairs: Pairs | None = field(default=None, repr=False)
+
+    def unfold(self) -> Module:
+        """Return a copy of the model with the norms and parameters that it had, as :func:`batchnorm.unfold` does."""
+        return self.model if self.pairs is None else unfold(self.model, self.pairs)
+
+    def save_pairs(self, path: str | Path) -> Path:
+        """Write what :func:`batchnorm.unfold` needs to a safetensors file, to be kept beside the folded weights.
+
+        Raises:
+            StateError: nothing was folded.
+        """
+        if self.pairs is None:
+            raise StateError("FoldResult.save_pairs: nothing was folded, so there is nothing to take back.")
+        return self.pairs.save(path)
 
     @property
     def summary(self) -> str:

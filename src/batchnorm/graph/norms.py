@@ -9,8 +9,9 @@ from torch.jit import ScriptModule
 from torch.nn import Linear, Module
 from torch.nn.modules.conv import _ConvNd
 
-from batchnorm.graph.dataflow import Call, Graph, ModuleCall
+from batchnorm.graph.dataflow import Call, Graph
 from batchnorm.graph.refusal import Refusal
+from batchnorm.graph.stand_in import StandIn, find_stand_in
 from batchnorm.nn.operators import NORM_OPERATORS
 from batchnorm.nn.select import NormModule, named_norms
 
@@ -136,10 +137,10 @@ def _owner_name(model: Module, call: Call) -> str | None:
     return call.module if isinstance(model.get_submodule(call.module), NormModule) else None
 
 
-def check_norm(graph: Graph, use: NormUse) -> NormState:
-    """Return the state of a norm whose module can be taken away once a neighbour has absorbed it.
+def check_norm(graph: Graph, use: NormUse) -> tuple[NormState, StandIn]:
+    """Return the state of a norm that can be taken away once others have absorbed it, and what stays of its module.
 
-    What counts is what the module's run did, not its class: it must have been exactly this operator.
+    What counts is what the module's run did, not its class: this operator, and perhaps activations after it.
 
     Raises:
         Refusal: the norm has to stay; says why.
@@ -147,11 +148,14 @@ def check_norm(graph: Graph, use: NormUse) -> NormState:
     _require_fixed_statistics(use)
     if use.owner is None:
         raise Refusal("Its statistics are not held by any module of the model.")
-    _require_nothing_but_the_call(graph, use, use.owner)
+    if isinstance(use.owner, ScriptModule):
+        raise Refusal("It is part of a scripted module, which cannot be edited.")
+    name = next((run.name for run in graph.module_calls if run.module is use.owner), use.calls[0].module)
+    stays = find_stand_in(graph, use.owner, name, use.calls)
     _require_no_hooks(use.owner)
     state = _state_of(use)
     _require_no_other_readers(graph, use)
-    return state
+    return state, stays
 
 
 def _require_fixed_statistics(use: NormUse) -> None:
@@ -163,29 +167,6 @@ def _require_fixed_statistics(use: NormUse) -> None:
             raise Refusal("It keeps no running statistics, so its output depends on the batch.")
         if call.args["training"]:
             raise Refusal("It is in batch mode, so its output depends on the batch; call model.eval() first.")
-
-
-def _require_nothing_but_the_call(graph: Graph, use: NormUse, owner: Module) -> None:
-    if isinstance(owner, ScriptModule):
-        raise Refusal("It is part of a scripted module, which cannot be edited.")
-    runs = [run for run in graph.module_calls if run.module is owner]
-    for call in use.calls:
-        run = next((run for run in runs if call in run.calls), None)
-        if run is None:
-            where = call.module or "the model's own forward"
-            raise Refusal(f"It is called as a function in {where}, not by running its module.")
-        _require_only(run, call)
-    if len(runs) != len(use.calls):
-        raise Refusal("Some runs of its module do not normalize.")
-
-
-def _require_only(run: ModuleCall, call: Call) -> None:
-    others = [c.name for c in run.calls if c is not call]
-    if others:
-        listed = ", ".join(dict.fromkeys(others))
-        raise Refusal(f"Its module does more than normalize: it also runs {listed}.")
-    if not (run.plain and run.inputs == (call.args["input"],) and run.outputs == (call.output,)):
-        raise Refusal("Its module does more than take one tensor and return it normalized.")
 
 
 def _require_no_hooks(owner: Module) -> None:

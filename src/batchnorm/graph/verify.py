@@ -18,7 +18,7 @@ wrong by far more than rounding: the silent bugs that this guards against were o
 u, so what is allowed is the bound above times 2⁹ v/u, v = 2⁻⁵³: the 2⁹ is for networks that amplify errors so much that
 they saturate in the shorter type. For float32 this is a millionth of the bound above, which tells algebra from
 rounding. A model that does not run in float64 (types named in its code) is not compared there; every site was, all the
-same (:mod:`batchnorm.graph.site_check`).
+same (:mod:`batchnorm.graph.proof`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from batchnorm.graph.trace import fresh_inputs
 from batchnorm.nn.calling import call_on_example, compiled_modules_eager
 from batchnorm.nn.snapshot import untouched
 
-__all__ = ["Agreement", "Reference", "Run", "run", "spacing", "verify", "verify_float64"]
+__all__ = ["Agreement", "Reference", "Run", "as_float64", "run", "spacing", "verify", "verify_float64"]
 
 NUDGES = 4
 _MARGIN = 8.0
@@ -174,7 +174,7 @@ def verify_float64(
     Raises:
         VerificationError: they differ by more than rounding in float64 explains.
     """
-    inputs = tree_map(_to_float64, example_inputs)
+    inputs = as_float64(example_inputs)
     try:
         before = run(original, inputs)
     except InputError:
@@ -189,6 +189,11 @@ def verify_float64(
         for bound, output in zip(reference.bounds(), reference.outputs, strict=True)
     ]
     return _compare(before, after, bounds, " in float64")
+
+
+def as_float64(example_inputs: Any) -> Any:
+    """Return the inputs with floating-point tensors in float64, complex ones in complex128."""
+    return tree_map(_to_float64, example_inputs)
 
 
 def _to_float64(leaf: Any) -> Any:

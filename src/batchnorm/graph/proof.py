@@ -1,0 +1,177 @@
+r"""The proof of each fold: in float64, every value that should be what it was is compared with what it was.
+
+The model is run in float64 as it is, and once more with what is folded. An operator that absorbed a norm from behind it
+returns what the norm returned; one that absorbed a norm from before it returns what it returned before. All values that
+no map has crossed are as they were. Float64 keeps 53 bits, so a value y may differ by
+
+.. math:: 2^{-53} \cdot K \cdot M \qquad K = 2^{24}
+
+with M the largest magnitude in y and, as large means may cancel, in what was read to compute it: a wrong fold errs by
+about M, rounding by a small multiple of 2⁻⁵³ times the number of terms of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from batchnorm.graph.dataflow import Call, Value
+from batchnorm.graph.families import family
+from batchnorm.graph.norms import is_norm
+from batchnorm.graph.plan import Plan, Step
+
+__all__ = ["Proof"]
+
+_BOUND = 2.0**-53 * 2**24
+
+
+@dataclass(eq=False)
+class _Kept:
+    """What an operator returned before."""
+
+    tensor: Tensor
+    magnitude: float
+    step: Step | None
+
+
+@dataclass(eq=False)
+class Proof:
+    """Two runs of a model, the second one folded by a plan: :meth:`before` and :meth:`after` are their observers.
+
+    Attributes:
+        plan: what was done between the runs.
+        compared: how many values were.
+    """
+
+    plan: Plan
+    compared: int = 0
+    _kept: dict[int, _Kept] = field(default_factory=dict)  # by the index of the call that returns it in the second run
+    _place: int = 0
+    _problems: dict[str, str] = field(default_factory=dict)
+    _lost: str = ""
+
+    def __post_init__(self) -> None:
+        gone = self.plan.gone
+        self._calls = [call for call in self.plan.graph.calls if call not in gone]
+        self._crossed = {value for step in self.plan.steps for value in step.crossed}
+        self._watched = self._watch(gone)
+        changed = self.plan.parameters.changed
+        self._hosts = {
+            call.index: (step, host)
+            for step in self.plan.steps
+            for host in step.into
+            if host.bias_name in changed
+            for call in host.calls
+        }
+
+    def _watch(self, gone: set[Call]) -> dict[int, tuple[int, Step | None]]:
+        """Return which calls' outputs are kept in the first run: for which call of the second, and whose they are."""
+        watched: dict[int, tuple[int, Step | None]] = {}
+        for step in self.plan.steps:
+            for call in step.use.calls:
+                source = call.args["input"].producer
+                while source is not None and source in gone:
+                    source = source.args["input"].producer
+                if source is not None and call.output not in self._crossed:
+                    watched[call.index] = (source.index, step)
+            for host in step.into:
+                for call in host.calls:
+                    if call.output not in self._crossed and call not in gone:
+                        watched.setdefault(call.index, (call.index, step))
+        return watched
+
+    def before(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Look at one operator of the model as it is."""
+        if call.index not in self._watched:
+            return
+        index, step = self._watched[call.index]
+        tensor = next((leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)), None)
+        if tensor is not None and tensor.is_floating_point():
+            read = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+            magnitude = max((_largest(leaf) for leaf in [*read, tensor]), default=0.0)
+            self._kept[index] = _Kept(tensor.detach().clone(), magnitude, step)
+
+    def after(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Look at one operator of the folded model."""
+        if self._lost:
+            return
+        expected = self._calls[self._place] if self._place < len(self._calls) else None
+        if (
+            expected is None
+            or _kind(expected) != _kind(call)
+            or (is_norm(call) and not _is_state(call, "running_mean"))
+        ):
+            self._lose_at(call, expected)
+            return
+        self._place += 1
+        step, host = self._hosts.get(expected.index, (None, None))
+        if step is not None and host is not None and not _is_state(call, "bias", host.bias_name):
+            self._problems[step.name] = f"The forward of {host.name} does not use its parameter {host.bias!r}."
+        kept = self._kept.pop(expected.index, None)
+        tensor = next((leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)), None)
+        if kept is None or tensor is None or self._problems:
+            return
+        self.compared += 1
+        error = _error(kept.tensor, tensor)
+        if not error <= _BOUND * max(kept.magnitude, _largest(tensor)):
+            name = "" if kept.step is None else kept.step.name
+            self._problems[name] = f"Folded, {_where(call)} errs by {error:.3g}, more than float64 explains."
+
+    def _lose_at(self, call: Call, expected: Call | None) -> None:
+        """Note that the model does something else than before."""
+        place = len(self.plan.graph.calls) if expected is None else expected.index
+        if is_norm(call):  # of a module that is registered no more
+            steps = [step for step in self.plan.steps if any(c.index < place for c in step.use.calls)]
+            last = max(steps, key=lambda step: max(c.index for c in step.use.calls if c.index < place), default=None)
+            if last is not None:
+                self._problems[last.name] = "The model still calls the norm, by a reference of its own."
+        self._lost = f"Folded, the model takes another way at {_where(call)}."
+
+    def problems(self) -> dict[str, str]:
+        """Return the norms that must stay, with the reason: the first in the order of execution, or all if unknown."""
+        if self._problems:
+            return self._problems
+        if not self._lost and self._place < len(self._calls):
+            self._lost = "Folded, the model runs fewer operators than before."
+        return dict.fromkeys((step.name for step in self.plan.steps), self._lost) if self._lost else {}
+
+
+def _kind(call: Call) -> str:
+    """Return what an operator is called, in place or not; torch's module for ReLU6 calls it by its general name."""
+    return {"relu6": "hardtanh"}.get(family(call), family(call))
+
+
+def _is_state(call: Call, argument: str, name: str | None = None) -> bool:
+    """Return whether an argument is a parameter or buffer of the model, of that name if one is given."""
+    value = call.args.get(argument)
+    return isinstance(value, Value) and bool(value.names) and (name is None or name in value.names)
+
+
+def _where(call: Call) -> str:
+    return f"{call.name} in {call.module}" if call.module else call.name
+
+
+def _largest(tensor: Tensor) -> float:
+    if not tensor.numel() or not tensor.is_floating_point():
+        return 0.0
+    values = tensor.detach().abs()
+    return (
+        float(values[torch.isfinite(values)].max()) if not bool(torch.isfinite(values).all()) else float(values.max())
+    )
+
+
+def _error(old: Tensor, new: Tensor) -> float:
+    """Return the largest difference where both are finite; infinity if one is and the other is not."""
+    if old.shape != new.shape:
+        return float("inf")
+    if not old.numel():
+        return 0.0
+    finite = torch.isfinite(old)
+    if not torch.equal(finite, torch.isfinite(new)):
+        return float("inf")
+    return float(torch.where(finite, old - new, 0.0).abs().max())

@@ -1,0 +1,90 @@
+"""A folded model's parameters and stand-ins, put into the module tree so that they can be taken out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from batchnorm.graph.parameters import Parameters, find_tensor
+from batchnorm.graph.plan import Plan
+from batchnorm.graph.refusal import Refusal
+
+__all__ = ["Rewrite", "round_parameters"]
+
+
+def round_parameters(model: Module, parameters: Parameters) -> dict[str, Parameter]:
+    """Return the new parameters of ``model``, by name: float64 values rounded once to the types of the old ones.
+
+    Raises:
+        Refusal: one does not fit into its type.
+    """
+    return {name: _rounded(model, name, value, parameters) for name, value in parameters.changed.items()}
+
+
+def _rounded(model: Module, name: str, value: Tensor, parameters: Parameters) -> Parameter:
+    old = find_tensor(model, name)
+    if old is None:  # a bias where there was none: of its weight's kind
+        host = next(host for host in parameters.hosts.values() if host.bias_name == name)
+        like = find_tensor(model, host.weight_name)
+        assert like is not None
+    else:
+        like = old
+    data = _stored(value, like)
+    if not bool(torch.isfinite(data).all()):
+        place, _, slot = name.rpartition(".")
+        broken = old is not None and not bool(torch.isfinite(old).all())
+        why = "is not finite" if broken else f"would overflow {str(data.dtype).removeprefix('torch.')}"
+        raise Refusal(f"The {'' if broken else 'merged '}{slot} of {place} {why}.")
+    _require_nearest(data, value, name)
+    return Parameter(data, requires_grad=like.requires_grad)
+
+
+def _stored(value: Tensor, like: Tensor) -> Tensor:
+    """Return the value in the type, device and memory format of another tensor."""
+    data = torch.empty_like(like, requires_grad=False) if like.shape == value.shape else like.new_empty(value.shape)
+    with torch.no_grad():
+        data.copy_(value)
+    return data
+
+
+def _require_nearest(data: Tensor, value: Tensor, name: str) -> None:
+    """Every number is the nearest to its float64 value that its type holds."""
+    finfo = torch.finfo(data.dtype)
+    # the smallest subnormal number is the spacing near zero
+    allowed = value.abs() * finfo.eps / 2 + finfo.smallest_normal * finfo.eps
+    if not bool(((data.cpu().double() - value.cpu()).abs() <= allowed.cpu()).all()):
+        place, _, slot = name.rpartition(".")
+        raise Refusal(f"The merged {slot} of {place} is not the nearest number that {data.dtype} has.")
+
+
+class Rewrite:
+    """Changes to a model's module tree that can be taken back."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[dict[str, Any], str, Any]] = []
+
+    def apply(self, model: Module, plan: Plan, parameters: dict[str, Parameter]) -> None:
+        """Set the new parameters, and replace a norm that goes in every place where it is registered."""
+        for name, parameter in parameters.items():
+            place, _, slot = name.rpartition(".")
+            self._set(model.get_submodule(place)._parameters, slot, parameter)
+        norms = [(model.get_submodule(step.module), step.stays) for step in plan.steps]
+        stand_ins = {id(norm): stays.build(norm) for norm, stays in norms}
+        for module in model.modules():
+            for name, child in list(module._modules.items()):
+                if id(child) in stand_ins:
+                    self._set(module._modules, name, stand_ins[id(child)])
+
+    def roll_back(self) -> None:
+        """Put everything back as it was."""
+        while self._undo:
+            slots, name, old = self._undo[-1]
+            slots[name] = old
+            self._undo.pop()
+
+    def _set(self, slots: dict[str, Any], name: str, new: Any) -> None:
+        self._undo.append((slots, name, slots[name]))
+        slots[name] = new

@@ -1,0 +1,1 @@
+"""How an affine map travels along the dataflow: one small function per operator and direction."""

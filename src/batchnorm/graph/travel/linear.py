@@ -1,0 +1,97 @@
+"""Operators that absorb a map: they are affine in what they read, with parameters of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from batchnorm.graph.affine import LINEAR_OPERATORS
+from batchnorm.graph.dataflow import Call, Value
+from batchnorm.graph.refusal import Refusal
+from batchnorm.graph.travel.maps import Map
+from batchnorm.graph.travel.rules import Absorbed, Demands, Knowledge, backward, forward
+
+_CONVOLUTIONS = tuple(name for name in LINEAR_OPERATORS if name != "linear")
+
+
+@backward(*LINEAR_OPERATORS)
+def linear_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Absorbed:
+    """Absorb a map of the output channels: s(W x + b) + t = (s W) x + (s b + t)."""
+    shape = call.output.shape
+    axis = LINEAR_OPERATORS[call.name].channel_axis(len(shape))
+    _along(wanted[0], axis, shape, call, "output")
+    return Absorbed("output", wanted[0])
+
+
+@forward(*LINEAR_OPERATORS)
+def linear_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Absorbed:
+    """Absorb a map of the input channels: W(s x + t) + b = (W s) x + (W t + b)."""
+    value = call.args["input"]
+    if set(given) != {value}:
+        raise Refusal(f"{call.name} reads it as a parameter.")
+    axis = LINEAR_OPERATORS[call.name].channel_axis(len(value.shape))
+    _along(given[value], axis, value.shape, call, "input")
+    if not given[value].only_scales:
+        _require_no_border(call)
+    return Absorbed("input", given[value])
+
+
+def _along(map_: Map, axis: int, shape: Sequence[int], call: Call, which: str) -> None:
+    """Require a map that varies along one axis only."""
+    if any(
+        size != 1 for values in (map_.scale, map_.shift) for place, size in enumerate(values.shape) if place != axis
+    ):
+        where = next(
+            place
+            for place in range(len(shape))
+            if place != axis and max(map_.scale.shape[place], map_.shift.shape[place]) > 1
+        )
+        raise Refusal(
+            f"It normalizes axis {where} of a tensor of shape {tuple(shape)}, while the {which} channels of "
+            f"{call.name} are on axis {axis}."
+        )
+
+
+def _require_no_border(call: Call) -> None:
+    """A shift before a convolution is one after it only where no zeros, which have not been shifted, are read."""
+    if "transpose" in call.name:
+        raise Refusal(f"No shift can cross {call.name}, whose outputs are sums of different numbers of terms.")
+    padding = call.args.get("padding", 0)
+    padded = (
+        padding == "same"
+        if isinstance(padding, str)
+        else any(padding if isinstance(padding, list | tuple) else [padding])
+    )
+    if padded and call.name != "linear":
+        where = f" in {call.module}" if call.module else ""
+        raise Refusal(f"{call.name}{where} pads it with zeros, which the norm would not have made of zeros.")
+
+
+@backward("embedding")
+def embedding_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Absorbed:
+    """Absorb a map of the features: every row of the table is mapped."""
+    _along(wanted[0], len(call.output.shape) - 1, call.output.shape, call, "output")
+    return Absorbed("output", wanted[0])
+
+
+@backward("batch_norm")
+def norm_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Absorbed | Demands:
+    """Absorb a map of the channels into γ and β."""
+    _require_fixed(call)
+    _along(wanted[0], 1, call.output.shape, call, "output")
+    return Absorbed("output", wanted[0])
+
+
+@forward("batch_norm")
+def norm_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Absorbed:
+    """Absorb a map of the channels into γ and β."""
+    value = call.args["input"]
+    _require_fixed(call)
+    if set(given) != {value}:
+        raise Refusal("A norm reads it as a parameter.")
+    _along(given[value], 1, value.shape, call, "input")
+    return Absorbed("input", given[value])
+
+
+def _require_fixed(call: Call) -> None:
+    if call.args["training"] or call.args["running_mean"] is None or call.args["running_var"] is None:
+        raise Refusal("A norm in batch mode stands between.")

@@ -1,0 +1,92 @@
+"""Operators that treat every element by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from batchnorm.graph.dataflow import Call, Value
+from batchnorm.graph.families import DROPOUTS, PASSING
+from batchnorm.graph.refusal import Refusal
+from batchnorm.graph.travel.maps import Map
+from batchnorm.graph.travel.rules import Demands, Knowledge, backward, forward
+
+_PASSING = (*PASSING, "to", "_to_copy", "type_as", *DROPOUTS)
+_HOMOGENEOUS = ("relu", "leaky_relu", "prelu")
+"""f(s x) = s f(x) for s ≥ 0."""
+
+
+def operand(call: Call) -> Value:
+    """Return the first tensor that the operator reads."""
+    value = call.args.get("self", call.args.get("input"))
+    if not isinstance(value, Value):
+        raise Refusal(f"{call.name} reads no tensor that the pass saw.")
+    return value
+
+
+@backward(*_PASSING)
+def pass_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands:
+    """Cross an operator that is the identity."""
+    _require_identity(call)
+    return [(operand(call), wanted[0])]
+
+
+@forward(*_PASSING)
+def pass_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Sequence[Map]:
+    """Cross an operator that is the identity."""
+    _require_identity(call)
+    return [given[operand(call)]]
+
+
+def _require_identity(call: Call) -> None:
+    in_effect = call.args.get("train", call.args.get("training", False))
+    if call.name.rstrip("_") in DROPOUTS and in_effect and call.args["p"] != 0:
+        raise Refusal(f"It reads the output of {call.name}{_where(call)}, which is on.")
+    if operand(call).dtype != call.output.dtype:
+        raise Refusal(f"{call.name}{_where(call)} changes the type of the numbers.")
+
+
+@backward(*_HOMOGENEOUS)
+def homogeneous_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands:
+    """Let a positive scale through."""
+    _require_positive_scale(call, wanted[0])
+    return [(operand(call), wanted[0])]
+
+
+@forward(*_HOMOGENEOUS)
+def homogeneous_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Sequence[Map]:
+    """Let a positive scale through."""
+    _require_positive_scale(call, given[operand(call)])
+    return [given[operand(call)]]
+
+
+def _require_positive_scale(call: Call, map_: Map) -> None:
+    if not map_.only_scales:
+        raise Refusal(f"No shift can cross {call.name}{_where(call)}.")
+    if not bool((map_.scale >= 0).all()):
+        raise Refusal(f"No negative scale can cross {call.name}{_where(call)}.")
+
+
+def _where(call: Call) -> str:
+    return f" in {call.module}" if call.module else ""
+
+
+@backward("neg")
+def neg_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands:
+    """Let −x become s(−x) + t, by x becoming s x − t."""
+    return [(operand(call), Map(wanted[0].scale, -wanted[0].shift))]
+
+
+@forward("neg")
+def neg_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Sequence[Map]:
+    """Return −(s x + t) = s(−x) − t."""
+    map_ = given[operand(call)]
+    return [Map(map_.scale, -map_.shift)]
+
+
+@forward("abs")
+def abs_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Sequence[Map]:
+    """Return |s x| = |s| |x|."""
+    map_ = given[operand(call)]
+    if not map_.only_scales:
+        raise Refusal(f"No shift can cross {call.name}{_where(call)}.")
+    return [Map(map_.scale.abs(), map_.shift)]

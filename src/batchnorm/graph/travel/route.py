@@ -1,0 +1,179 @@
+"""The way of one map from where it is taken off to where it is absorbed, along all branches."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from batchnorm.graph.dataflow import Call, Graph, Value
+from batchnorm.graph.refusal import Refusal
+from batchnorm.graph.travel import arrange, join, linear, pointwise, pooling  # noqa: F401 - they register their rules
+from batchnorm.graph.travel.maps import Map
+from batchnorm.graph.travel.rules import Absorbed, Knowledge, go_backward, go_forward
+
+__all__ = ["Route", "carry_backward", "carry_forward"]
+
+
+@dataclass
+class Route:
+    """Where a map ends.
+
+    Attributes:
+        absorbed: what each operator at an end has to compute in addition.
+        crossed: the values in between, which change.
+    """
+
+    absorbed: list[tuple[Call, Absorbed]] = field(default_factory=list)
+    crossed: set[Value] = field(default_factory=set)
+
+    def add(self, other: Route) -> None:
+        """Add another way."""
+        self.absorbed += other.absorbed
+        self.crossed |= other.crossed
+
+
+def carry_backward(
+    graph: Graph, start: Sequence[tuple[Value, Call, Map]], known: Knowledge, is_gone: Callable[[Call], bool]
+) -> Route:
+    """Find where values can be made s·v + t of before they are read.
+
+    Values are met in the order from the last operator to the first, so that all who read one have said what they want
+    of it before it is asked for.
+
+    Args:
+        graph: the dataflow.
+        start: values, who reads each, and what is wanted of it.
+        known: the parameters.
+        is_gone: whether a norm has been taken away: it hands on what it gets.
+
+    Raises:
+        Refusal: some branch ends where nothing can absorb it, or somebody else reads a value on the way.
+    """
+    route = Route()
+    wanted: dict[Value, list[tuple[Call, Map]]] = defaultdict(list)
+    queue: list[int] = []
+    producers: dict[int, Call] = {}
+
+    def want(value: Value, reader: Call, map_: Map) -> None:
+        producer = _producer(value)
+        wanted[value].append((reader, map_))
+        if producer.index not in producers:
+            producers[producer.index] = producer
+            heapq.heappush(queue, -producer.index)
+
+    own = {reader: map_ for _, reader, map_ in start}
+    for value, reader, map_ in start:
+        want(value, reader, map_)
+    while queue:
+        call = producers[-heapq.heappop(queue)]
+        maps = [_agreed(graph, output, wanted.get(output, [])) for output in call.outputs]
+        route.crossed |= {output for output in call.outputs if output in wanted}
+        if call in own:  # it follows itself: what it wants, and then what is wanted of it
+            value = call.args["input"]
+            wanted[value] = [(r, own[call].then(maps[0]) if r is call else m) for r, m in wanted[value]]
+            continue
+        if is_gone(call):
+            want(call.args["input"], call, maps[0])
+            continue
+        result = go_backward(call, maps, known)
+        if isinstance(result, Absorbed):
+            route.absorbed.append((call, result))
+            continue
+        for value, map_ in result:
+            if not map_.is_identity:
+                want(value, call, map_)
+    return route
+
+
+def _agreed(graph: Graph, value: Value, wanted: Sequence[tuple[Call, Map]]) -> Map:
+    """Return what all readers want of a value; the identity if none of them wants anything.
+
+    Raises:
+        Refusal: one wants something else, or nothing.
+    """
+    if not wanted:
+        return Map.identity(len(value.shape))
+    wanting = {id(call) for call, _ in wanted}
+    others = graph.others_than(value, wanting)
+    if others:
+        producer = _producer(value)
+        raise Refusal(f"The output of {producer.name} is also read by {_listed(others)}.")
+    first = wanted[0][1]
+    if not all(first.same_as(map_) for _, map_ in wanted[1:]):
+        raise Refusal(f"Those who read the output of {_producer(value).name} need it changed in different ways.")
+    return first
+
+
+def _producer(value: Value) -> Call:
+    call = value.producer
+    if call is None:
+        what = {"input": "an input of the model", "state": "a parameter or buffer"}.get(value.kind, "a constant")
+        raise Refusal(f"It reads {what}, which no linear operator precedes.")
+    if not any(output is value for output in call.outputs):
+        raise Refusal(f"It reads the output of {call.name}, which wrote into it through another tensor.")
+    return call
+
+
+def carry_forward(
+    graph: Graph, start: Sequence[tuple[Call, Map]], known: Knowledge, is_gone: Callable[[Call], bool]
+) -> Route:
+    """Find where it can be made up for that the outputs of calls are v, which were s·v + t.
+
+    Args:
+        graph: the dataflow.
+        start: the calls, and the map that leads back from what the output of each is now.
+        known: the parameters.
+        is_gone: whether a norm has been taken away: it hands on what it gets.
+
+    Raises:
+        Refusal: some branch ends where nothing can absorb it: at an output of the model, say.
+    """
+    route = Route()
+    given: dict[Value, Map] = {}
+    queue: list[int] = []
+    readers: dict[int, Call] = {}
+
+    def give(value: Value, map_: Map) -> None:
+        others = graph.others_than(value, {id(call) for call in graph.readers(value)})
+        if others:
+            raise Refusal(f"It is read by {_listed(others)}.")
+        if not graph.readers(value):
+            raise Refusal("Nobody reads it.")
+        given[value] = map_
+        for reader in graph.readers(value):
+            if reader.index not in readers:
+                readers[reader.index] = reader
+                heapq.heappush(queue, reader.index)
+
+    own = dict(start)
+    for call, map_ in start:
+        give(call.output, map_)
+    while queue:
+        call = readers[heapq.heappop(queue)]
+        here = {value: given[value] for value in call.tensor_args() if value in given}
+        if call in own:  # it follows itself: what was done before, and then what it did
+            given[call.output] = here[call.args["input"]].then(own[call])
+            continue
+        if is_gone(call):
+            results: Sequence[Map] | Absorbed = [here[call.args["input"]]]
+        else:
+            results = go_forward(call, here, known)
+        if isinstance(results, Absorbed):
+            route.absorbed.append((call, results))
+            continue
+        for output, map_ in zip(call.outputs, results, strict=True):
+            if not map_.is_identity:
+                give(output, map_)
+    route.crossed |= set(given)
+    return route
+
+
+def _listed(phrases: Sequence[str]) -> str:
+    if len(phrases) > _MOST_NAMED:
+        return f"{', '.join(phrases[:_MOST_NAMED])} and {len(phrases) - _MOST_NAMED} more"
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+
+
+_MOST_NAMED = 3

@@ -1,0 +1,213 @@
+"""A folded model with its norms back: what it had before is kept, in memory or in a file beside the weights."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, SyncBatchNorm
+
+from batchnorm.errors import InputError, StateError
+from batchnorm.graph.parameters import find_tensor
+from batchnorm.nn.copying import copy_model
+from batchnorm.nn.require import require_module
+from batchnorm.report import files
+
+__all__ = ["Pairs", "unfold"]
+
+_FORMAT = "batchnorm-pairs-1"
+_PLAIN: Mapping[str, type[Module]] = {
+    cls.__name__: cls for cls in (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+}
+"""Norms that are built from their settings; those of other classes need a model that has one."""
+_SETTINGS = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """What a model had before it was folded.
+
+    Attributes:
+        parameters: the parameters that have been folded into, by name, as they were; None where there was none.
+        norms: the modules that have gone, by every name that they were registered under.
+        digests: of the parameters as folding left them, by name: a model that has others was trained since.
+    """
+
+    parameters: Mapping[str, Tensor | None]
+    norms: Mapping[str, Module]
+    digests: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: Module, parameters: Mapping[str, Parameter], norms: list[Module]) -> Pairs:
+        """Return what is about to be replaced in a model.
+
+        Args:
+            model: the model, not folded yet.
+            parameters: its new parameters, by name.
+            norms: the modules that go.
+        """
+        going = {id(norm) for norm in norms}
+        places = {name: m for name, m in model.named_modules(remove_duplicate=False) if id(m) in going}
+        old = {name: find_tensor(model, name) for name in parameters}
+        return cls(old, places, {name: _digest(new) for name, new in parameters.items()})
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file, whole or not at all, and return its path."""
+        from safetensors.torch import save_file
+
+        tensors = {f"parameters/{name}": t for name, t in self.parameters.items() if t is not None}
+        first: dict[int, str] = {}
+        same = {name: first.setdefault(id(norm), name) for name, norm in self.norms.items()}
+        for name in first.values():
+            tensors |= {f"norms/{name}/{key}": t for key, t in self.norms[name].state_dict().items()}
+        about = {
+            "missing": [name for name, t in self.parameters.items() if t is None],
+            "norms": {name: _settings(self.norms[name]) for name in first.values()},
+            "same": same,
+            "digests": dict(self.digests),
+        }
+        path = Path(path)
+        with files.replacing(path) as fresh:
+            contiguous = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+            save_file(contiguous, fresh, metadata={"format": _FORMAT, "about": json.dumps(about)})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, like: Module | None = None) -> Pairs:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            like: a model of the original architecture; where the norms are of a class that is not torch's, they are
+                copied from it.
+
+        Raises:
+            InputError: the file is another one.
+            StateError: a norm is of a class that is not torch's, and ``like`` has none in its place.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+        except SafetensorError as error:
+            raise InputError(
+                f"{path}: expected the pairs of a fold in a safetensors file; it is none ({error})."
+            ) from error
+        if metadata.get("format") != _FORMAT:
+            raise InputError(f"{path}: expected pairs that FoldResult.save_pairs wrote; the file holds something else.")
+        about = json.loads(metadata["about"])
+        parameters = {key.removeprefix("parameters/"): t for key, t in tensors.items() if key.startswith("parameters/")}
+        built = {name: _build(name, settings, tensors, like) for name, settings in about["norms"].items()}
+        norms = {name: built[first] for name, first in about["same"].items()}
+        return cls({**parameters, **dict.fromkeys(about["missing"])}, norms, about["digests"])
+
+
+def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = None, inplace: bool = False) -> Module:
+    """Give a folded model the norms, statistics and weights back that it had, to go on training it.
+
+    The norms, and the parameters that took one in, are those from before the folding, bit for bit; everything else is
+    the model's. Types and devices are those that the folded parameters have now.
+
+    Args:
+        model: a model that :func:`batchnorm.fold` returned, or one into which its weights were loaded.
+        pairs: of that fold: ``result.pairs``, or the file that ``result.save_pairs(path)`` wrote.
+        like: a model of the original architecture, for norms of classes that are not torch's, from a file.
+        inplace: change ``model`` itself instead of a copy.
+
+    Returns:
+        The model with its norms.
+
+    Raises:
+        InputError: the file holds no pairs.
+        StateError: the model is not the folded one: it lacks a place, or was trained since. It is as it was.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> from batchnorm.graph.unfold import unfold
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> result = batchnorm.fold(net, torch.randn(1, 3, 8, 8))
+        >>> back = unfold(result.model, result.pairs)
+        >>> type(back[1]).__name__, torch.equal(back[0].weight, net[0].weight)
+        ('BatchNorm2d', True)
+    """
+    require_module("unfold", model)
+    known = pairs if isinstance(pairs, Pairs) else Pairs.load(pairs, like)
+    _require_folded(model, known)
+    target = model if inplace else copy_model("unfold", model, "Unfold it in place: inplace=True.")
+    copies: dict[int, Module] = {}
+    for name, norm in known.norms.items():
+        old = target.get_submodule(name)
+        if id(norm) not in copies:
+            copies[id(norm)] = copy.deepcopy(norm).train(old.training).to(_device_of(target, known))
+        parent, _, leaf = name.rpartition(".")
+        target.get_submodule(parent)._modules[leaf] = copies[id(norm)]
+    for name, tensor in known.parameters.items():
+        parent, _, leaf = name.rpartition(".")
+        now = find_tensor(target, name)
+        assert now is not None
+        new = None if tensor is None else Parameter(tensor.detach().to(now).clone(), now.requires_grad)
+        target.get_submodule(parent)._parameters[leaf] = new
+    return target
+
+
+def _require_folded(model: Module, pairs: Pairs) -> None:
+    for name in pairs.norms:
+        if not _has(lambda name=name: model.get_submodule(name)):  # type: ignore[misc]
+            raise StateError(f"unfold: the model has no module {name}. Pass the one that was folded, or its like.")
+    for name, digest in pairs.digests.items():
+        if not _has(lambda name=name: find_tensor(model, name)):  # type: ignore[misc]
+            raise StateError(f"unfold: the model has no parameter {name}. Pass the one that was folded, or its like.")
+        tensor = find_tensor(model, name)
+        assert tensor is not None
+        if _digest(tensor) != digest:
+            raise StateError(
+                f"unfold: {name} is not what folding made of it: it was trained, quantized or cast since, so that the "
+                "norms do not go with it. Unfold first, and train or cast then."
+            )
+
+
+def _has(get: Callable[[], Any]) -> bool:
+    try:
+        return get() is not None
+    except (AttributeError, KeyError):
+        return False
+
+
+def _device_of(model: Module, pairs: Pairs) -> torch.device:
+    tensors = (find_tensor(model, name) for name in pairs.digests)
+    return next((t.device for t in tensors if t is not None), torch.device("cpu"))
+
+
+def _digest(tensor: Tensor) -> str:
+    values = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes() + str(values.dtype).encode()).hexdigest()
+
+
+def _settings(norm: Module) -> dict[str, Any]:
+    known = {key: getattr(norm, key, None) for key in _SETTINGS}
+    return {"class": f"{type(norm).__module__}.{type(norm).__qualname__}", **known}
+
+
+def _build(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], like: Module | None) -> Module:
+    state = {key.removeprefix(f"norms/{name}/"): t for key, t in tensors.items() if key.startswith(f"norms/{name}/")}
+    kind = _PLAIN.get(settings["class"].rpartition(".")[2])
+    if kind is not None and settings["class"] == f"{kind.__module__}.{kind.__qualname__}":
+        norm = kind(**{key: settings[key] for key in _SETTINGS})
+    elif like is not None and _has(lambda: like.get_submodule(name)):
+        norm = copy.deepcopy(like.get_submodule(name))
+    else:
+        raise StateError(
+            f"unfold: {name} was a {settings['class']}, which only its own code can build. Pass like=, a model of the "
+            "original architecture."
+        )
+    norm.load_state_dict(state)
+    return norm

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from benchmarks.fold.fuzz import check
+from benchmarks.fold.random_models import random_model
+
+
+@pytest.mark.parametrize("first", range(20_000, 20_200, 25))
+def test_random_networks_compute_the_same_after_folding(first: int) -> None:
+    folded = 0
+    for seed in range(first, first + 25):
+        gone, _, error = check(seed)
+        assert error < 1e-8, f"seed {seed}\n{random_model(seed)[0].describe()}"
+        folded += gone
+    assert folded > 5
+
+
+def test_a_seed_gives_the_same_network_again() -> None:
+    (one, shape), (other, _) = random_model(3), random_model(3)
+    assert one.describe() == other.describe()
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(one(x.clone()), other(x.clone()), strict=True))
