@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.statistics.sequential.networks import assert_alike, expected, images, network
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from batchnorm.errors import BatchError
 from batchnorm.statistics import recalibrate
 from batchnorm.statistics.sequential.shelf import Shelf
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
-    return nn.Sequential(*layers, nn.Tanh(), nn.BatchNorm2d(4))
-
-
-def images(*sizes: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(n, 3, 8, 8, generator=generator) * (1 + i % 3) + i % 2 for i, n in enumerate(sizes)]
-
-
-def expected(model: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """The same model, measured with all batches waiting in memory."""
-    twin = copy.deepcopy(model)
-    recalibrate(twin, batches)
-    return twin
-
-
-def assert_alike(a: nn.Module, b: nn.Module) -> None:
-    torch.testing.assert_close(dict(a.named_buffers()), dict(b.named_buffers()))
 
 
 class Doubled(nn.Module):
