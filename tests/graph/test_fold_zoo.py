@@ -1027,3 +1027,17 @@ def test_a_folded_model_takes_batches_of_any_size(batch):
     model = expect(net, IMAGES, ["bn→conv"]).model
     x = randn(batch, 4, 6, 6, seed=9)
     torch.testing.assert_close(model(x), net(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("padding", [1, (2, 0), "same"])
+def test_a_shift_before_zeros_becomes_what_is_padded_with(padding):
+    net = lively(Steps(lambda m, x: torch.tanh(m.after(m.conv(m.bn(x)))), bn=nn.BatchNorm2d(4),
+                       conv=nn.Conv2d(4, 6, 3, padding=padding, groups=2), after=nn.BatchNorm2d(6)))  # fmt: skip
+    with torch.no_grad():
+        net.bn.weight[0] = -0.5  # a scale of zero cannot be made up for
+    assert [f.norm for f in fold(net, IMAGES).folded] == ["after"]
+    result = fold(net, IMAGES, borders=True)
+    assert [f"{f.norm}→{f.into}" for f in result.folded] == ["bn→conv", "after→conv"]
+    x = randn(3, 4, 5, 8, seed=5)
+    torch.testing.assert_close(result.model(x), net(x), rtol=1e-10, atol=1e-10)
+    assert torch.equal(result.unfold()(x), net(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchnorm.errors import InputError, StateError, VerificationError
 from batchnorm.graph.dataflow import Graph, Value
 from batchnorm.graph.fold_result import FoldedNorm, FoldResult, LeftNorm
+from batchnorm.graph.input_norm import INNER, NORMALIZATION, WithNormalizedInput, outer_name
 from batchnorm.graph.norms import norm_uses
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.plan import Plan, Step, describe_source, make_plan
@@ -30,7 +32,15 @@ from batchnorm.nn.require import require_readable
 __all__ = ["fold"]
 
 
-def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldResult:
+def fold(
+    model: Module,
+    example_inputs: Any,
+    *,
+    inplace: bool = False,
+    input_mean: float | Sequence[float] | Tensor | None = None,
+    input_std: float | Sequence[float] | Tensor | None = None,
+    borders: bool = False,
+) -> FoldResult:
     r"""Absorb every norm that can be absorbed by the operators before and after it.
 
     With fixed statistics a norm is s·x + t per channel, and a linear operator next to it can compute that itself:
@@ -56,6 +66,12 @@ def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldRe
         model: any model that runs; call ``model.eval()`` first.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         inplace: fold ``model`` itself, once all is verified, instead of a copy.
+        input_mean: mean of the data set's normalization, one number a channel or one for all: it is folded too, so that
+            the folded model takes what is not normalized. ``example_inputs`` are such inputs then.
+        input_std: its standard deviation, likewise; inputs were divided by it.
+        borders: let convolutions that pad with zeros absorb a shift before them: they pad with −t/s then, in a class of
+            this library. That reads the input once more, as the norm did. For the normalization of the input it is
+            always done where needed.
 
     Returns:
         The folded model, of the same class: its norms are ``torch.nn.Identity``, or the activation that they also ran;
@@ -87,11 +103,20 @@ def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldRe
     require_readable("fold", model)
     if isinstance(model, DistributedDataParallel):
         raise StateError("fold: DistributedDataParallel writes into the buffers before each pass. Fold model.module.")
+    if input_mean is None and input_std is None:
+        return _fold(model, example_inputs, inplace, borders)
+    outer = WithNormalizedInput(model, example_inputs, input_mean, input_std)
+    return _of_inner(_fold(outer, example_inputs, inplace, True))
+
+
+def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool) -> FoldResult:
     with torch.inference_mode(False):
         work = _copy(model)
         run(work, example_inputs)  # what a model keeps from its first call is there in all that follow
         graph = trace(work, example_inputs)
-        plan, parameters = _plan_that_holds(work, graph, example_inputs)
+        plan, parameters = _plan_that_holds(work, graph, example_inputs, borders)
+        if isinstance(model, WithNormalizedInput):
+            _require_normalization(plan)
         agreement, exact = Agreement(0.0, 0.0), None
         if plan.steps:
             touched = _touched(work, plan)
@@ -105,7 +130,8 @@ def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldRe
         target = model if inplace else _copy(model)
         pairs = None
         if plan.steps:
-            pairs = Pairs.of(target, parameters, [target.get_submodule(step.module) for step in plan.steps])
+            norms = [target.get_submodule(step.module) for step in plan.steps]
+            pairs = Pairs.of(target, parameters, norms, plan.parameters.borders)
             with _all_or_nothing() as rewrite:
                 rewrite.apply(target, plan, parameters)
     return FoldResult(
@@ -119,6 +145,29 @@ def fold(model: Module, example_inputs: Any, *, inplace: bool = False) -> FoldRe
     )
 
 
+def _require_normalization(plan: Plan) -> None:
+    """Refuse, before anything is changed, a model that cannot take in the normalization of its input.
+
+    Raises:
+        StateError: it cannot.
+    """
+    reason = next((item.reason for item in plan.left if item.norm == NORMALIZATION), None)
+    if reason is not None:
+        raise StateError(f"fold: the normalization of the input cannot be folded. {outer_name(reason)}")
+
+
+def _of_inner(result: FoldResult) -> FoldResult:
+    """Return the result for the model itself, of which the input's normalization has become a part."""
+    assert result.pairs is not None
+    told = [replace(item, norm=outer_name(item.norm), into=outer_name(item.into)) for item in result.folded]
+    left = [
+        LeftNorm(outer_name(item.norm), None if item.into is None else outer_name(item.into), outer_name(item.reason))
+        for item in result.left
+    ]
+    inner = result.model.get_submodule(INNER)
+    return replace(result, model=inner, folded=told, left=left, pairs=result.pairs.of_submodule(INNER))
+
+
 def _copy(model: Module) -> Module:
     remedy = "Folding is tried out on copies, with inplace=True too: take off the model what cannot be copied."
     return copy_model("fold", model, remedy)
@@ -129,11 +178,13 @@ def _told(step: Step) -> FoldedNorm:
     return FoldedNorm(step.name, into, ", ".join(dict.fromkeys(host.kind for host in step.into)))
 
 
-def _plan_that_holds(model: Module, graph: Graph, example_inputs: Any) -> tuple[Plan, dict[str, Parameter]]:
+def _plan_that_holds(
+    model: Module, graph: Graph, example_inputs: Any, borders: bool
+) -> tuple[Plan, dict[str, Parameter]]:
     """Return what can be done with ``model``, all of it proved, and its new parameters; it is not changed."""
     banned: dict[str, str] = {}
     while True:
-        plan = make_plan(model, graph, banned)
+        plan = make_plan(model, graph, banned, with_borders=borders)
         parameters, problems = _rounded(model, plan)
         if plan.steps and not problems:
             with threads_for_float64(graph):
@@ -182,7 +233,7 @@ def _culprits(model: Module, plan: Plan, example_inputs: Any, banned: Collection
     found: list[str] = []
     for half in (names[: len(names) // 2], names[len(names) // 2 :]):
         stay = {*banned, *names} - set(half)
-        part = make_plan(model, plan.graph, stay)
+        part = make_plan(model, plan.graph, stay, with_borders=plan.with_borders)
         copied = _copy(model)
         Rewrite().apply(copied, part, round_parameters(copied, part.parameters))
         try:

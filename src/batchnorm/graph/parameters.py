@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from batchnorm.errors import StateError
 from batchnorm.graph.affine import LINEAR_OPERATORS, Affine
 from batchnorm.graph.dataflow import Call, Graph, Value
 from batchnorm.graph.hosts import Host, find_host
@@ -16,6 +17,7 @@ from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.travel.maps import Map
 from batchnorm.graph.travel.route import Route
 from batchnorm.graph.travel.rules import Absorbed, Side
+from batchnorm.nn.bordered import bordered
 
 __all__ = ["Parameters", "find_tensor"]
 
@@ -36,12 +38,16 @@ class Parameters:
     Attributes:
         changed: new values of parameters, by their qualified name; float64.
         hosts: those that absorbed something, by name, in the order in which they first did.
+        borders: what convolutions pad with instead of zeros, by their name; float64, (C,).
+        with_borders: whether they may.
     """
 
     model: Module
     graph: Graph
     changed: dict[str, Tensor]
     hosts: dict[str, Host]
+    borders: dict[str, Tensor] = field(default_factory=dict)
+    with_borders: bool = False
 
     @classmethod
     def of(cls, model: Module, graph: Graph) -> Parameters:
@@ -50,7 +56,7 @@ class Parameters:
 
     def copy(self) -> Parameters:
         """Return them as they are now, to try something with."""
-        return Parameters(self.model, self.graph, dict(self.changed), dict(self.hosts))
+        return replace(self, changed=dict(self.changed), hosts=dict(self.hosts), borders=dict(self.borders))
 
     def named(self, name: str) -> Tensor | None:
         """Return a parameter or buffer as it is now, None for an empty place."""
@@ -91,7 +97,19 @@ class Parameters:
             if any(other.side != first.side or not other.map.same_as(first.map) for _, other in group[1:]):
                 raise Refusal(f"The calls of {group[0][0].module or 'the model'} would have to absorb different maps.")
             hosts.append(self._absorb_into(tuple(call for call, _ in group), first.side, first.map))
+            if any(absorbed.bordered for _, absorbed in group):
+                self._pad_with(hosts[-1], group[0][0], first.map)
         return hosts
+
+    def _pad_with(self, host: Host, call: Call, map_: Map) -> None:
+        """Let a convolution pad with what the map makes of it what was padded with before."""
+        try:
+            bordered(self.model.get_submodule(host.name), torch.zeros(call.args["input"].shape[1]))
+        except StateError as error:
+            raise Refusal(f"{host.name or 'The model'}: {error}") from error
+        scale, shift = map_.along(1, call.args["input"].shape[1])
+        before = self.borders.get(host.name, torch.zeros_like(shift))
+        self.borders[host.name] = (before - shift) / scale
 
     def _absorb_into(self, calls: Sequence[Call], side: Side, map_: Map) -> Host:
         call = calls[0]

@@ -61,6 +61,7 @@ class Plan:
         left: those that stay, each with the reason.
         parameters: what the parameters become.
         order: the place of each norm in the order of execution.
+        with_borders: whether convolutions may pad with other values than zeros.
     """
 
     graph: Graph
@@ -68,6 +69,7 @@ class Plan:
     left: list[LeftNorm]
     parameters: Parameters
     order: dict[str, int]
+    with_borders: bool = False
 
     @property
     def gone(self) -> set[Call]:
@@ -75,7 +77,7 @@ class Plan:
         return {call for step in self.steps for call in step.use.calls}
 
 
-def make_plan(model: Module, graph: Graph, banned: Collection[str] = ()) -> Plan:
+def make_plan(model: Module, graph: Graph, banned: Collection[str] = (), *, with_borders: bool = False) -> Plan:
     """Find out which norms can go, and where.
 
     Each is tried in the order of execution, in the ways of :func:`_ways`; norms that go make room for others, so that
@@ -85,11 +87,12 @@ def make_plan(model: Module, graph: Graph, banned: Collection[str] = ()) -> Plan
         model: the model; it is not changed.
         graph: its dataflow.
         banned: names of norms that are to stay.
+        with_borders: whether convolutions may be made to pad with other values than zeros.
     """
     uses = norm_uses(model, graph)
     unreached = unreached_norms(model, uses)
     order = {name: i for i, name in reversed(list(enumerate([*(use.name for use in uses), *unreached])))}
-    plan = Plan(graph, [], [], Parameters.of(model, graph), order)
+    plan = Plan(graph, [], [], Parameters.of(model, graph), order, with_borders)
     waiting = [use for use in uses if use.name not in banned]
     while waiting:
         reasons: dict[str, LeftNorm] = {}
@@ -111,18 +114,28 @@ def make_plan(model: Module, graph: Graph, banned: Collection[str] = ()) -> Plan
 def _step(model: Module, graph: Graph, use: NormUse, plan: Plan) -> Step:
     state, stays = check_norm(graph, use)
     map_ = norm_map(plan.parameters, state)
-    reasons: list[str] = []
-    for before, after in _ways(map_):
+    backward = forward = ""
+    for with_borders, (before, after) in _attempts(map_, plan.with_borders):
         parameters = plan.parameters.copy()
+        parameters.with_borders = with_borders
         try:
             hosts, crossed = _go(graph, use, before, after, parameters, plan)
         except Refusal as refusal:
-            reasons.append(str(refusal))
+            if after is None:
+                backward = str(refusal)
+            elif before is None:
+                forward = str(refusal)
             continue
         plan.parameters = parameters
         return Step(use, use.calls[0].module, stays, tuple(hosts), before, after, frozenset(crossed))
-    backward, forward, *_ = reasons
     raise Refusal(f"{backward} Nor can it go on: {_lower(forward)}")
+
+
+def _attempts(map_: Map, with_borders: bool) -> Iterator[tuple[bool, tuple[Map | None, Map | None]]]:
+    """Yield all ways without borders, and after that, as they cost something, those with them."""
+    yield from ((False, way) for way in _ways(map_))
+    if with_borders:
+        yield from ((True, way) for way in _ways(map_))
 
 
 def _ways(map_: Map) -> Iterator[tuple[Map | None, Map | None]]:

@@ -11,6 +11,7 @@ from torch.nn import Module, Parameter
 from batchnorm.graph.parameters import Parameters, find_tensor
 from batchnorm.graph.plan import Plan
 from batchnorm.graph.refusal import Refusal
+from batchnorm.nn.bordered import bordered
 
 __all__ = ["Rewrite", "round_parameters"]
 
@@ -67,12 +68,15 @@ class Rewrite:
         self._undo: list[tuple[dict[str, Any], str, Any]] = []
 
     def apply(self, model: Module, plan: Plan, parameters: dict[str, Parameter]) -> None:
-        """Set the new parameters, and replace a norm that goes in every place where it is registered."""
+        """Set the new parameters; replace norms that go, and convolutions that get a border, wherever they stand."""
         for name, parameter in parameters.items():
             place, _, slot = name.rpartition(".")
             self._set(model.get_submodule(place)._parameters, slot, parameter)
         norms = [(model.get_submodule(step.module), step.stays) for step in plan.steps]
         stand_ins = {id(norm): stays.build(norm) for norm, stays in norms}
+        for name, border in plan.parameters.borders.items():
+            conv = model.get_submodule(name)
+            stand_ins[id(conv)] = bordered(conv, border)
         for module in model.modules():
             for name, child in list(module._modules.items()):
                 if id(child) in stand_ins:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, S
 
 from batchnorm.errors import InputError, StateError
 from batchnorm.graph.parameters import find_tensor
+from batchnorm.nn.bordered import plain
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_module
 from batchnorm.report import files
@@ -38,25 +39,45 @@ class Pairs:
         parameters: the parameters that have been folded into, by name, as they were; None where there was none.
         norms: the modules that have gone, by every name that they were registered under.
         digests: of the parameters as folding left them, by name: a model that has others was trained since.
+        bordered: names of the convolutions that pad with other values than zeros since.
     """
 
     parameters: Mapping[str, Tensor | None]
     norms: Mapping[str, Module]
     digests: Mapping[str, str]
+    bordered: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: Module, parameters: Mapping[str, Parameter], norms: list[Module]) -> Pairs:
+    def of(
+        cls, model: Module, parameters: Mapping[str, Parameter], norms: list[Module], bordered: Iterable[str]
+    ) -> Pairs:
         """Return what is about to be replaced in a model.
 
         Args:
             model: the model, not folded yet.
             parameters: its new parameters, by name.
             norms: the modules that go.
+            bordered: names of the convolutions that are to pad with a border.
         """
         going = {id(norm) for norm in norms}
+        convs = {id(model.get_submodule(name)) for name in bordered}
+        padded = tuple(name for name, m in model.named_modules(remove_duplicate=False) if id(m) in convs)
         places = {name: m for name, m in model.named_modules(remove_duplicate=False) if id(m) in going}
         old = {name: find_tensor(model, name) for name in parameters}
-        return cls(old, places, {name: _digest(new) for name, new in parameters.items()})
+        return cls(old, places, {name: _digest(new) for name, new in parameters.items()}, padded)
+
+    def of_submodule(self, name: str) -> Pairs:
+        """Return those of one submodule, with the names that it knows them by."""
+
+        def own(names: Iterable[str]) -> dict[str, str]:
+            return {n: n.removeprefix(f"{name}.") for n in names if n.startswith(f"{name}.")}
+
+        return Pairs(
+            {short: self.parameters[n] for n, short in own(self.parameters).items()},
+            {short: self.norms[n] for n, short in own(self.norms).items()},
+            {short: self.digests[n] for n, short in own(self.digests).items()},
+            tuple(own(self.bordered).values()),
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all, and return its path."""
@@ -72,6 +93,7 @@ class Pairs:
             "norms": {name: _settings(self.norms[name]) for name in first.values()},
             "same": same,
             "digests": dict(self.digests),
+            "bordered": list(self.bordered),
         }
         path = Path(path)
         with files.replacing(path) as fresh:
@@ -108,7 +130,8 @@ class Pairs:
         parameters = {key.removeprefix("parameters/"): t for key, t in tensors.items() if key.startswith("parameters/")}
         built = {name: _build(name, settings, tensors, like) for name, settings in about["norms"].items()}
         norms = {name: built[first] for name, first in about["same"].items()}
-        return cls({**parameters, **dict.fromkeys(about["missing"])}, norms, about["digests"])
+        missing = dict.fromkeys(about["missing"])
+        return cls({**parameters, **missing}, norms, about["digests"], tuple(about["bordered"]))
 
 
 def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = None, inplace: bool = False) -> Module:
@@ -150,6 +173,11 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
             copies[id(norm)] = copy.deepcopy(norm).train(old.training).to(_device_of(target, known))
         parent, _, leaf = name.rpartition(".")
         target.get_submodule(parent)._modules[leaf] = copies[id(norm)]
+    convs = {name: target.get_submodule(name) for name in known.bordered}
+    twins = {id(conv): plain(conv) for conv in convs.values()}
+    for name, conv in convs.items():
+        parent, _, leaf = name.rpartition(".")
+        target.get_submodule(parent)._modules[leaf] = twins[id(conv)]
     for name, tensor in known.parameters.items():
         parent, _, leaf = name.rpartition(".")
         now = find_tensor(target, name)

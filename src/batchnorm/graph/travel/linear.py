@@ -30,9 +30,11 @@ def linear_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> 
         raise Refusal(f"{call.name} reads it as a parameter.")
     axis = LINEAR_OPERATORS[call.name].channel_axis(len(value.shape))
     _along(given[value], axis, value.shape, call, "input")
-    if not given[value].only_scales:
-        _require_no_border(call)
-    return Absorbed("input", given[value])
+    bordered = not given[value].only_scales and _has_border(call)
+    if bordered and not (known.with_borders and bool((given[value].scale != 0).all())):
+        where = f" in {call.module}" if call.module else ""
+        raise Refusal(f"{call.name}{where} pads it with zeros, which the norm would not have made of zeros.")
+    return Absorbed("input", given[value], bordered)
 
 
 def _along(map_: Map, axis: int, shape: Sequence[int], call: Call, which: str) -> None:
@@ -51,19 +53,14 @@ def _along(map_: Map, axis: int, shape: Sequence[int], call: Call, which: str) -
         )
 
 
-def _require_no_border(call: Call) -> None:
-    """A shift before a convolution is one after it only where no zeros, which have not been shifted, are read."""
+def _has_border(call: Call) -> bool:
+    """Whether zeros, which have not been shifted, are read where there is no input."""
     if "transpose" in call.name:
         raise Refusal(f"No shift can cross {call.name}, whose outputs are sums of different numbers of terms.")
     padding = call.args.get("padding", 0)
-    padded = (
-        padding == "same"
-        if isinstance(padding, str)
-        else any(padding if isinstance(padding, list | tuple) else [padding])
-    )
-    if padded and call.name != "linear":
-        where = f" in {call.module}" if call.module else ""
-        raise Refusal(f"{call.name}{where} pads it with zeros, which the norm would not have made of zeros.")
+    if isinstance(padding, str):
+        return padding == "same"
+    return call.name != "linear" and any(padding if isinstance(padding, list | tuple) else [padding])
 
 
 @backward("embedding")

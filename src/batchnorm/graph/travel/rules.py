@@ -36,14 +36,22 @@ class Absorbed:
     Attributes:
         side: whether it is a map of what the operator reads or of what it returns.
         map: the map.
+        bordered: whether it has to pad with other values than zeros for that.
     """
 
     side: Side
     map: Map
+    bordered: bool = False
 
 
 class Knowledge(Protocol):
-    """What is known of the model at this point of folding."""
+    """What is known of the model at this point of folding.
+
+    Attributes:
+        with_borders: whether convolutions may be made to pad with other values than zeros.
+    """
+
+    with_borders: bool
 
     def tensor(self, value: Value) -> Tensor:
         """Return a parameter or buffer as it is now, in float64.

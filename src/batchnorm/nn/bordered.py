@@ -1,0 +1,93 @@
+"""Convolutions that pad with a value for each channel instead of zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Conv1d, Conv2d, Conv3d, Module
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from batchnorm.errors import StateError
+
+__all__ = ["BorderedConv1d", "BorderedConv2d", "BorderedConv3d", "bordered", "plain"]
+
+
+class _Bordered(_ConvNd):
+    r"""A convolution whose input is padded with one value per channel.
+
+    A norm before a convolution that pads with zeros, s·x + t, is the convolution's own affair if it reads, where there
+    was padding, what the norm would have made zero:
+
+    .. math:: \mathrm{border} = -\frac ts
+
+    Weight and bias, their names, and everything but the padding are those of the convolution that it stands for.
+
+    Attributes:
+        border: the values, (C,), a buffer.
+    """
+
+    border: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of the input, (N, C, ...), padded with ``border``."""
+        pads = self._reversed_padding_repeated_twice[::-1]  # (after, before) of each axis, from the first to the last
+        starts = pads[1::2]
+        sizes = [size + sum(pads[2 * i : 2 * i + 2]) for i, size in enumerate(input.shape[2:])]
+        border = self.border.to(input.dtype).view(-1, *[1] * len(sizes))
+        padded = border.expand(len(input), -1, *sizes).contiguous()
+        inner = [slice(start, start + size) for start, size in zip(starts, input.shape[2:], strict=True)]
+        padded[(slice(None), slice(None), *inner)] = input
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+        out: Tensor = convolve(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return out
+
+    def extra_repr(self) -> str:
+        """Return what the convolution shows, and that it has a border."""
+        shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{shown}, border"
+
+
+class BorderedConv1d(_Bordered, Conv1d):
+    """A 1-d convolution that pads with one value per channel."""
+
+
+class BorderedConv2d(_Bordered, Conv2d):
+    """A 2-d convolution that pads with one value per channel."""
+
+
+class BorderedConv3d(_Bordered, Conv3d):
+    """A 3-d convolution that pads with one value per channel."""
+
+
+_OF: dict[type[Module], type[_Bordered]] = {Conv1d: BorderedConv1d, Conv2d: BorderedConv2d, Conv3d: BorderedConv3d}
+
+
+def bordered(conv: Module, border: Tensor) -> Module:
+    """Return a convolution with the same parameters, and everything else, that pads with ``border``, (C,).
+
+    A convolution that pads with a border already gets the other one.
+
+    Raises:
+        StateError: the module is of another class than ``torch.nn.Conv1d``, ``2d`` or ``3d``, or pads otherwise.
+    """
+    kind = type(conv) if isinstance(conv, _Bordered) else _OF.get(type(conv))
+    if kind is None or not isinstance(conv, _ConvNd) or conv.padding_mode != "zeros":
+        raise StateError(f"{type(conv).__name__} is no convolution of torch's that pads with zeros.")
+    twin = kind.__new__(kind)
+    twin.__dict__ = {
+        key: dict(value) if isinstance(value, dict) else value  # registers of its own, of the same tensors
+        for key, value in conv.__dict__.items()
+    }
+    twin._buffers["border"] = border.to(conv.weight)
+    return twin
+
+
+def plain(conv: Module) -> Module:
+    """Return the convolution that a bordered one stands for: the same parameters, padded with zeros."""
+    kind = next(cls for cls, other in _OF.items() if isinstance(conv, other))
+    twin = kind.__new__(kind)
+    twin.__dict__ = {key: dict(value) if isinstance(value, dict) else value for key, value in conv.__dict__.items()}
+    del twin._buffers["border"]
+    return twin
