@@ -57,7 +57,7 @@ def fold(
     ] = False,
     debug: Debug = False,
 ) -> int:
-    """Fold norms into the convolutions and linear layers before them, and verify the result.
+    """Fold norms into the layers before and after them, and verify the result.
 
     The model is put in eval mode, run once on the example input, folded, and
     compared with the original: a fold that differs by more than its stated
