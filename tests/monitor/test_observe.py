@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_outputs_buffers_and_gradients_are_bit_identical(training: bool, grad: b
     assert context.result().layers[0].samples == 16
 
 
-def test_encoder_fast_path_stays_the_one_taken() -> None:
+def test_encoder_fast_path_stays_the_one_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     # hooks on modules, or a function mode, would send torch.nn.TransformerEncoderLayer another way
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -95,11 +96,21 @@ def test_encoder_fast_path_stays_the_one_taken() -> None:
 
     model = trained(Model(), (8, 5)).eval()
     x = torch.randn(4, 8, 5, generator=torch.Generator().manual_seed(0))
+    fast, calls = torch._transformer_encoder_layer_fwd, 0
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return fast(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", counted)
     with torch.inference_mode():
         plain = model(x)
+        assert calls == 1
         with watch(model):
             watched = model(x)
-    assert torch.equal(plain, watched)
+    assert calls == 2
+    torch.testing.assert_close(plain, watched)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -36,6 +36,9 @@ class Value:
     held_by: list[str] = field(default_factory=list)
 
 
+_READ_A_SHAPE = {"expand_as", "reshape_as", "view_as"}
+
+
 @dataclass(eq=False)
 class Call:
     """One operator call.
@@ -82,8 +85,11 @@ class Call:
         return any(leaf is value for name in written for leaf in tree_leaves(self.args.get(name)))
 
     def tensor_args(self) -> Iterator[Value]:
-        """Yield every tensor that the call reads, those inside lists too."""
-        yield from (leaf for leaf in tree_leaves(dict(self.args)) if isinstance(leaf, Value))
+        """Yield every tensor that the call reads, those inside lists too; not one of which it reads the shape only."""
+        args = dict(self.args)
+        if self.name in _READ_A_SHAPE:
+            del args["other"]
+        yield from (leaf for leaf in tree_leaves(args) if isinstance(leaf, Value))
 
 
 @dataclass(eq=False)

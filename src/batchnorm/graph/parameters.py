@@ -113,7 +113,8 @@ class Parameters:
 
     def _absorb_into(self, calls: Sequence[Call], side: Side, map_: Map) -> Host:
         call = calls[0]
-        needs_bias = call.name != "embedding" and not map_.only_scales
+        # a norm before which it stands gives it a bias in any case: the names in a state dict hang on no values
+        needs_bias = call.name != "embedding" and (side == "output" or not map_.only_scales)
         host = find_host(self.model, self.graph, tuple(calls), needs_bias=needs_bias)
         known = self.hosts.get(host.name)
         if host.bias is None and known is not None:  # it was given a bias before
