@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,14 +10,15 @@ from typing import Any
 
 import torch
 from benchmarks.fold.counting import count_norms
+from benchmarks.fold.errors import ROUNDINGS, WRONG, largest_error
 from benchmarks.fold.subject import Subject
-from benchmarks.fold.tools import Tool
+from benchmarks.fold.tools import NotJudgedError, Tool
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["WRONG", "compare", "quietly", "verdict"]
+__all__ = ["compare", "quietly", "verdict"]
 
-WRONG = 1e-3  # relative to the largest output: rounding is far below it, a wrong fold far above
+_NOTHING: dict[str, Any] = dict.fromkeys(("left", "error", "raised", "skipped", "seconds"))
 _EXAMPLE, _FRESH = 1, 2  # seeds of the inputs that a tool is given, and of those that it is judged by
 
 
@@ -36,14 +36,30 @@ def compare(subject: Subject, tools: Sequence[Tool]) -> Iterator[dict[str, Any]]
             model = subject.build().to(tool.dtype)
         if tool.reads_only:
             shared[tool.dtype] = model
-        yield {"tool": tool.name, "version": tool.version(), "norms": before, **_judge(tool, model, subject, expected)}
+        yield {
+            "tool": tool.name,
+            "version": tool.version(),
+            "norms": before,
+            "rounding": _rounding(subject, tool.dtype, expected),
+            **_judge(tool, model, subject, expected),
+        }
+
+
+def _rounding(subject: Subject, dtype: torch.dtype, expected: Sequence[Tensor]) -> float:
+    """Return how far the model as it is goes from float64 in the dtype that a tool works in."""
+    if dtype == torch.float64:
+        return 0.0
+    with quietly():
+        return largest_error(expected, _outputs(subject.build().to(dtype)(*_cast(subject.inputs(_FRESH), dtype))))
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Return "raised", "wrong" or "right"; a tool that leaves every norm where it was is right."""
+    """Return "skipped", "raised", "wrong" or "right"; a tool that leaves every norm where it was is right."""
+    if row["skipped"] is not None:
+        return "skipped"
     if row["raised"] is not None:
         return "raised"
-    return "wrong" if row["error"] > WRONG else "right"
+    return "wrong" if row["error"] > max(WRONG, ROUNDINGS * row["rounding"]) else "right"
 
 
 @contextmanager
@@ -61,11 +77,13 @@ def _judge(tool: Tool, model: nn.Module, subject: Subject, expected: Sequence[Te
         try:
             folded = tool.fold(model, example)
             seconds = time.perf_counter() - start
-            error = _error(expected, _outputs(folded.run(*fresh)))
+            error = largest_error(expected, _outputs(folded.run(*fresh)))
             left = folded.norms(*fresh)
+        except NotJudgedError as reason:
+            return _NOTHING | {"skipped": str(reason)}
         except Exception as problem:  # whatever a tool raises is its result
-            return {"left": None, "error": None, "raised": _told(problem), "seconds": time.perf_counter() - start}
-    return {"left": left, "error": error, "raised": None, "seconds": seconds}
+            return _NOTHING | {"raised": _told(problem), "seconds": time.perf_counter() - start}
+    return _NOTHING | {"left": left, "error": error, "seconds": seconds}
 
 
 def _cast(inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -74,18 +92,6 @@ def _cast(inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
 
 def _outputs(returned: Any) -> list[Tensor]:
     return [leaf.detach().double() for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
-
-
-def _error(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """Return the largest difference of an output, relative to its largest value."""
-    if [a.shape for a in expected] != [b.shape for b in got]:
-        return float("inf")
-    return max(_relative(a, b) for a, b in zip(expected, got, strict=True))
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    error = float((a - b).abs().max() / a.abs().max())
-    return float("inf") if math.isnan(error) else error
 
 
 def _told(problem: BaseException) -> str:

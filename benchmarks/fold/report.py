@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import jinja2
 from benchmarks.fold import tables
 from benchmarks.fold.__main__ import ROWS
-from benchmarks.fold.measure import WRONG
+from benchmarks.fold.errors import ROUNDINGS, WRONG
 from benchmarks.fold.speed import EAGER
 from benchmarks.fold.tools import OURS, TOOLS
 from benchmarks.train_step.rows import ROOT
@@ -50,6 +50,8 @@ def facts(rows: list[Row]) -> dict[str, Any]:
         "machines": tables.machines(rows),
         "versions": sorted({row["version"] for row in rows}),
         "wrong": WRONG,
+        "roundings": ROUNDINGS,
+        "skipped": tables.skipped(patterns + networks, titles),
         "patterns": len({(row["family"], row["subject"]) for row in patterns}),
         "networks": len({(row["package"], row["subject"]) for row in networks}),
         "pattern_totals": tables.pattern_totals(patterns, titles),

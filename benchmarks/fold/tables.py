@@ -20,6 +20,7 @@ __all__ = [
     "pattern_totals",
     "patterns",
     "raised",
+    "skipped",
     "speed",
     "tally",
 ]
@@ -48,16 +49,19 @@ def by_family(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def pattern_totals(rows: Sequence[Row], titles: Titles) -> str:
-    """Return a row a tool: as far as can be, less far, wrong, raised."""
+    """Return a row a tool: patterns folded as far as can be, left alone where nothing can go, wrong, raised, skipped."""
     lines = []
     for tool in _tools(rows, titles):
         some = tally(rows, tool)
-        right = [row for row in some if row["verdict"] == "right"]
-        counted = [row for row in right if row["left"] is not None]
-        full = sum(row["left"] <= row["least"] for row in counted)
-        cells = [str(full), str(len(counted) - full)] if counted else [_NOTHING, _NOTHING]
-        lines.append([titles[tool], *cells, *_failures(some), str(len(some))])
-    return markdown(["tool", "as far as can be", "norms left that could go", "wrong", "raised", "of"], lines)
+        cells = []
+        for can in (True, False):
+            kind = [row for row in some if (row["least"] < row["norms"]) == can]
+            counted = [row for row in kind if row["verdict"] == "right" and row["left"] is not None]
+            full = sum(row["left"] <= row["least"] for row in counted)
+            cells.append(f"{full} of {len(kind)}" if any(row["left"] is not None for row in some) else _NOTHING)
+        lines.append([titles[tool], *cells, *_failures(some)])
+    header = ["tool", "folded as far as can be", "left alone where nothing can go", "wrong", "raised", "not judged"]
+    return markdown(header, lines)
 
 
 def network_totals(rows: Sequence[Row], titles: Titles) -> str:
@@ -69,13 +73,15 @@ def network_totals(rows: Sequence[Row], titles: Titles) -> str:
         right = [row for row in some if row["verdict"] == "right"]
         gone = sum(row["norms"] - row["left"] for row in right)
         whole = sum(row["left"] == 0 for row in right)
-        lines.append([titles[tool], f"{gone}", f"{gone / norms:.0%}", str(whole), *_failures(some), str(len(some))])
-    return markdown(["tool", "norms removed", "of all", "networks without norms", "wrong", "raised", "of"], lines)
+        cells = [f"{gone} of {norms}", f"{gone / norms:.0%}", f"{whole} of {len(some)}"]
+        lines.append([titles[tool], *cells, *_failures(some)])
+    header = ["tool", "norms removed", "", "networks left without norms", "wrong", "raised", "not judged"]
+    return markdown(header, lines)
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:
     counts = Counter(row["verdict"] for row in rows)
-    return [f"**{counts['wrong']}**" if counts["wrong"] else "0", str(counts["raised"])]
+    return [f"**{counts['wrong']}**" if counts["wrong"] else "0", str(counts["raised"]), str(counts["skipped"])]
 
 
 def patterns(rows: Sequence[Row], titles: Titles) -> str:
@@ -106,6 +112,8 @@ def _cell(row: Row | None) -> str:
         return f"**wrong, {row['error']:.1g}**"
     if found == "raised":
         return "raises"
+    if found == "skipped":
+        return _NOTHING
     return "right" if row["left"] is None else str(row["left"])
 
 
@@ -144,6 +152,15 @@ def raised(rows: Sequence[Row], titles: Titles) -> str:
             found.setdefault((row["tool"], kind), []).append(f"{row['subject']}: {row['raised']}")
     lines = [[titles[tool], f"`{kind}`", str(len(told)), _plain(told[0])] for (tool, kind), told in found.items()]
     return markdown(["tool", "error", "times", "the first"], lines) if lines else ""
+
+
+def skipped(rows: Sequence[Row], titles: Titles) -> list[str]:
+    """Return a line for each subject and reason that some tools were not judged."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["skipped"] is not None:
+            found.setdefault(f"{_subject(row)}: {row['skipped']}", []).append(titles[row["tool"]])
+    return [f"{told} ({', '.join(names)})" for told, names in found.items()]
 
 
 def _plain(text: str) -> str:

@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["OURS", "TOOLS", "Folded", "Tool"]
+__all__ = ["OURS", "TOOLS", "Folded", "NotJudgedError", "Tool"]
 
 OURS = "batchnorm"
+
+
+class NotJudgedError(Exception):
+    """What a tool is to be given is wrong before it folds anything; the message says how."""
 
 
 @dataclass(frozen=True)

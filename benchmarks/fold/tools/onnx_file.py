@@ -12,6 +12,8 @@ import onnx_ir
 import onnxruntime
 import onnxscript.optimizer
 import torch
+from benchmarks.fold.errors import WRONG, largest_error
+from benchmarks.fold.tools import NotJudgedError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -24,10 +26,14 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """Return an ``ONNXProgram`` as it is exported: the exporter's own optimization would fold before others can.
 
     Several tools read the same export, and it is the slow part: it is made once a model, and handed out as copies.
+
+    Raises:
+        NotJudgedError: the file computes something else than the model, before anything is folded.
     """
     if model not in _programs:
         program = torch.onnx.export(model, inputs, dynamo=True, optimize=False, verbose=False)
         _tidy(program.model)
+        _require_right(program.model_proto, model, inputs)
         _programs[model] = program
     program = _programs[model]
     return torch.onnx.ONNXProgram(program.model.clone(), program.exported_program)
@@ -42,6 +48,13 @@ def _tidy(model: onnx_ir.Model) -> None:
         while node.inputs and node.inputs[-1] is None:
             node.resize_inputs(len(node.inputs) - 1)
     onnxscript.optimizer.fold_constants(model)
+
+
+def _require_right(proto: onnx.ModelProto, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    expected = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+    error = largest_error(expected, runner(proto, optimize=False)(*inputs))
+    if error > WRONG:
+        raise NotJudgedError(f"torch.onnx.export is off by {error:.1g} before anything is folded")
 
 
 def count(proto: onnx.ModelProto) -> int:
