@@ -8,14 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import benchmarks.fold
 import torch
-from benchmarks.fold import networks, speed
 from benchmarks.fold.measure import compare, verdict
 from benchmarks.fold.patterns import PATTERNS
 from benchmarks.fold.subject import Subject
 from benchmarks.fold.tools import TOOLS, Tool
 from benchmarks.train_step.rows import machine
+
+import benchmarks.fold
+from benchmarks.fold import networks, speed
 
 ROWS = Path(__file__).with_name("rows.jsonl")
 _QUICK_PATTERNS = 7  # every seventh

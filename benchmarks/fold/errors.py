@@ -14,7 +14,7 @@ ROUNDINGS = 10  # and so many times what rounding moves the original itself: dee
 
 
 def largest_error(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """Return the largest difference of an output, relative to its largest value; infinite if there is no such output."""
+    """Return the largest difference of an output, relative to its largest value; infinite if outputs are lacking."""
     if [a.shape for a in expected] != [b.shape for b in got]:
         return float("inf")
     return max(_relative(a.double(), b.double()) for a, b in zip(expected, got, strict=True))

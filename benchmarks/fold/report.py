@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import jinja2
-from benchmarks.fold import tables
 from benchmarks.fold.__main__ import ROWS
 from benchmarks.fold.errors import ROUNDINGS, WRONG
 from benchmarks.fold.speed import EAGER
 from benchmarks.fold.tools import OURS, TOOLS
 from benchmarks.train_step.rows import ROOT
+
+from benchmarks.fold import tables
 
 __all__ = ["facts"]
 

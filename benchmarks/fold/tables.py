@@ -49,7 +49,7 @@ def by_family(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def pattern_totals(rows: Sequence[Row], titles: Titles) -> str:
-    """Return a row a tool: patterns folded as far as can be, left alone where nothing can go, wrong, raised, skipped."""
+    """Return a row a tool: folded as far as can be, left alone where nothing can go, wrong, raised, not judged."""
     lines = []
     for tool in _tools(rows, titles):
         some = tally(rows, tool)
