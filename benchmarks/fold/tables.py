@@ -66,6 +66,8 @@ def pattern_totals(rows: Sequence[Row], titles: Titles) -> str:
 
 def network_totals(rows: Sequence[Row], titles: Titles) -> str:
     """Return a row a tool: norms removed with the right outputs, and how many networks it failed on."""
+    if not rows:
+        return ""
     lines = []
     for tool in _tools(rows, titles):
         some = tally(rows, tool)
@@ -91,6 +93,8 @@ def patterns(rows: Sequence[Row], titles: Titles) -> str:
 
 def networks(rows: Sequence[Row], titles: Titles) -> str:
     """Return a row a network: its norms, and what each tool left."""
+    if not rows:
+        return ""
     return _left(rows, titles, ["norms"], lambda row: [str(row["norms"])])
 
 
