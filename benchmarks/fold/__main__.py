@@ -68,16 +68,16 @@ def _questions(options: argparse.Namespace, tools: Sequence[Tool]) -> Iterator[l
     if options.only in (None, "patterns"):
         for place, pattern in enumerate(PATTERNS):
             if _wanted(pattern, options) and not (options.quick and place % _QUICK_PATTERNS):
-                about = {"question": "patterns", "place": place, "family": pattern.family, "least": pattern.least}
+                about = {"question": "patterns", "family": pattern.family, "least": pattern.least}
                 yield _rows(about, pattern, tools)
     if options.only in (None, "networks"):
-        for place, network in enumerate(networks.quick() if options.quick else networks.NETWORKS):
+        for network in networks.quick() if options.quick else networks.NETWORKS:
             if not _wanted(network, options):
                 continue
             if reason := network.missing():
                 print(f"{network.name}: left out; {reason}")
                 continue
-            about = {"question": "networks", "place": place, "package": network.package, "trained": network.trained}
+            about = {"question": "networks", "package": network.package, "trained": network.trained}
             yield _rows(about, network, [tool for tool in tools if tool.networks])
     if options.only in (None, "speed"):
         yield [{"question": "speed", **row} for row in speed.measure(tools, options.quick, options.rounds)]

@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import jinja2
 from benchmarks.fold.__main__ import ROWS
 from benchmarks.fold.errors import ROUNDINGS, WRONG
+from benchmarks.fold.networks import NETWORKS
+from benchmarks.fold.patterns import PATTERNS
 from benchmarks.fold.speed import EAGER
 from benchmarks.fold.tools import OURS, TOOLS
 from benchmarks.train_step.rows import ROOT
@@ -42,10 +44,9 @@ def main() -> None:
 
 def facts(rows: list[Row]) -> dict[str, Any]:
     """Return all that the page may speak of."""
-    patterns, networks, speed = (
-        sorted((row for row in rows if row["question"] == question), key=lambda row: row.get("place", 0))
-        for question in ("patterns", "networks", "speed")
-    )
+    patterns = _ordered(rows, "patterns", [(pattern.family, pattern.name) for pattern in PATTERNS])
+    networks = _ordered(rows, "networks", [(network.package, network.name) for network in NETWORKS])
+    speed = [row for row in rows if row["question"] == "speed"]
     titles = {EAGER: "eager"} | {tool.name: tool.title for tool in TOOLS}
     return {
         "machines": tables.machines(rows),
@@ -69,6 +70,17 @@ def facts(rows: list[Row]) -> dict[str, Any]:
         "speed_about": tables.machines(speed),
         "inductor": any(row["tool"] == "inductor" for row in patterns),
     }
+
+
+def _ordered(rows: list[Row], question: str, subjects: list[tuple[str, str]]) -> list[Row]:
+    """Return the rows of a question, in the order of the subjects that it has; others are of the past."""
+    place = {subject: index for index, subject in enumerate(subjects)}
+    some = [row for row in rows if row["question"] == question and _subject(row) in place]
+    return sorted(some, key=lambda row: place[_subject(row)])
+
+
+def _subject(row: Row) -> tuple[str, str]:
+    return row["package"] if "package" in row else row["family"], row["subject"]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.fold.patterns.pattern import Wired, lively, noise, numbers, pattern
-from torch import nn
+from torch import Tensor, nn
 
 FAMILY = "after a convolution, linear layer or table"
 
@@ -65,6 +65,15 @@ def transposed_sequence() -> nn.Module:
 @pattern(FAMILY, "linear → flatten → bn → unflatten", noise(2, 6, 3))
 def flattened_sequence() -> nn.Module:
     wiring = lambda m, x: m.bn(m.linear(x).flatten(0, 1)).reshape(2, 6, 5)  # noqa: E731
+    return lively(Wired(wiring, linear=nn.Linear(3, 5), bn=nn.BatchNorm1d(5)))
+
+
+@pattern(FAMILY, "linear → flatten → bn → reshape_as what the linear layer returned", noise(2, 6, 3))
+def shape_of_the_output() -> nn.Module:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        y = m.linear(x)
+        return m.bn(y.flatten(0, 1)).reshape_as(y)  # type: ignore[no-any-return]
+
     return lively(Wired(wiring, linear=nn.Linear(3, 5), bn=nn.BatchNorm1d(5)))
 
 

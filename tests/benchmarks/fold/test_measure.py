@@ -109,7 +109,7 @@ def test_what_another_removes_is_told():
 def test_facts_need_no_rows_of_speed():
     (measured,) = compare(PAIR, [Pretender(nothing)])
     about = dict.fromkeys(("device", "threads", "torch", "batchnorm", "commit", "date"), "-")
-    place = {"question": "patterns", "place": 0, "family": PAIR.family, "subject": PAIR.name, "least": 0}
-    facts = report.facts([{**about, **place, **measured}])
+    what = {"question": "patterns", "family": PAIR.family, "subject": PAIR.name, "least": 0}
+    facts = report.facts([{**about, **what, **measured}])
     assert facts["patterns"] == 1
     assert facts["speed"] == facts["network_table"] == facts["raised"] == ""
