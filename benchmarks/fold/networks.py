@@ -1,4 +1,4 @@
-"""Architectures of torchvision, timm and pytorchcv, two of our own making, and one with its trained weights."""
+"""Architectures of torchvision, timm and pytorchcv, one of our own making, and one with its trained weights."""
 
 from __future__ import annotations
 

@@ -31,11 +31,13 @@ Titles: TypeAlias = Mapping[str, str]
 _NOTHING = "–"
 
 
-def machines(rows: Iterable[Row]) -> list[Row]:
-    """Return where and when rows were measured, each once."""
-    columns = ("device", "threads", "torch", "batchnorm", "commit", "date")
-    found = dict.fromkeys(tuple(row[column] for column in columns) for row in rows)
-    return [dict(zip(columns, values, strict=True)) for values in found]
+def machines(rows: Sequence[Row]) -> list[Row]:
+    """Return where and when rows were measured, each once, with the commits that were measured there."""
+    columns = ("device", "threads", "torch", "batchnorm", "date")
+    found: dict[tuple[Any, ...], dict[str, None]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[column] for column in columns), {})[row["commit"]] = None
+    return [{**dict(zip(columns, values, strict=True)), "commits": list(commits)} for values, commits in found.items()]
 
 
 def tally(rows: Iterable[Row], tool: str | None = None) -> list[Row]:
