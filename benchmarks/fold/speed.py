@@ -1,0 +1,81 @@
+"""Latency of what each tool returns beside the model as it was: all of them in turn, round after round, medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from benchmarks.fold.measure import quietly
+from benchmarks.fold.networks import Network
+from benchmarks.fold.tools import Tool
+
+__all__ = ["EAGER", "measure"]
+
+EAGER = "eager"
+NETWORKS = (Network("torchvision", "resnet18", 224), Network("torchvision", "mobilenet_v2", 224))
+BATCHES = (1, 8)
+_WARM_UP, _SECONDS = 3, 0.2  # calls before the first round; how long a round of one subject lasts at least
+
+
+def measure(tools: Sequence[Tool], quick: bool, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield a row a network, batch and tool: seconds a call, and the ratio to eager of the same round."""
+    for network in NETWORKS[: 1 if quick else None]:
+        if reason := network.missing():
+            print(f"{network.name}: left out; {reason}")
+            continue
+        for batch in BATCHES[: 1 if quick else None]:
+            yield from _latencies(network, batch, tools, 2 if quick else rounds)
+
+
+def _latencies(network: Network, batch: int, tools: Sequence[Tool], rounds: int) -> Iterator[dict[str, Any]]:
+    x = torch.randn(batch, 3, network.side, network.side, generator=torch.Generator().manual_seed(0))
+    seconds: dict[str, list[float]] = {}
+    with quietly():
+        subjects = _subjects(network, tools, x)
+        for run in subjects.values():
+            for _ in range(_WARM_UP):
+                run(x)
+        for _ in range(rounds):
+            for name, run in subjects.items():
+                seconds.setdefault(name, []).append(_once(run, x))
+    versions = {tool.name: tool.version() for tool in tools} | {EAGER: f"torch {torch.__version__}"}
+    for name, times in seconds.items():
+        # against the model as it was, of the same round: the machine drifts
+        ratio = statistics.median(t / base for t, base in zip(times, seconds[EAGER], strict=True))
+        median = statistics.median(times)
+        print(f"{network.name}, batch {batch}: {name}: {median * 1e3:.2f} ms, {ratio:.2f} of eager", flush=True)
+        yield {
+            "package": network.package,
+            "subject": f"{network.name}, batch {batch}",
+            "network": network.name,
+            "batch": batch,
+            "side": network.side,
+            "tool": name,
+            "version": versions[name],
+            "median": median,
+            "ratio": ratio,
+            "rounds": rounds,
+        }
+
+
+def _subjects(network: Network, tools: Sequence[Tool], x: torch.Tensor) -> dict[str, Callable[..., Any]]:
+    """Return what is timed, in float32, as it is deployed; a tool that raises is left out."""
+    subjects: dict[str, Callable[..., Any]] = {EAGER: network.build().float()}
+    for tool in tools:
+        try:
+            subjects[tool.name] = tool.fold(network.build().float(), (x,)).run
+        except Exception as problem:
+            print(f"{network.name}: {tool.name}: left out; it raises {type(problem).__name__}")
+    return subjects
+
+
+def _once(run: Callable[..., Any], x: torch.Tensor) -> float:
+    """Return the seconds of a call, the mean over as many as make a measurable time."""
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < _SECONDS:
+        run(x)
+        calls += 1
+    return (time.perf_counter() - start) / calls
