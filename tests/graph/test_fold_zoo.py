@@ -1041,3 +1041,20 @@ def test_a_shift_before_zeros_becomes_what_is_padded_with(padding):
     x = randn(3, 4, 5, 8, seed=5)
     torch.testing.assert_close(result.model(x), net(x), rtol=1e-10, atol=1e-10)
     assert torch.equal(result.unfold()(x), net(x))
+
+
+@pytest.mark.parametrize("cut", [lambda y: y.chunk(2, 1), lambda y: y.split(2, 1), lambda y: (y[:, :2], y[:, 2:])])
+def test_two_norms_on_the_parts_of_one_output(cut):
+    layers = {"conv": nn.Conv2d(4, 4, 1), "a": nn.BatchNorm2d(2), "b": nn.BatchNorm2d(2)}
+    net = Steps(lambda m, x: _both(m, cut(m.conv(x))), **layers)
+    expect(lively(net), IMAGES, ["a→conv", "b→conv"])
+
+
+def _both(m, parts):
+    return [m.a(parts[0]), m.b(parts[1])]
+
+
+def test_a_reader_of_the_shape_only_is_none():
+    net = Steps(lambda m, x: torch.tanh(m.bn((y := m.fc(x)).flatten(0, 1)).reshape_as(y)), fc=nn.Linear(3, 5),
+                bn=nn.BatchNorm1d(5))  # fmt: skip
+    expect(lively(net), randn(2, 7, 3), ["bn→fc"])

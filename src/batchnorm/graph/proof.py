@@ -51,7 +51,8 @@ class Proof:
 
     plan: Plan
     compared: int = 0
-    _kept: dict[int, _Kept] = field(default_factory=dict)  # by the index of the call that returns it in the second run
+    # by the index of the call that returns it in the second run, and its place among the outputs
+    _kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)
     _place: int = 0
     _problems: dict[str, str] = field(default_factory=dict)
     _lost: str = ""
@@ -70,32 +71,34 @@ class Proof:
             for call in host.calls
         }
 
-    def _watch(self, gone: set[Call]) -> dict[int, tuple[int, Step | None]]:
-        """Return which calls' outputs are kept in the first run: for which call of the second, and whose they are."""
-        watched: dict[int, tuple[int, Step | None]] = {}
+    def _watch(self, gone: set[Call]) -> dict[int, tuple[tuple[int, int], Step | None]]:
+        """Return which calls' outputs are kept in the first run: for which output of the second, and whose they are."""
+        watched: dict[int, tuple[tuple[int, int], Step | None]] = {}
         for step in self.plan.steps:
             for call in step.use.calls:
-                source = call.args["input"].producer
-                while source is not None and source in gone:
-                    source = source.args["input"].producer
-                if source is not None and call.output not in self._crossed:
-                    watched[call.index] = (source.index, step)
+                value = call.args["input"]
+                while value.producer is not None and value.producer in gone:
+                    value = value.producer.args["input"]
+                source = value.producer
+                place = -1 if source is None else next((i for i, v in enumerate(source.outputs) if v is value), -1)
+                if source is not None and place >= 0 and call.output not in self._crossed:
+                    watched[call.index] = ((source.index, place), step)
             for host in step.into:
                 for call in host.calls:
                     if call.output not in self._crossed and call not in gone:
-                        watched.setdefault(call.index, (call.index, step))
+                        watched.setdefault(call.index, ((call.index, 0), step))
         return watched
 
     def before(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Look at one operator of the model as it is."""
         if call.index not in self._watched:
             return
-        index, step = self._watched[call.index]
+        key, step = self._watched[call.index]
         tensor = next((leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)), None)
         if tensor is not None and tensor.is_floating_point():
             read = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
             magnitude = max((_largest(leaf) for leaf in [*read, tensor]), default=0.0)
-            self._kept[index] = _Kept(tensor.detach().clone(), magnitude, step)
+            self._kept[key] = _Kept(tensor.detach().clone(), magnitude, step)
 
     def after(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Look at one operator of the folded model."""
@@ -115,10 +118,12 @@ class Proof:
         step, host = self._hosts.get(expected.index, (None, None))
         if step is not None and host is not None and not _is_state(call, "bias", host.bias_name):
             self._problems[step.name] = f"The forward of {host.name} does not use its parameter {host.bias!r}."
-        kept = self._kept.pop(expected.index, None)
-        tensor = next((leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)), None)
-        if kept is None or tensor is None or self._problems:
-            return
+        for place, tensor in enumerate(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            kept = self._kept.pop((expected.index, place), None)
+            if kept is not None and not self._problems:
+                self._compare(call, kept, tensor)
+
+    def _compare(self, call: Call, kept: _Kept, tensor: Tensor) -> None:
         self.compared += 1
         error = _error(kept.tensor, tensor)
         if not error <= _BOUND * max(kept.magnitude, _largest(tensor)):

@@ -68,7 +68,7 @@ def carry_backward(
         want(value, reader, map_)
     while queue:
         call = producers[-heapq.heappop(queue)]
-        maps = [_agreed(graph, output, wanted.get(output, [])) for output in call.outputs]
+        maps = [_agreed(graph, output, wanted.get(output, []), known) for output in call.outputs]
         route.crossed |= {output for output in call.outputs if output in wanted}
         if call in own:  # it follows itself: what it wants, and then what is wanted of it
             value = call.args["input"]
@@ -87,7 +87,7 @@ def carry_backward(
     return route
 
 
-def _agreed(graph: Graph, value: Value, wanted: Sequence[tuple[Call, Map]]) -> Map:
+def _agreed(graph: Graph, value: Value, wanted: Sequence[tuple[Call, Map]], known: Knowledge) -> Map:
     """Return what all readers want of a value; the identity if none of them wants anything.
 
     Raises:
@@ -95,15 +95,25 @@ def _agreed(graph: Graph, value: Value, wanted: Sequence[tuple[Call, Map]]) -> M
     """
     if not wanted:
         return Map.identity(len(value.shape))
-    wanting = {id(call) for call, _ in wanted}
-    others = graph.others_than(value, wanting)
+    first = wanted[0][1]
+    calm = {id(call) for call, _ in wanted}
+    calm |= {id(call) for call in graph.readers(value) if id(call) not in calm and _unmoved(call, value, first, known)}
+    others = graph.others_than(value, calm)
     if others:
         producer = _producer(value)
         raise Refusal(f"The output of {producer.name} is also read by {_listed(others)}.")
-    first = wanted[0][1]
     if not all(first.same_as(map_) for _, map_ in wanted[1:]):
         raise Refusal(f"Those who read the output of {_producer(value).name} need it changed in different ways.")
     return first
+
+
+def _unmoved(call: Call, value: Value, map_: Map, known: Knowledge) -> bool:
+    """Whether an operator takes from a value only what the map leaves as it is: other channels, say."""
+    try:
+        results = go_forward(call, {value: map_}, known)
+    except Refusal:
+        return False
+    return not isinstance(results, Absorbed) and all(result.is_identity for result in results)
 
 
 def _producer(value: Value) -> Call:
