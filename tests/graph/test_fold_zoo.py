@@ -1058,3 +1058,19 @@ def test_a_reader_of_the_shape_only_is_none():
     net = Steps(lambda m, x: torch.tanh(m.bn((y := m.fc(x)).flatten(0, 1)).reshape_as(y)), fc=nn.Linear(3, 5),
                 bn=nn.BatchNorm1d(5))  # fmt: skip
     expect(lively(net), randn(2, 7, 3), ["bn→fc"])
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_the_input_is_not_overwritten_through_norms_that_are_gone(view):
+    turn = (lambda y: y.transpose(2, 3)) if view else (lambda y: y)
+    layers = {"a": nn.BatchNorm2d(4), "b": nn.BatchNorm2d(4), "conv": nn.Conv2d(4, 3, 3)}
+    net = lively(Steps(lambda m, x: m.conv(F.relu_(m.b(turn(m.a(x))))), **layers))
+    with torch.no_grad():  # b only scales, once a is in it
+        for norm in (net.a, net.b):
+            norm.weight.abs_().add_(0.1)
+            norm.bias.copy_(norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt())
+    x = IMAGES.clone()
+    result = fold(net, x)
+    result.model(x)
+    assert torch.equal(x, IMAGES)
+    assert "b" not in [f.norm for f in result.folded]

@@ -181,30 +181,49 @@ def _go(
         start = [(_read(call), call, _shaped(before, call)) for call in use.calls]
         take(carry_backward(graph, start, parameters, gone.__contains__), (call.output for call in use.calls))
     else:
-        _require_not_written_into(graph, use)
+        _require_not_written_into(graph, use, gone)
     if after is not None:
         results = [(call, _shaped(after, call)) for call in use.calls]
         take(carry_forward(graph, results, parameters, gone.__contains__), map(_read, use.calls))
     return sorted(dict.fromkeys(hosts), key=lambda host: host.calls[0].index), crossed
 
 
-def _require_not_written_into(graph: Graph, use: NormUse) -> None:
-    """Without the norm, what is written into its output is written into its input."""
+def _require_not_written_into(graph: Graph, use: NormUse, gone: Collection[Call]) -> None:
+    """Without the norm, what is written into its output is written into its input, and what that is a view of."""
     for call in use.calls:
         writers = [c for value in _aliases(graph, call.output) for c in graph.readers(value) if c.writes_into(value)]
-        others = graph.others_than(_read(call), {id(c) for c in use.calls})
-        if writers and (others or _read(call).producer is None):
-            reader = others[0] if others else "the caller of the model, whose input it is"
-            raise Refusal(f"{writers[0].name} would write into what is also read by {reader}.")
+        if not writers:
+            continue
+        for value, reader in _same_memory(call, gone):
+            others = graph.others_than(value, {id(reader), *(id(c) for c in use.calls)})
+            if others or value.producer is None:
+                who = others[0] if others else "the caller of the model, whose input it is"
+                raise Refusal(f"{writers[0].name} would write into what is also read by {who}.")
+
+
+def _same_memory(call: Call, gone: Collection[Call]) -> Iterator[tuple[Value, Call]]:
+    """Yield what a call reads, and what that may share its memory with, from call to call before it; who reads each."""
+    value = _read(call)
+    yield value, call
+    while (producer := value.producer) is not None and (producer in gone or _may_alias(producer)):
+        read = producer.args.get("input", producer.args.get("self"))
+        if not isinstance(read, Value):
+            return
+        value, call = read, producer
+        yield value, call
 
 
 def _aliases(graph: Graph, value: Value) -> Iterator[Value]:
     """Yield a value, and those that may be the same memory: what views and operators that hand it on make of it."""
     yield value
     for call in graph.readers(value):
-        if call.name in _MAY_ALIAS or call.op.is_view:
+        if _may_alias(call):
             for output in call.outputs:
                 yield from _aliases(graph, output)
+
+
+def _may_alias(call: Call) -> bool:
+    return call.name in _MAY_ALIAS or call.op.is_view
 
 
 _MAY_ALIAS = {"reshape", "contiguous", "flatten", "dropout", "feature_dropout", "to", "alias", "detach", "view_as"}
