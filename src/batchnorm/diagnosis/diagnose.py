@@ -20,6 +20,7 @@ from batchnorm.nn.calling import Forward, call_on_batch
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
 from batchnorm.report.progress import progress_bar
+from batchnorm.statistics.unsynchronized import unsynchronized
 
 __all__ = ["diagnose"]
 
@@ -102,7 +103,7 @@ def diagnose(
     held = hold(batches)
     home = None if training_batches is None else hold(training_batches)
     call = call_on_batch if forward is None else forward
-    with untouched(model), progress_bar("Diagnosing", None, progress) as advance:
+    with untouched(model), unsynchronized(model), progress_bar("Diagnosing", None, progress) as advance:
         passes = Passes(model, sites, held, call, loss_or_metric, advance)
         return _examine(passes, home, accused)
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from torch.nn import Module
-from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.errors import ShapeError, StateError, UnknownNameError, closest
 from batchnorm.nn.calling import Forward, call_on_batch
@@ -26,6 +25,7 @@ from batchnorm.statistics.result import Plan, RecalibrateResult
 from batchnorm.statistics.sequential.measure import Sequential
 from batchnorm.statistics.sites import Sites
 from batchnorm.statistics.stream import length_of, require_stream
+from batchnorm.statistics.unsynchronized import unsynchronized
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -158,7 +158,7 @@ def recalibrate(
         with (
             _once_at_a_time(model),
             untouched(model),
-            _unsynchronized(model),
+            unsynchronized(model),
             progress_bar("Recalibrating", total, progress) as advance,
         ):
             _set_eval(model)
@@ -210,23 +210,6 @@ def _once_at_a_time(model: Module) -> Iterator[None]:
     finally:
         if _at_work.get(model) is mine:
             del _at_work[model]
-
-
-@contextmanager
-def _unsynchronized(model: Module) -> Iterator[None]:
-    """Keep ``DistributedDataParallel`` from sending its buffers to the other processes before each forward pass.
-
-    It does so in eval mode too; processes with different numbers of batches would wait for each other for ever.
-    """
-    wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    before = [(m, m.require_forward_param_sync) for m in wrappers]
-    try:
-        for wrapper in wrappers:
-            wrapper.require_forward_param_sync = False
-        yield
-    finally:
-        for wrapper, synchronized in before:
-            wrapper.require_forward_param_sync = synchronized
 
 
 def _set_eval(model: Module) -> None:
