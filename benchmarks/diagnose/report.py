@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jinja2
 from benchmarks.diagnose.cases import HEALTHY_CAUSE, NOTHING, Row
+from benchmarks.sheets import render
 from benchmarks.train_step.tables import markdown
 
 __all__ = ["ROWS", "summary", "write"]
@@ -50,13 +50,6 @@ def summary(rows: Sequence[Row]) -> str:
 
 def write(rows: Sequence[Row], page: Path = PAGE) -> Path:
     """Write the page, and return where it is."""
-    sheets = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     planted, healthy = _split(rows)
     columns = ("device", "torch", "batchnorm", "commit", "date")
     facts = {
@@ -79,7 +72,7 @@ def write(rows: Sequence[Row], page: Path = PAGE) -> Path:
         "healthy_table": _healthy(healthy),
         "seconds": statistics.median(row["seconds"] for row in rows),
     }
-    page.write_text(sheets.get_template("diagnose-table.md.jinja").render(facts))
+    page.write_text(render(Path(__file__).with_name("diagnose-table.md.jinja"), facts))
     return page
 
 

@@ -11,13 +11,13 @@ import json
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jinja2
 from benchmarks.fold.__main__ import ROWS
 from benchmarks.fold.errors import ROUNDINGS, WRONG
 from benchmarks.fold.networks import NETWORKS
 from benchmarks.fold.patterns import PATTERNS
 from benchmarks.fold.speed import EAGER
 from benchmarks.fold.tools import OURS, TOOLS
+from benchmarks.sheets import render
 from benchmarks.train_step.rows import ROOT
 
 from benchmarks.fold import tables
@@ -31,14 +31,7 @@ _PAGE = "fold-table.md"
 
 def main() -> None:
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
-    sheets = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    (ROOT / "docs" / _PAGE).write_text(sheets.get_template(f"{_PAGE}.jinja").render(facts(rows)))
+    (ROOT / "docs" / _PAGE).write_text(render(Path(__file__).with_name(f"{_PAGE}.jinja"), facts(rows)))
     print(ROOT / "docs" / _PAGE)
 
 

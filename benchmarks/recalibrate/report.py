@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from benchmarks.recalibrate.__main__ import ROWS
+from benchmarks.sheets import render
 from benchmarks.train_step.rows import ROOT
 
 _PAGE = "recalibrate-table.md"
@@ -31,28 +31,21 @@ def main() -> None:
     streams = [row for row in rows if row["question"] == "streams"]
     cost = [row for row in rows if row["question"] == "cost"]
     draw([row for row in exact if row["cut"] == "8"], ROOT / "docs" / _PLOT)
-    sheets = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    page = sheets.get_template(f"{_PAGE}.jinja").render(
-        about=rows[0],
-        cuts=list(dict.fromkeys(row["cut"] for row in exact)),
-        methods=list(dict.fromkeys(row["method"] for row in exact)),
-        worst={(row["cut"], row["method"]): [max(e[i] for e in row["errors"]) for i in (0, 1)] for row in exact},
-        deepest={(row["cut"], row["method"]): row["errors"][-1] for row in exact},
-        values=list(dict.fromkeys(row["values"] for row in streams)),
-        stream_cuts=list(dict.fromkeys(row["cut"] for row in streams)),
-        stream_methods=list(dict.fromkeys(row["method"] for row in streams)),
-        streams={(row["values"], row["cut"], row["method"]): row["errors"] for row in streams},
-        networks=list(dict.fromkeys(row["network"] for row in cost)),
-        costs={(row["network"], row["method"]): row for row in cost},
-        ways=list(dict.fromkeys(row["method"] for row in cost)),
-    )
-    (ROOT / "docs" / _PAGE).write_text(page)
+    facts = {
+        "about": rows[0],
+        "cuts": list(dict.fromkeys(row["cut"] for row in exact)),
+        "methods": list(dict.fromkeys(row["method"] for row in exact)),
+        "worst": {(row["cut"], row["method"]): [max(e[i] for e in row["errors"]) for i in (0, 1)] for row in exact},
+        "deepest": {(row["cut"], row["method"]): row["errors"][-1] for row in exact},
+        "values": list(dict.fromkeys(row["values"] for row in streams)),
+        "stream_cuts": list(dict.fromkeys(row["cut"] for row in streams)),
+        "stream_methods": list(dict.fromkeys(row["method"] for row in streams)),
+        "streams": {(row["values"], row["cut"], row["method"]): row["errors"] for row in streams},
+        "networks": list(dict.fromkeys(row["network"] for row in cost)),
+        "costs": {(row["network"], row["method"]): row for row in cost},
+        "ways": list(dict.fromkeys(row["method"] for row in cost)),
+    }
+    (ROOT / "docs" / _PAGE).write_text(render(Path(__file__).with_name(f"{_PAGE}.jinja"), facts))
     print(ROOT / "docs" / _PAGE)
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from benchmarks.sheets import render
 from benchmarks.train_step import plot, tables
 from benchmarks.train_step.compare import LAYOUTS, WHOLE, WORKS, Rows
 from benchmarks.train_step.rows import ROOT, ROWS, read
@@ -30,16 +30,8 @@ def main() -> None:
     rows = Rows(read(options.rows))
     if rows.select(group="layers").all:
         plot.draw(rows, options.docs / _PLOT)
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    sheets = jinja2.Environment(
-        loader=loader,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     for page in _PAGES:
-        (options.docs / page).write_text(sheets.get_template(f"{page}.jinja").render(_facts(rows)))
+        (options.docs / page).write_text(render(Path(__file__).with_name(f"{page}.jinja"), _facts(rows)))
         print(options.docs / page)
 
 

@@ -147,13 +147,6 @@ class LayerGap:
         variance = self.measured[1] + self.eps
         return self.errors[0].square() / variance + self.errors[1].square() / (4 * variance.square())
 
-    @property
-    def variance_noise(self) -> Tensor:
-        """The share of the noise that is the variance's."""
-        variance = self.measured[1] + self.eps
-        share = self.errors[1].square() / (4 * variance.square()) / self.measurement_noise.clamp(min=1e-300)
-        return share * self.noise
-
     def to_dict(self) -> dict[str, Any]:
         """Return the counts, the distances, and the gap of each channel as plain numbers."""
         return {

@@ -201,8 +201,7 @@ def _rounded(model: Module, plan: Plan) -> tuple[dict[str, Parameter], dict[str,
     try:
         return round_parameters(model, plan.parameters), {}
     except Refusal as refusal:
-        name = str(refusal).removeprefix("The ").removeprefix("merged ").split(" ")[2]
-        guilty = [step.name for step in plan.steps if any(host.name == name for host in step.into)]
+        guilty = [step.name for step in plan.steps if any(host.name == refusal.module for host in step.into)]
         return {}, dict.fromkeys(guilty or [step.name for step in plan.steps], str(refusal))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn import Module, Parameter
 
 from batchnorm.graph.affine import LINEAR_OPERATORS
 from batchnorm.graph.dataflow import Call, Graph, Value
-from batchnorm.graph.refusal import Refusal
+from batchnorm.graph.refusal import Refusal, listed
 
 __all__ = ["Host", "find_host"]
 
@@ -72,10 +71,6 @@ def find_host(model: Module, graph: Graph, calls: tuple[Call, ...], *, needs_bia
     return Host(name, kind, slot, bias, int(groups), calls)
 
 
-def _listed(phrases: Sequence[str]) -> str:
-    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
-
-
 def _require_real(weight: Value, call: Call) -> None:
     if weight.dtype not in {torch.float64, torch.float32, torch.float16, torch.bfloat16}:
         raise Refusal(f"The weight of {call.name} is of type {weight.dtype}.")
@@ -97,7 +92,7 @@ def _parameter_slot(model: Module, call: Call, key: str) -> tuple[str, str]:
         if (model.get_submodule(other.rpartition(".")[0]) is not module) or other.rpartition(".")[2] != slot
     ]
     if strangers:
-        raise Refusal(f"Its {key} {value.names[0]} is shared with {_listed(strangers)}.")
+        raise Refusal(f"Its {key} {value.names[0]} is shared with {listed(strangers)}.")
     return name, slot
 
 

@@ -25,6 +25,7 @@ from batchnorm.graph.dataflow import Call, Value
 from batchnorm.graph.families import family
 from batchnorm.graph.norms import is_norm
 from batchnorm.graph.plan import Plan, Step
+from batchnorm.graph.travel.rules import place
 
 __all__ = ["Proof"]
 
@@ -46,11 +47,9 @@ class Proof:
 
     Attributes:
         plan: what was done between the runs.
-        compared: how many values were.
     """
 
     plan: Plan
-    compared: int = 0
     # by the index of the call that returns it in the second run, and its place among the outputs
     _kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)
     _place: int = 0
@@ -80,9 +79,9 @@ class Proof:
                 while value.producer is not None and value.producer in gone:
                     value = value.producer.args["input"]
                 source = value.producer
-                place = -1 if source is None else next((i for i, v in enumerate(source.outputs) if v is value), -1)
-                if source is not None and place >= 0 and call.output not in self._crossed:
-                    watched[call.index] = ((source.index, place), step)
+                number = -1 if source is None else next((i for i, v in enumerate(source.outputs) if v is value), -1)
+                if source is not None and number >= 0 and call.output not in self._crossed:
+                    watched[call.index] = ((source.index, number), step)
             for host in step.into:
                 for call in host.calls:
                     if call.output not in self._crossed and call not in gone:
@@ -118,27 +117,26 @@ class Proof:
         step, host = self._hosts.get(expected.index, (None, None))
         if step is not None and host is not None and not _is_state(call, "bias", host.bias_name):
             self._problems[step.name] = f"The forward of {host.name} does not use its parameter {host.bias!r}."
-        for place, tensor in enumerate(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
-            kept = self._kept.pop((expected.index, place), None)
+        for number, tensor in enumerate(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            kept = self._kept.pop((expected.index, number), None)
             if kept is not None and not self._problems:
                 self._compare(call, kept, tensor)
 
     def _compare(self, call: Call, kept: _Kept, tensor: Tensor) -> None:
-        self.compared += 1
         error = _error(kept.tensor, tensor)
         if not error <= _BOUND * max(kept.magnitude, _largest(tensor)):
             name = "" if kept.step is None else kept.step.name
-            self._problems[name] = f"Folded, {_where(call)} errs by {error:.3g}, more than float64 explains."
+            self._problems[name] = f"Folded, {place(call)} errs by {error:.3g}, more than float64 explains."
 
     def _lose_at(self, call: Call, expected: Call | None) -> None:
         """Note that the model does something else than before."""
-        place = len(self.plan.graph.calls) if expected is None else expected.index
+        end = len(self.plan.graph.calls) if expected is None else expected.index
         if is_norm(call):  # of a module that is registered no more
-            steps = [step for step in self.plan.steps if any(c.index < place for c in step.use.calls)]
-            last = max(steps, key=lambda step: max(c.index for c in step.use.calls if c.index < place), default=None)
+            steps = [step for step in self.plan.steps if any(c.index < end for c in step.use.calls)]
+            last = max(steps, key=lambda step: max(c.index for c in step.use.calls if c.index < end), default=None)
             if last is not None:
                 self._problems[last.name] = "The model still calls the norm, by a reference of its own."
-        self._lost = f"Folded, the model takes another way at {_where(call)}."
+        self._lost = f"Folded, the model takes another way at {place(call)}."
 
     def problems(self) -> dict[str, str]:
         """Return the norms that must stay, with the reason: the first in the order of execution, or all if unknown."""
@@ -158,10 +156,6 @@ def _is_state(call: Call, argument: str, name: str | None = None) -> bool:
     """Return whether an argument is a parameter or buffer of the model, of that name if one is given."""
     value = call.args.get(argument)
     return isinstance(value, Value) and bool(value.names) and (name is None or name in value.names)
-
-
-def _where(call: Call) -> str:
-    return f"{call.name} in {call.module}" if call.module else call.name
 
 
 def _largest(tensor: Tensor) -> float:

@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
-__all__ = ["Refusal"]
+from collections.abc import Sequence
+
+__all__ = ["Refusal", "listed"]
 
 
 class Refusal(Exception):  # noqa: N818 - nothing went wrong
-    """One norm cannot be folded; the message is the reason, in one sentence. It never leaves this package."""
+    """One norm cannot be folded; the message is the reason, in one sentence. It never leaves this package.
+
+    Attributes:
+        module: the qualified name of the module that cannot take it, where it is one module's affair.
+    """
+
+    def __init__(self, reason: str, module: str | None = None) -> None:
+        super().__init__(reason)
+        self.module = module
+
+
+def listed(phrases: Sequence[str], most: int | None = None) -> str:
+    """Return phrases in a row, for a sentence: at most so many by name.
+
+    >>> listed(["a", "b"]), listed(["a", "b", "c"], most=2)
+    ('a and b', 'a, b and 1 more')
+    """
+    if most is not None and len(phrases) > most:
+        phrases = [*phrases[:most], f"{len(phrases) - most} more"]
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"

@@ -38,7 +38,7 @@ def _rounded(model: Module, name: str, value: Tensor, parameters: Parameters) ->
         place, _, slot = name.rpartition(".")
         broken = old is not None and not bool(torch.isfinite(old).all())
         why = "is not finite" if broken else f"would overflow {str(data.dtype).removeprefix('torch.')}"
-        raise Refusal(f"The {'' if broken else 'merged '}{slot} of {place} {why}.")
+        raise Refusal(f"The {'' if broken else 'merged '}{slot} of {place} {why}.", place)
     _require_nearest(data, value, name)
     return Parameter(data, requires_grad=like.requires_grad)
 
@@ -58,7 +58,7 @@ def _require_nearest(data: Tensor, value: Tensor, name: str) -> None:
     allowed = value.abs() * finfo.eps / 2 + finfo.smallest_normal * finfo.eps
     if not bool(((data.cpu().double() - value.cpu()).abs() <= allowed.cpu()).all()):
         place, _, slot = name.rpartition(".")
-        raise Refusal(f"The merged {slot} of {place} is not the nearest number that {data.dtype} has.")
+        raise Refusal(f"The merged {slot} of {place} is not the nearest number that {data.dtype} has.", place)
 
 
 class Rewrite:

@@ -75,11 +75,7 @@ def bordered(conv: Module, border: Tensor) -> Module:
     kind = type(conv) if isinstance(conv, _Bordered) else _OF.get(type(conv))
     if kind is None or not isinstance(conv, _ConvNd) or conv.padding_mode != "zeros":
         raise StateError(f"{type(conv).__name__} is no convolution of torch's that pads with zeros.")
-    twin = kind.__new__(kind)
-    twin.__dict__ = {
-        key: dict(value) if isinstance(value, dict) else value  # registers of its own, of the same tensors
-        for key, value in conv.__dict__.items()
-    }
+    twin = _as(conv, kind)
     twin._buffers["border"] = border.to(conv.weight)
     return twin
 
@@ -87,7 +83,13 @@ def bordered(conv: Module, border: Tensor) -> Module:
 def plain(conv: Module) -> Module:
     """Return the convolution that a bordered one stands for: the same parameters, padded with zeros."""
     kind = next(cls for cls, other in _OF.items() if isinstance(conv, other))
+    twin = _as(conv, kind)
+    del twin._buffers["border"]
+    return twin
+
+
+def _as(conv: Module, kind: type[Module]) -> Module:
+    """Return a module of another class with the same contents, in registers of its own."""
     twin = kind.__new__(kind)
     twin.__dict__ = {key: dict(value) if isinstance(value, dict) else value for key, value in conv.__dict__.items()}
-    del twin._buffers["border"]
     return twin

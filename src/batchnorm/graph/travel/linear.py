@@ -8,7 +8,7 @@ from batchnorm.graph.affine import LINEAR_OPERATORS
 from batchnorm.graph.dataflow import Call, Value
 from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.travel.maps import Map
-from batchnorm.graph.travel.rules import Absorbed, Demands, Knowledge, backward, forward
+from batchnorm.graph.travel.rules import Absorbed, Demands, Knowledge, backward, forward, place
 
 _CONVOLUTIONS = tuple(name for name in LINEAR_OPERATORS if name != "linear")
 
@@ -32,20 +32,19 @@ def linear_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> 
     _along(given[value], axis, value.shape, call, "input")
     bordered = not given[value].only_scales and _has_border(call)
     if bordered and not (known.with_borders and bool((given[value].scale != 0).all())):
-        where = f" in {call.module}" if call.module else ""
-        raise Refusal(f"{call.name}{where} pads it with zeros, which the norm would not have made of zeros.")
+        raise Refusal(f"{place(call)} pads it with zeros, which the norm would not have made of zeros.")
     return Absorbed("input", given[value], bordered)
 
 
 def _along(map_: Map, axis: int, shape: Sequence[int], call: Call, which: str) -> None:
     """Require a map that varies along one axis only."""
     if any(
-        size != 1 for values in (map_.scale, map_.shift) for place, size in enumerate(values.shape) if place != axis
+        size != 1 for values in (map_.scale, map_.shift) for other, size in enumerate(values.shape) if other != axis
     ):
         where = next(
-            place
-            for place in range(len(shape))
-            if place != axis and max(map_.scale.shape[place], map_.shift.shape[place]) > 1
+            other
+            for other in range(len(shape))
+            if other != axis and max(map_.scale.shape[other], map_.shift.shape[other]) > 1
         )
         raise Refusal(
             f"It normalizes axis {where} of a tensor of shape {tuple(shape)}, while the {which} channels of "

@@ -8,7 +8,7 @@ from batchnorm.graph.dataflow import Call, Value
 from batchnorm.graph.families import DROPOUTS, PASSING
 from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.travel.maps import Map
-from batchnorm.graph.travel.rules import Demands, Knowledge, backward, forward
+from batchnorm.graph.travel.rules import Demands, Knowledge, backward, forward, place
 
 _PASSING = (*PASSING, "to", "_to_copy", "type_as", *DROPOUTS)
 _HOMOGENEOUS = ("relu", "leaky_relu", "prelu")
@@ -40,9 +40,9 @@ def pass_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Se
 def _require_identity(call: Call) -> None:
     in_effect = call.args.get("train", call.args.get("training", False))
     if call.name.rstrip("_") in DROPOUTS and in_effect and call.args["p"] != 0:
-        raise Refusal(f"It reads the output of {call.name}{_where(call)}, which is on.")
+        raise Refusal(f"It reads the output of {place(call)}, which is on.")
     if operand(call).dtype != call.output.dtype:
-        raise Refusal(f"{call.name}{_where(call)} changes the type of the numbers.")
+        raise Refusal(f"{place(call)} changes the type of the numbers.")
 
 
 @backward(*_HOMOGENEOUS)
@@ -61,13 +61,9 @@ def homogeneous_forward(call: Call, given: Mapping[Value, Map], known: Knowledge
 
 def _require_positive_scale(call: Call, map_: Map) -> None:
     if not map_.only_scales:
-        raise Refusal(f"No shift can cross {call.name}{_where(call)}.")
+        raise Refusal(f"No shift can cross {place(call)}.")
     if not bool((map_.scale >= 0).all()):
-        raise Refusal(f"No negative scale can cross {call.name}{_where(call)}.")
-
-
-def _where(call: Call) -> str:
-    return f" in {call.module}" if call.module else ""
+        raise Refusal(f"No negative scale can cross {place(call)}.")
 
 
 @backward("neg")
@@ -88,5 +84,5 @@ def abs_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Seq
     """Return |s x| = |s| |x|."""
     map_ = given[operand(call)]
     if not map_.only_scales:
-        raise Refusal(f"No shift can cross {call.name}{_where(call)}.")
+        raise Refusal(f"No shift can cross {place(call)}.")
     return [Map(map_.scale.abs(), map_.shift)]

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from batchnorm.graph.dataflow import Call, Graph, Value
-from batchnorm.graph.refusal import Refusal
+from batchnorm.graph.refusal import Refusal, listed
 from batchnorm.graph.travel import arrange, join, linear, pointwise, pooling  # noqa: F401 - they register their rules
 from batchnorm.graph.travel.maps import Map
 from batchnorm.graph.travel.rules import Absorbed, Knowledge, go_backward, go_forward
 
 __all__ = ["Route", "carry_backward", "carry_forward"]
+
+_MOST_NAMED = 3
 
 
 @dataclass
@@ -27,11 +29,6 @@ class Route:
 
     absorbed: list[tuple[Call, Absorbed]] = field(default_factory=list)
     crossed: set[Value] = field(default_factory=set)
-
-    def add(self, other: Route) -> None:
-        """Add another way."""
-        self.absorbed += other.absorbed
-        self.crossed |= other.crossed
 
 
 def carry_backward(
@@ -101,7 +98,7 @@ def _agreed(graph: Graph, value: Value, wanted: Sequence[tuple[Call, Map]], know
     others = graph.others_than(value, calm)
     if others:
         producer = _producer(value)
-        raise Refusal(f"The output of {producer.name} is also read by {_listed(others)}.")
+        raise Refusal(f"The output of {producer.name} is also read by {listed(others, _MOST_NAMED)}.")
     if not all(first.same_as(map_) for _, map_ in wanted[1:]):
         raise Refusal(f"Those who read the output of {_producer(value).name} need it changed in different ways.")
     return first
@@ -148,7 +145,7 @@ def carry_forward(
     def give(value: Value, map_: Map) -> None:
         others = graph.others_than(value, {id(call) for call in graph.readers(value)})
         if others:
-            raise Refusal(f"It is read by {_listed(others)}.")
+            raise Refusal(f"It is read by {listed(others, _MOST_NAMED)}.")
         if not graph.readers(value):
             raise Refusal("Nobody reads it.")
         given[value] = map_
@@ -178,12 +175,3 @@ def carry_forward(
                 give(output, map_)
     route.crossed |= set(given)
     return route
-
-
-def _listed(phrases: Sequence[str]) -> str:
-    if len(phrases) > _MOST_NAMED:
-        return f"{', '.join(phrases[:_MOST_NAMED])} and {len(phrases) - _MOST_NAMED} more"
-    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
-
-
-_MOST_NAMED = 3
