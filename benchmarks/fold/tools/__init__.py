@@ -87,6 +87,7 @@ _ONNX = {"dtype": torch.float32, "reads_only": True}  # ONNX Runtime convolves i
 
 TOOLS = (
     Tool(OURS, "batchnorm", "ours", ("batchnorm",)),
+    Tool("batchnorm.export", "batchnorm, of the exported program", "ours_exported", ("batchnorm",)),
     Tool("fx.fuse", "torch.fx fuse", "fx_fuse", ("torch.fx.experimental.optimization",)),
     Tool("fuse_fx", "torch.ao fuse_fx", "ao_fuse_fx", ("torch.ao.quantization.quantize_fx",)),
     Tool("jit.freeze", "jit trace + freeze", "jit_freeze", ("torch",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,8 +20,10 @@ from batchnorm.graph.dataflow import Graph, Value
 from batchnorm.graph.fold_result import FoldedNorm, FoldResult, LeftNorm
 from batchnorm.graph.input_norm import INNER, NORMALIZATION, WithNormalizedInput, outer_name
 from batchnorm.graph.norms import norm_uses
+from batchnorm.graph.own_weights import ComputedWeights, untie
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.plan import Plan, Step, describe_source, make_plan
+from batchnorm.graph.program.fold_program import fold_program
 from batchnorm.graph.proof import Proof
 from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.rewrite import Rewrite, round_parameters
@@ -33,8 +38,8 @@ __all__ = ["fold"]
 
 
 def fold(
-    model: Module,
-    example_inputs: Any,
+    model: Module | ExportedProgram,
+    example_inputs: Any = None,
     *,
     inplace: bool = False,
     input_mean: float | Sequence[float] | Tensor | None = None,
@@ -63,8 +68,10 @@ def fold(
     forward passes in all, five of them in float64).
 
     Args:
-        model: any model that runs; call ``model.eval()`` first.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        model: any model that runs; call ``model.eval()`` first. Or a program, ``torch.fx.GraphModule`` or
+            ``torch.export.ExportedProgram``: functions in it fold like modules, shared weights are copied where they
+            become different ones, and a folded program is returned.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. An exported program has its own.
         inplace: fold ``model`` itself, once all is verified, instead of a copy.
         input_mean: mean of the data set's normalization, one number a channel or one for all: it is folded too, so that
             the folded model takes what is not normalized. ``example_inputs`` are such inputs then.
@@ -100,20 +107,28 @@ def fold(
         >>> result.error <= result.bound
         True
     """
-    require_readable("fold", model)
+
+    def fold_model(module: Module, inputs: Any, inplace: bool = False) -> FoldResult:
+        require_readable("fold", module)
+        if input_mean is None and input_std is None:
+            return _fold(module, inputs, inplace, borders)
+        outer = WithNormalizedInput(module, inputs, input_mean, input_std)
+        return _of_inner(_fold(outer, inputs, inplace, True))
+
+    if isinstance(model, GraphModule | ExportedProgram):
+        return fold_program(model, example_inputs, inplace, fold_model)
+    if example_inputs is None:
+        raise InputError("fold: expected example_inputs, to run the model on; only exported programs hold their own.")
     if isinstance(model, DistributedDataParallel):
         raise StateError("fold: DistributedDataParallel writes into the buffers before each pass. Fold model.module.")
-    if input_mean is None and input_std is None:
-        return _fold(model, example_inputs, inplace, borders)
-    outer = WithNormalizedInput(model, example_inputs, input_mean, input_std)
-    return _of_inner(_fold(outer, example_inputs, inplace, True))
+    return fold_model(model, example_inputs, inplace)
 
 
 def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool) -> FoldResult:
     with torch.inference_mode(False):
         work = _copy(model)
         run(work, example_inputs)  # what a model keeps from its first call is there in all that follow
-        graph = trace(work, example_inputs)
+        graph, stored = _with_own_weights(work, example_inputs)
         plan, parameters = _plan_that_holds(work, graph, example_inputs, borders)
         if isinstance(model, WithNormalizedInput):
             _require_normalization(plan)
@@ -121,18 +136,22 @@ def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool) -> F
         if plan.steps:
             touched = _touched(work, plan)
             reference = Reference.of(work, example_inputs, touched)
+            stored = {name: layer for name, layer in stored.items() if name in plan.parameters.hosts}
+            if stored:
+                verify(reference, run(_copy(model), example_inputs))
+            with threads_for_float64(graph):
+                exact = _in_float64(work, example_inputs, plan, reference, touched)
             rewrite = Rewrite()
             rewrite.apply(work, plan, parameters)
             agreement = verify(reference, run(work, example_inputs))
-            with threads_for_float64(graph):
-                exact = _in_float64(model, example_inputs, plan, reference, touched)
         del work
         target = model if inplace else _copy(model)
         pairs = None
         if plan.steps:
-            norms = [target.get_submodule(step.module) for step in plan.steps]
-            pairs = Pairs.of(target, parameters, norms, plan.parameters.borders)
+            going = [target.get_submodule(name) for name in (*(step.module for step in plan.steps), *stored)]
+            pairs = Pairs.of(target, parameters, going, plan.parameters.borders)
             with _all_or_nothing() as rewrite:
+                rewrite.replace(target, stored)
                 rewrite.apply(target, plan, parameters)
     return FoldResult(
         target,
@@ -143,6 +162,18 @@ def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool) -> F
         exact.error if exact is not None else None,
         pairs,
     )
+
+
+def _with_own_weights(work: Module, example_inputs: Any) -> tuple[Graph, dict[str, Module]]:
+    """Give the layers weights of their own; return the dataflow, and the layers whose computed weights are stored."""
+    untie(work)
+    weights = ComputedWeights()
+    graph = trace(work, example_inputs, observer=weights.observe)
+    stored = weights.layers(graph)
+    if not stored:
+        return graph, {}
+    Rewrite().replace(work, stored)
+    return trace(work, example_inputs), {name: copy.deepcopy(layer) for name, layer in stored.items()}
 
 
 def _require_normalization(plan: Plan) -> None:

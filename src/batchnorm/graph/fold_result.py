@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.nn import Module
-
 from batchnorm.errors import StateError
 from batchnorm.graph.unfold import Pairs, unfold
 from batchnorm.report import Document, Facts, Paragraph, Result, Section, Table
@@ -60,34 +58,43 @@ class FoldResult(Result):
     """The folded model, and an account of every norm.
 
     Attributes:
-        model: the folded model, of the original's class.
+        model: the folded model, of the original's class; a program for a program.
         folded: the norms that were absorbed, in order of execution.
         left: those that were not, each with its reason; norms that the example inputs do not reach come last.
         error: greatest absolute difference between the outputs of the two models on the example inputs.
         bound: what rounding allows there (see :mod:`batchnorm.graph.verify`).
         error_float64: the same difference when both compute in float64; None where the model does not run in float64,
             or nothing was folded.
-        pairs: what the model had before, for :func:`batchnorm.unfold`; None if nothing was folded.
+        pairs: what the model had before, for :func:`batchnorm.unfold`; None if nothing was folded, or for a program.
+        original: the program that was folded; None for a module.
     """
 
-    model: Module
+    model: Any
     folded: Sequence[FoldedNorm]
     left: Sequence[LeftNorm]
     error: float
     bound: float
     error_float64: float | None = None
     pairs: Pairs | None = field(default=None, repr=False)
+    original: Any = field(default=None, repr=False)
 
-    def unfold(self) -> Module:
-        """Return a copy of the model with the norms and parameters that it had, as :func:`batchnorm.unfold` does."""
+    def unfold(self) -> Any:
+        """Return a copy of the model with the norms and parameters that it had, as :func:`batchnorm.unfold` does.
+
+        For a program it is the original itself.
+        """
+        if self.original is not None:
+            return self.original
         return self.model if self.pairs is None else unfold(self.model, self.pairs)
 
     def save_pairs(self, path: str | Path) -> Path:
         """Write what :func:`batchnorm.unfold` needs to a safetensors file, to be kept beside the folded weights.
 
         Raises:
-            StateError: nothing was folded.
+            StateError: nothing was folded, or a program was.
         """
+        if self.original is not None:
+            raise StateError("FoldResult.save_pairs: a folded program has no pairs. Keep the original program.")
         if self.pairs is None:
             raise StateError("FoldResult.save_pairs: nothing was folded, so there is nothing to take back.")
         return self.pairs.save(path)

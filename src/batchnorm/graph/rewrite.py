@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,15 +73,18 @@ class Rewrite:
         for name, parameter in parameters.items():
             place, _, slot = name.rpartition(".")
             self._set(model.get_submodule(place)._parameters, slot, parameter)
-        norms = [(model.get_submodule(step.module), step.stays) for step in plan.steps]
-        stand_ins = {id(norm): stays.build(norm) for norm, stays in norms}
+        stand_ins = {step.module: step.stays.build(model.get_submodule(step.module)) for step in plan.steps}
         for name, border in plan.parameters.borders.items():
-            conv = model.get_submodule(name)
-            stand_ins[id(conv)] = bordered(conv, border)
+            stand_ins[name] = bordered(model.get_submodule(name), border)
+        self.replace(model, stand_ins)
+
+    def replace(self, model: Module, modules: Mapping[str, Module]) -> None:
+        """Replace the modules of these names, wherever they stand."""
+        new = {id(model.get_submodule(name)): module for name, module in modules.items()}
         for module in model.modules():
             for name, child in list(module._modules.items()):
-                if id(child) in stand_ins:
-                    self._set(module._modules, name, stand_ins[id(child)])
+                if id(child) in new:
+                    self._set(module._modules, name, new[id(child)])
 
     def roll_back(self) -> None:
         """Put everything back as it was."""

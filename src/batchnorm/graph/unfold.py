@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, SyncBatchNorm
 
 from batchnorm.errors import InputError, StateError
+from batchnorm.graph.own_weights import ties
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.nn.bordered import plain
 from batchnorm.nn.copying import copy_model
@@ -28,6 +28,7 @@ _PLAIN: Mapping[str, type[Module]] = {
     cls.__name__: cls for cls in (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 }
 """Norms that are built from their settings; those of other classes need a model that has one."""
+_KEEP = "Keep the original model instead."
 _SETTINGS = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 
 
@@ -37,15 +38,18 @@ class Pairs:
 
     Attributes:
         parameters: the parameters that have been folded into, by name, as they were; None where there was none.
-        norms: the modules that have gone, by every name that they were registered under.
+        norms: the modules that have gone, by every name that they were registered under: norms, and layers that
+            computed their weight, in whose place plain ones stand.
         digests: of the parameters as folding left them, by name: a model that has others was trained since.
         bordered: names of the convolutions that pad with other values than zeros since.
+        ties: parameters that were another one, by name: its name.
     """
 
     parameters: Mapping[str, Tensor | None]
     norms: Mapping[str, Module]
     digests: Mapping[str, str]
     bordered: tuple[str, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -56,15 +60,17 @@ class Pairs:
         Args:
             model: the model, not folded yet.
             parameters: its new parameters, by name.
-            norms: the modules that go.
+            norms: the modules that go, and those that are replaced as a whole.
             bordered: names of the convolutions that are to pad with a border.
         """
         going = {id(norm) for norm in norms}
         convs = {id(model.get_submodule(name)) for name in bordered}
         padded = tuple(name for name, m in model.named_modules(remove_duplicate=False) if id(m) in convs)
         places = {name: m for name, m in model.named_modules(remove_duplicate=False) if id(m) in going}
-        old = {name: find_tensor(model, name) for name in parameters}
-        return cls(old, places, {name: _digest(new) for name, new in parameters.items()}, padded)
+        old = {name: find_tensor(model, name) for name in parameters if name.rpartition(".")[0] not in places}
+        digests = {name: _digest(new) for name, new in parameters.items()}
+        tied = {name: other for name, other in ties(model).items() if {name, other} & old.keys()}
+        return cls(old, places, digests, padded, tied)
 
     def of_submodule(self, name: str) -> Pairs:
         """Return those of one submodule, with the names that it knows them by."""
@@ -77,6 +83,7 @@ class Pairs:
             {short: self.norms[n] for n, short in own(self.norms).items()},
             {short: self.digests[n] for n, short in own(self.digests).items()},
             tuple(own(self.bordered).values()),
+            {short: self.ties[n].removeprefix(f"{name}.") for n, short in own(self.ties).items()},
         )
 
     def save(self, path: str | Path) -> Path:
@@ -94,11 +101,13 @@ class Pairs:
             "same": same,
             "digests": dict(self.digests),
             "bordered": list(self.bordered),
+            "ties": dict(self.ties),
         }
         path = Path(path)
         with files.replacing(path) as fresh:
-            contiguous = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-            save_file(contiguous, fresh, metadata={"format": _FORMAT, "about": json.dumps(about)})
+            # clones: a file holds no tensor twice, and tied parameters are one
+            copies = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
+            save_file(copies, fresh, metadata={"format": _FORMAT, "about": json.dumps(about)})
         return path
 
     @classmethod
@@ -131,7 +140,7 @@ class Pairs:
         built = {name: _build(name, settings, tensors, like) for name, settings in about["norms"].items()}
         norms = {name: built[first] for name, first in about["same"].items()}
         missing = dict.fromkeys(about["missing"])
-        return cls({**parameters, **missing}, norms, about["digests"], tuple(about["bordered"]))
+        return cls({**parameters, **missing}, norms, about["digests"], tuple(about["bordered"]), about["ties"])
 
 
 def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = None, inplace: bool = False) -> Module:
@@ -167,10 +176,11 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
     _require_folded(model, known)
     target = model if inplace else copy_model("unfold", model, "Unfold it in place: inplace=True.")
     copies: dict[int, Module] = {}
+    device = _device_of(target, known)
     for name, norm in known.norms.items():
         old = target.get_submodule(name)
         if id(norm) not in copies:
-            copies[id(norm)] = copy.deepcopy(norm).train(old.training).to(_device_of(target, known))
+            copies[id(norm)] = copy_model("unfold", norm, _KEEP).train(old.training).to(device)
         parent, _, leaf = name.rpartition(".")
         target.get_submodule(parent)._modules[leaf] = copies[id(norm)]
     convs = {name: target.get_submodule(name) for name in known.bordered}
@@ -184,7 +194,17 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
         assert now is not None
         new = None if tensor is None else Parameter(tensor.detach().to(now).clone(), now.requires_grad)
         target.get_submodule(parent)._parameters[leaf] = new
+    _tie(target, known.ties)
     return target
+
+
+def _tie(model: Module, tied: Mapping[str, str]) -> None:
+    """Make parameters one again that were one, unless they have become different since."""
+    for name, other in tied.items():
+        one, two = find_tensor(model, name), find_tensor(model, other)
+        if one is not None and two is not None and torch.equal(one, two):
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._parameters[leaf] = two  # type: ignore[assignment]
 
 
 def _require_folded(model: Module, pairs: Pairs) -> None:
@@ -231,11 +251,11 @@ def _build(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     if kind is not None and settings["class"] == f"{kind.__module__}.{kind.__qualname__}":
         norm = kind(**{key: settings[key] for key in _SETTINGS})
     elif like is not None and _has(lambda: like.get_submodule(name)):
-        norm = copy.deepcopy(like.get_submodule(name))
+        norm = copy_model("unfold", like.get_submodule(name), _KEEP)
     else:
         raise StateError(
             f"unfold: {name} was a {settings['class']}, which only its own code can build. Pass like=, a model of the "
             "original architecture."
         )
-    norm.load_state_dict(state)
+    norm.load_state_dict(state, assign=True)  # in the types that they had
     return norm

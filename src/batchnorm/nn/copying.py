@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +32,10 @@ def copy_model(verb: str, model: Module, remedy: str) -> Module:
     kept = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
     try:
-        return copy.deepcopy(model, memo)
+        with warnings.catch_warnings():
+            # torch's own, of how the programs that torch.export makes are copied
+            warnings.filterwarnings("ignore", "`isinstance.treespec", FutureWarning)
+            return copy.deepcopy(model, memo)
     except Exception as error:
         raise StateError(
             f"{verb}: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). {remedy}"

@@ -1,0 +1,1 @@
+"""Programs, ``torch.fx.GraphModule`` and ``torch.export.ExportedProgram``: read and rewritten as graphs."""

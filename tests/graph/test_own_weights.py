@@ -1,0 +1,104 @@
+"""Layers get weights of their own only where that computes the same, and all of it can be taken back."""
+
+import copy
+
+import pytest
+import torch
+from tests.graph.test_fold_zoo import Drawn, Standardized, lively, randn
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from batchnorm import fold, unfold
+from batchnorm.graph.own_weights import ComputedWeights, ties, untie
+from batchnorm.graph.trace import trace
+
+
+def computed_layers(model, inputs):
+    weights = ComputedWeights()
+    return weights.layers(trace(model, inputs, observer=weights.observe))
+
+
+def test_ties_are_named_by_their_first_place():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    net[2].weight, net[1].bias = net[0].weight, net[0].bias
+    assert ties(net) == {"1.bias": "0.bias", "2.weight": "0.weight"}
+
+
+def test_one_module_under_two_names_is_no_tie():
+    layer = nn.Linear(3, 3)
+    assert ties(nn.Sequential(layer, layer)) == {}
+
+
+def test_untied_parameters_are_equal_and_apart():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    net[0].weight.requires_grad_(False)
+    untie(net)
+    assert net[0].weight is not net[1].weight
+    assert torch.equal(net[0].weight, net[1].weight)
+    assert not net[1].weight.requires_grad
+
+
+@pytest.mark.parametrize("layer", [
+    lambda: parametrizations.weight_norm(nn.Conv1d(4, 6, 3, padding=1, groups=2)),
+    lambda: parametrizations.weight_norm(nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2)),
+    lambda: parametrizations.orthogonal(nn.Linear(4, 4)),
+    lambda: Standardized(4, 6, 3, padding="same", dilation=2),
+])  # fmt: skip
+def test_the_stored_layer_computes_what_the_other_did(layer):
+    net = nn.Sequential(layer()).double().eval()
+    shape = {nn.Conv1d: (2, 4, 9), nn.Linear: (2, 4)}
+    inputs = randn(*next((s for kind, s in shape.items() if isinstance(net[0], kind)), (2, 4, 9, 9)))
+    stored = computed_layers(net, inputs)
+    assert list(stored) == ["0"]
+    with torch.no_grad():
+        torch.testing.assert_close(stored["0"](inputs), net(inputs), rtol=0, atol=0)
+    assert not stored["0"].training
+    assert stored["0"].weight.requires_grad
+
+
+@pytest.mark.parametrize("change", ["a hook", "reads its input", "called twice, other weights", "an ordinary one"])
+def test_what_is_left_as_it_is(change):
+    layer = Drawn(3, 4, 1) if change == "reads its input" else Standardized(3, 4, 1)
+    if change == "an ordinary one":
+        layer = nn.Conv2d(3, 4, 1)
+    if change == "a hook":
+        layer.register_forward_hook(lambda *_: None)
+    if change == "called twice, other weights":
+        layer = Turns(3, 3, 1)
+    net = nn.Sequential(layer, layer) if layer.out_channels == 3 else nn.Sequential(layer)
+    assert computed_layers(net.double().eval(), randn(2, 3, 5, 5)) == {}
+
+
+class Turns(nn.Conv2d):
+    """Uses another weight each time."""
+
+    def forward(self, x):
+        self.turn = getattr(self, "turn", 0) + 1
+        return self._conv_forward(x, self.weight * self.turn, self.bias)
+
+
+def test_only_layers_that_took_a_norm_in_are_replaced():
+    net = nn.Sequential(Standardized(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), Standardized(4, 4, 1))
+    result = fold(lively(net), randn(2, 3, 5, 5))
+    assert [type(m) for m in result.model] == [nn.Conv2d, nn.Identity, nn.ReLU, Standardized]
+
+
+def test_all_comes_back_from_a_file(tmp_path):
+    net = lively(nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)))
+    result = fold(copy.deepcopy(net), randn(2, 3, 5, 5), inplace=True)
+    result.save_pairs(tmp_path / "pairs.safetensors")
+    back = unfold(result.model, tmp_path / "pairs.safetensors", like=net)
+    assert list(back.state_dict()) == list(net.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), net.state_dict().values(), strict=True))
+
+
+def test_ties_come_back_from_a_file(tmp_path):
+    net = lively(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    net[2].weight = net[0].weight
+    result = fold(net, randn(3, 4))
+    assert len(result.folded) == 2
+    result.save_pairs(tmp_path / "pairs.safetensors")
+    for back in (result.unfold(), unfold(result.model, tmp_path / "pairs.safetensors")):
+        assert back[0].weight is back[2].weight
+        torch.testing.assert_close(back(randn(3, 4)), net(randn(3, 4)), rtol=0, atol=0)
