@@ -64,6 +64,23 @@ def test_a_page_is_not_left_behind_when_the_model_cannot_be_written(command: Cal
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before
 
 
+def test_a_norm_that_shrinks_a_channel_stays_if_the_range_is_kept(command: Callable[..., Any], here: Path) -> None:
+    (here / "half.py").write_text(HALF)
+    plain = json.loads(command("fold", "-m", "half:build", "-i", "2,3:float16", "--json").out)
+    kept = json.loads(command("fold", "-m", "half:build", "-i", "2,3:float16", "--keep-range", "--json").out)
+    assert [len(plain[key]) for key in ("folded", "left", "warnings")] == [1, 0, 1]
+    assert [len(kept[key]) for key in ("folded", "left", "warnings")] == [0, 1, 0]
+
+
+HALF = """
+from torch import nn
+def build():
+    net = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6)).half()
+    net[1].weight.data.fill_(1e-5)
+    return net
+"""
+
+
 # what depends on values cannot be exported, though it runs
 ODD = """
 from torch import nn

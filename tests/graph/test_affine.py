@@ -54,3 +54,14 @@ def test_absorbed_is_applied_after(name, groups):
         bound = 2 * float64_gamma(weight.numel() + 8) * size
         assert ((apply(x, *merged, **kwargs) - expected).abs() <= bound).all()
         assert operator.channel_axis(expected.dim()) == 1
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("name", sorted(LINEAR_OPERATORS))
+def test_by_channel_gathers_what_one_factor_multiplies(name, groups):
+    operator = LINEAR_OPERATORS[name]
+    shape = (8, 8 // groups) if name.startswith("conv_transpose") else (8, 4)
+    weight = torch.ones(*shape, *range(2, 2 + operator.trailing), dtype=torch.float64)
+    factors = operator.spread(torch.arange(8.0, dtype=torch.float64), weight, groups) * weight
+    channels = operator.by_channel(factors, groups)
+    assert torch.equal(channels, torch.arange(8.0, dtype=torch.float64).unsqueeze(1).expand(8, weight.numel() // 8))

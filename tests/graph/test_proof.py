@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from batchnorm.graph import rewrite as rewrite_module
-from batchnorm.graph.affine import LINEAR_OPERATORS, Affine, LinearOperator
+from batchnorm.graph.affine import LINEAR_OPERATORS, Affine
 from batchnorm.graph.fold import fold
 
 LAYERS = [
@@ -58,7 +60,7 @@ def test_one_bad_site_is_left_and_the_others_are_folded(monkeypatch):
     net[3].weight.data.normal_()
     right = LINEAR_OPERATORS["conv_transpose2d"]
     # along the first axis, which is the input's in a transposed convolution
-    wrong = LinearOperator(right.kind, 2, LINEAR_OPERATORS["conv2d"].spread, right.spread_inner)
+    wrong = replace(right, spread=LINEAR_OPERATORS["conv2d"].spread)
     monkeypatch.setattr("batchnorm.graph.parameters.LINEAR_OPERATORS", {**LINEAR_OPERATORS, "conv_transpose2d": wrong})
     result = fold(net, torch.randn(2, 3, 5, 5))
     assert [f.norm for f in result.folded] == ["1"]

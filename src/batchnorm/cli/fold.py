@@ -36,6 +36,12 @@ def fold(
     inputs: Inputs = None,
     data: Data = None,
     batch_size: BatchSize = 64,
+    keep_range: Annotated[
+        bool,
+        typer.Option(
+            "--keep-range", metavar="", help="Leave norms that would make weights too small for a half-precision type."
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -73,7 +79,7 @@ def fold(
 
         network = load_model(model, weights, seed=seed).eval()
         example = load_example(network, inputs, data, batch_size=batch_size, seed=seed)
-        result = run(network, example)
+        result = run(network, example, keep_range=keep_range)
         with page(result, html):
             if output is not None:
                 save_model(result.model, output, example)

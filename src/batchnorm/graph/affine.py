@@ -80,6 +80,18 @@ def _columns_of_each_group(scale: Tensor, weight: Tensor, groups: int) -> Tensor
     return per_group.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.dim() - 2))
 
 
+def _each_row(weight: Tensor, groups: int) -> Tensor:
+    """Return a weight (Cout, Cin/g, …) as (Cout, elements)."""
+    del groups
+    return weight.flatten(1)
+
+
+def _each_column_of_each_group(weight: Tensor, groups: int) -> Tensor:
+    """Return a weight (Cin, Cout/g, …) of a transposed convolution as (Cout, elements)."""
+    per_group = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return per_group.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
 @dataclass(frozen=True)
 class LinearOperator:
     """An operator that is linear in its input, with a weight and a bias per output channel.
@@ -89,12 +101,14 @@ class LinearOperator:
         trailing: number of axes after the channels in its output: 2 for ``conv2d``, 0 for ``linear``.
         spread: lays a factor per output channel out over the weight, given the weight and the number of groups.
         spread_inner: does so for a factor per input channel.
+        by_channel: arranges the weight, given it and the number of groups, as (Cout, elements).
     """
 
     kind: str
     trailing: int
     spread: Callable[[Tensor, Tensor, int], Tensor]
     spread_inner: Callable[[Tensor, Tensor, int], Tensor]
+    by_channel: Callable[[Tensor, int], Tensor]
 
     def channel_axis(self, dim: int) -> int:
         """Return the axis of the channels in an output of ``dim`` axes."""
@@ -133,10 +147,12 @@ class LinearOperator:
 
 
 def _convolutions() -> Mapping[str, LinearOperator]:
-    table = {"linear": LinearOperator("linear", 0, _rows, _inner_columns)}
+    table = {"linear": LinearOperator("linear", 0, _rows, _inner_columns, _each_row)}
     for n in (1, 2, 3):
-        table[f"conv{n}d"] = LinearOperator("convolution", n, _rows, _inner_columns)
-        table[f"conv_transpose{n}d"] = LinearOperator("transposed convolution", n, _columns_of_each_group, _inner_rows)
+        table[f"conv{n}d"] = LinearOperator("convolution", n, _rows, _inner_columns, _each_row)
+        table[f"conv_transpose{n}d"] = LinearOperator(
+            "transposed convolution", n, _columns_of_each_group, _inner_rows, _each_column_of_each_group
+        )
     return table
 
 

@@ -25,6 +25,8 @@ from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.plan import Plan, Step, describe_source, make_plan
 from batchnorm.graph.program.fold_program import fold_program
 from batchnorm.graph.proof import Proof
+from batchnorm.graph.quantization import folded_weights
+from batchnorm.graph.ranges import lost_ranges, norms_that_shrink
 from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.rewrite import Rewrite, round_parameters
 from batchnorm.graph.threads import threads_for_float64
@@ -45,6 +47,7 @@ def fold(
     input_mean: float | Sequence[float] | Tensor | None = None,
     input_std: float | Sequence[float] | Tensor | None = None,
     borders: bool = False,
+    keep_range: bool = False,
 ) -> FoldResult:
     r"""Absorb every norm that can be absorbed by the operators before and after it.
 
@@ -79,6 +82,8 @@ def fold(
         borders: let convolutions that pad with zeros absorb a shift before them: they pad with −t/s then, in a class of
             this library. That reads the input once more, as the norm did. For the normalization of the input it is
             always done where needed.
+        keep_range: leave a norm that would make a channel of weights too small for its type, in which the result warns
+            of it otherwise (see :mod:`batchnorm.graph.ranges`). One that would make a parameter overflow always stays.
 
     Returns:
         The folded model, of the same class: its norms are ``torch.nn.Identity``, or the activation that they also ran;
@@ -111,9 +116,9 @@ def fold(
     def fold_model(module: Module, inputs: Any, inplace: bool = False) -> FoldResult:
         require_readable("fold", module)
         if input_mean is None and input_std is None:
-            return _fold(module, inputs, inplace, borders)
+            return _fold(module, inputs, inplace, borders, keep_range)
         outer = WithNormalizedInput(module, inputs, input_mean, input_std)
-        return _of_inner(_fold(outer, inputs, inplace, True))
+        return _of_inner(_fold(outer, inputs, inplace, True, keep_range))
 
     if isinstance(model, GraphModule | ExportedProgram):
         return fold_program(model, example_inputs, inplace, fold_model)
@@ -124,15 +129,16 @@ def fold(
     return fold_model(model, example_inputs, inplace)
 
 
-def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool) -> FoldResult:
+def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool, keep_range: bool) -> FoldResult:
     with torch.inference_mode(False):
         work = _copy(model)
         run(work, example_inputs)  # what a model keeps from its first call is there in all that follow
         graph, stored = _with_own_weights(work, example_inputs)
-        plan, parameters = _plan_that_holds(work, graph, example_inputs, borders)
+        plan, parameters = _plan_that_holds(work, graph, example_inputs, borders, keep_range)
         if isinstance(model, WithNormalizedInput):
             _require_normalization(plan)
         agreement, exact = Agreement(0.0, 0.0), None
+        lost = lost_ranges(work, plan.parameters, parameters)
         if plan.steps:
             touched = _touched(work, plan)
             reference = Reference.of(work, example_inputs, touched)
@@ -146,10 +152,13 @@ def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool) -> F
             agreement = verify(reference, run(work, example_inputs))
         del work
         target = model if inplace else _copy(model)
-        pairs = None
+        pairs, weights = None, []
         if plan.steps:
             going = [target.get_submodule(name) for name in (*(step.module for step in plan.steps), *stored)]
             pairs = Pairs.of(target, parameters, going, plan.parameters.borders)
+            before = dict(pairs.parameters)
+            before |= {f"{name}.weight": layer._parameters["weight"] for name, layer in stored.items()}
+            weights = folded_weights(plan.parameters.hosts.values(), before, parameters)
             with _all_or_nothing() as rewrite:
                 rewrite.replace(target, stored)
                 rewrite.apply(target, plan, parameters)
@@ -161,6 +170,8 @@ def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool) -> F
         agreement.bound,
         exact.error if exact is not None else None,
         pairs,
+        lost=lost,
+        weights=weights,
     )
 
 
@@ -195,8 +206,10 @@ def _of_inner(result: FoldResult) -> FoldResult:
         LeftNorm(outer_name(item.norm), None if item.into is None else outer_name(item.into), outer_name(item.reason))
         for item in result.left
     ]
-    inner = result.model.get_submodule(INNER)
-    return replace(result, model=inner, folded=told, left=left, pairs=result.pairs.of_submodule(INNER))
+    lost = [replace(item, parameter=outer_name(item.parameter)) for item in result.lost]
+    weights = [replace(item, name=outer_name(item.name)) for item in result.weights]
+    inner, pairs = result.model.get_submodule(INNER), result.pairs.of_submodule(INNER)
+    return replace(result, model=inner, folded=told, left=left, pairs=pairs, lost=lost, weights=weights)
 
 
 def _copy(model: Module) -> Module:
@@ -210,13 +223,13 @@ def _told(step: Step) -> FoldedNorm:
 
 
 def _plan_that_holds(
-    model: Module, graph: Graph, example_inputs: Any, borders: bool
+    model: Module, graph: Graph, example_inputs: Any, borders: bool, keep_range: bool
 ) -> tuple[Plan, dict[str, Parameter]]:
     """Return what can be done with ``model``, all of it proved, and its new parameters; it is not changed."""
     banned: dict[str, str] = {}
     while True:
         plan = make_plan(model, graph, banned, with_borders=borders)
-        parameters, problems = _rounded(model, plan)
+        parameters, problems = _rounded(model, plan, keep_range)
         if plan.steps and not problems:
             with threads_for_float64(graph):
                 problems = _problems(model, plan, example_inputs, banned)
@@ -227,10 +240,12 @@ def _plan_that_holds(
         banned |= problems
 
 
-def _rounded(model: Module, plan: Plan) -> tuple[dict[str, Parameter], dict[str, str]]:
-    """Return the new parameters, or the norms that must stay because one does not fit into its type."""
+def _rounded(model: Module, plan: Plan, keep_range: bool) -> tuple[dict[str, Parameter], dict[str, str]]:
+    """Return the new parameters, and the norms that must stay because one does not fit into its type."""
     try:
-        return round_parameters(model, plan.parameters), {}
+        parameters = round_parameters(model, plan.parameters)
+        lost = lost_ranges(model, plan.parameters, parameters) if keep_range else []
+        return parameters, norms_that_shrink(plan.steps, lost)
     except Refusal as refusal:
         guilty = [step.name for step in plan.steps if any(host.name == refusal.module for host in step.into)]
         return {}, dict.fromkeys(guilty or [step.name for step in plan.steps], str(refusal))

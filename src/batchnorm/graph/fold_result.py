@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from batchnorm.errors import StateError
+from batchnorm.graph.quantization import ChannelRanges, FoldedWeight, section
+from batchnorm.graph.ranges import LostRange
+from batchnorm.graph.threads import one_thread
 from batchnorm.graph.unfold import Pairs, unfold
 from batchnorm.report import Document, Facts, Paragraph, Result, Section, Table
 
@@ -67,6 +71,8 @@ class FoldResult(Result):
             or nothing was folded.
         pairs: what the model had before, for :func:`batchnorm.unfold`; None if nothing was folded, or for a program.
         original: the program that was folded; None for a module.
+        lost: folded weights of which channels lose range in their type (see :mod:`batchnorm.graph.ranges`).
+        weights: folded weights of convolutions, transposed convolutions and linear layers, before and after.
     """
 
     model: Any
@@ -77,6 +83,23 @@ class FoldResult(Result):
     error_float64: float | None = None
     pairs: Pairs | None = field(default=None, repr=False)
     original: Any = field(default=None, repr=False)
+    lost: Sequence[LostRange] = ()
+    weights: Sequence[FoldedWeight] = field(default=(), repr=False)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was folded and may not please, in sentences: the weights that lose range."""
+        return [str(item) for item in self.lost]
+
+    @cached_property
+    def ranges(self) -> list[ChannelRanges]:
+        """The ranges of the channels of each folded weight, and what int8 makes of them.
+
+        See :mod:`batchnorm.graph.quantization`. They are measured when they are first read: do so before the folded
+        model is trained.
+        """
+        with one_thread():
+            return [weight.ranges() for weight in self.weights]
 
     def unfold(self) -> Any:
         """Return a copy of the model with the norms and parameters that it had, as :func:`batchnorm.unfold` does.
@@ -115,9 +138,15 @@ class FoldResult(Result):
             facts = [("output error", self.error), ("bound", self.bound), ("error in float64", self.error_float64)]
             rows = [(f.norm, f.into, f.kind) for f in self.folded]
             sections.append(Section("Folded", [Facts(facts), Table(("norm", "into", "kind"), rows)]))
+        if self.lost:
+            remedy = "fold(..., keep_range=True) leaves those norms."
+            lines = [Paragraph(line, "bad") for line in self.warnings]
+            sections.append(Section("Lost range", [*lines, Paragraph(remedy)]))
         if self.left:
             left = [(item.norm, item.into, item.reason) for item in self.left]
             sections.append(Section("Left as they are", [Table(("norm", "after", "why"), left)]))
+        if (ranges := section(self.ranges)) is not None:
+            sections.append(ranges)
         if not sections:
             sections.append(Section("", [Paragraph("Nothing to do.")]))
         return Document(f"Fold {type(self.model).__name__}", self.summary, sections, "plain" if self.left else "good")
@@ -132,4 +161,7 @@ class FoldResult(Result):
             "error": self.error,
             "bound": self.bound,
             "error_float64": self.error_float64,
+            "warnings": self.warnings,
+            "lost": [asdict(item) for item in self.lost],
+            "ranges": [item.to_dict() for item in self.ranges],
         }
