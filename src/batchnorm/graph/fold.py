@@ -130,7 +130,7 @@ def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool) -> F
         target = model if inplace else _copy(model)
         pairs = None
         if plan.steps:
-            norms = [target.get_submodule(step.module) for step in plan.steps]
+            norms = [(target.get_submodule(step.module), step.stays) for step in plan.steps]
             pairs = Pairs.of(target, parameters, norms, plan.parameters.borders)
             with _all_or_nothing() as rewrite:
                 rewrite.apply(target, plan, parameters)
