@@ -12,6 +12,7 @@
 :func:`nonfinite_batches`          which layers have kept a batch with NaN or infinity out of their statistics
 :func:`fold`                       norms absorbed by their neighbours, verified, with a reason for each one left
 :func:`unfold`                     a folded model with its norms back, to go on training it
+:func:`refold`                     a newly built model in the shape of the folded one, to load its weights into
 :func:`check`, :func:`place`       placement and misuse, rule by rule; norms put where they belong
 :func:`watch`                      is this still the data that the model was trained on?
 =================================  ====================================================================================
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from batchnorm.graph.fold import fold
     from batchnorm.graph.fold_result import FoldResult
     from batchnorm.graph.place import PlaceResult, place
+    from batchnorm.graph.refold import refold
     from batchnorm.graph.unfold import unfold
     from batchnorm.moments import Moments
     from batchnorm.monitor import WatchResult
@@ -75,6 +77,7 @@ __all__ = [
     "nonfinite_batches",
     "place",
     "recalibrate",
+    "refold",
     "revert",
     "unfold",
     "unfreeze",
@@ -93,6 +96,7 @@ _HOMES = {
     "batchnorm.graph.convert_result": ("ConvertResult",),
     "batchnorm.graph.fold": ("fold",),
     "batchnorm.graph.fold_result": ("FoldResult",),
+    "batchnorm.graph.refold": ("refold",),
     "batchnorm.graph.unfold": ("unfold",),
     "batchnorm.graph.place": ("PlaceResult", "place"),
     "batchnorm.moments": ("Moments",),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import batchnorm
-from batchnorm.cli import check, demo, diagnose, fold, info, merge, recalibrate, watch
+from batchnorm.cli import check, demo, diagnose, fold, info, merge, recalibrate, unfold, watch
 
 COMMANDS = {
     "demo": demo,
@@ -21,6 +21,7 @@ COMMANDS = {
     "recalibrate": recalibrate,
     "merge": merge,
     "fold": fold,
+    "unfold": unfold,
     "check": check,
     "watch": watch,
     "info": info,
@@ -151,10 +152,13 @@ def test_the_examples_of_the_help_work_when_pasted(
 ) -> None:
     for name in ("a.pt", "b.pt", "c.pt"):  # the checkpoints that merge is shown with
         (here / name).write_bytes(weights.read_bytes())
+    if line.startswith("batchnorm unfold"):  # it starts from what the line before it has written
+        before = next(other for other in unfold.EPILOG.splitlines() if "batchnorm fold" in other)
+        assert command(*shlex.split(before)[1:]).code == 0
     words = shlex.split(line.partition(" > ")[0])
     done = command(*words[1:])
     assert done.code in (0, 1), done.err
     assert done.out
     for option, file in pairwise(words):
-        if option in ("-o", "--html"):
+        if option in ("-o", "--html", "--pairs"):
             assert (here / file).stat().st_size > 0

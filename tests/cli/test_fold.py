@@ -108,6 +108,69 @@ def test_strict_exits_with_1_when_a_norm_is_left(command: Callable[..., Any], he
     assert command("fold", "-m", "net:build", "-i", SHAPE, "--strict").code == 0
 
 
+def test_borders_lets_a_convolution_that_pads_absorb_a_norm_before_it(command: Callable[..., Any], here: Path) -> None:
+    (here / "left.py").write_text(
+        LEFT.replace("nn.ReLU(), nn.BatchNorm2d(3)", "nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3, 1, 1)")
+    )
+    torch.manual_seed(0)
+    net = load_model("left:build")
+    net[0].running_mean.normal_()
+    torch.save(net.state_dict(), here / "left.pt")
+    words = ["fold", "-m", "left:build", "-w", "left.pt", "-i", SHAPE, "--strict", "-o", "folded.pt2"]
+    assert command(*words).code == 1
+    done = command(*words, "--borders")
+    assert done.code == 0
+    assert "exactly the example's shape" not in done.err
+    program = torch.export.load(here / "folded.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(x(7)), net.eval()(x(7)))
+
+
+@pytest.mark.parametrize(("mean", "std"), [("123.7,116.3,103.5", "58.4,57.1,57.4"), ("120", None), (None, "60")])
+def test_the_folded_program_takes_raw_inputs(
+    command: Callable[..., Any], here: Path, weights: Path, mean: str | None, std: str | None
+) -> None:
+    words = ["fold", "-m", "net:build", "-w", weights, "-i", SHAPE, "-o", "folded.pt2", "--json"]
+    words += ["--input-mean", mean] if mean else []
+    words += ["--input-std", std] if std else []
+    done = command(*words)
+    assert json.loads(done.out)["folded"][0]["norm"] == "input_normalization"
+    columns = [
+        torch.tensor([float(part) for part in (text or default).split(",")]).view(-1, 1, 1)
+        for text, default in ((mean, "0"), (std, "1"))
+    ]
+    raw = x() * 50 + 120
+    with torch.no_grad():
+        want = load_model("net:build", weights).eval()((raw - columns[0]) / columns[1])
+        torch.testing.assert_close(torch.export.load(here / "folded.pt2").module()(raw), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_note_says_how_the_folded_weights_are_loaded(command: Callable[..., Any], here: Path) -> None:
+    words = ["fold", "-m", "net:build", "-i", SHAPE, "-o"]
+    assert "write --pairs PAIRS as well, and load it into batchnorm.refold" in command(*words, "folded.pt").err
+    both = command(*words, "folded.pt", "--pairs", "pairs.safetensors").err
+    assert "load it into batchnorm.refold(model, 'pairs.safetensors')" in both
+    assert "wrote pairs.safetensors, from which batchnorm unfold gives the norms back." in both
+    assert "refold" not in command(*words, "folded.pt2").err
+
+
+def test_where_nothing_folds_there_are_no_pairs_and_that_is_told(command: Callable[..., Any], here: Path) -> None:
+    (here / "left.py").write_text(LEFT)
+    done = command("fold", "-m", "left:build", "-i", SHAPE, "-o", "same.pt", "--pairs", "pairs.safetensors", "--json")
+    assert json.loads(done.out)["pairs"] is None
+    assert "nothing was folded, so there is nothing to take back: pairs.safetensors was not written." in done.err
+    assert (here / "same.pt").exists()
+    assert not (here / "pairs.safetensors").exists()
+
+
+def test_pairs_are_not_left_behind_when_the_model_cannot_be_written(command: Callable[..., Any], here: Path) -> None:
+    (here / "odd.py").write_text(ODD)
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    words = ["fold", "-m", "odd:build", "-i", SHAPE, "--pairs", "pairs.safetensors", "-o", "folded.pt2"]
+    assert "torch.export cannot export Odd" in command(*words).sentence
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+
+
 def test_what_the_users_code_prints_does_not_spoil_the_json(command: Callable[..., Any], here: Path) -> None:
     done = command("fold", "-m", "net:chatty", "-i", SHAPE, "--json")
     assert json.loads(done.out)["folded"]
@@ -135,6 +198,11 @@ def test_what_the_users_code_prints_does_not_spoil_the_json(command: Callable[..
         (["-m", "net:build", "-i", SHAPE, "-o", "none/folded.pt"], "no directory none"),
         (["-m", "net:build", "-i", SHAPE, "-o", "folded.onnx"], "got .onnx"),
         (["-m", "net:build", "-i", SHAPE, "--html", "page.pdf"], "got .pdf"),
+        (["-m", "net:build", "-i", SHAPE, "--pairs", "pairs.pt"], "--pairs pairs.pt: expected a name that ends in"),
+        (["-m", "net:build", "-i", SHAPE, "-o", "a.safetensors", "--pairs", "./a.safetensors"], "that is --output"),
+        (["-m", "net:build", "-i", SHAPE, "--input-mean", "a"], "--input-mean a: expected a number, or one for each"),
+        (["-m", "net:build", "-i", SHAPE, "--input-mean", "1,2"], "--input-mean: expected one number, or 3"),
+        (["-m", "net:build", "-i", SHAPE, "--input-std", "1,0,1"], "--input-std: expected positive numbers"),
     ],
 )
 def test_what_goes_wrong_is_one_sentence_and_no_file_changes(

@@ -78,6 +78,20 @@ def test_a_program_of_one_sample_says_that_it_takes_no_other(
     torch.testing.assert_close(torch.export.load(tmp_path / "net.pt2").module()(x), model()(x))
 
 
+class Fixed(nn.Module):
+    """Takes its batch size for a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.zeros(len(x), 1)
+
+
+def test_a_program_whose_model_fixes_the_batch_size_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(Fixed(), tmp_path / "net.pt2", (torch.randn(3, 2),))
+    assert "the model's code fixes the batch size" in capsys.readouterr().err
+    save_model(model(), tmp_path / "net.pt2", (torch.randn(3, 2, 6),))
+    assert capsys.readouterr().err == ""
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -95,6 +95,8 @@ def test_where_it_cannot_be_folded_that_is_an_error_and_the_model_is_as_it_was()
 
 @pytest.mark.parametrize(("inputs", "options", "error", "said"), [
     (raw(2, 3, 9, 9), {"input_mean": [1.0, 2.0]}, ShapeError, "input_mean: expected one number, or 3"),
+    (raw(2, 3, 9, 9), {"input_mean": [1.0, float("nan"), 0.0]}, ShapeError, "input_mean: expected finite numbers"),
+    (raw(2, 3, 9, 9), {"input_std": float("inf")}, ShapeError, "input_std: expected finite numbers"),
     (raw(2, 3, 9, 9), {"input_std": [1.0, 0.0, 1.0]}, ShapeError, "input_std: expected positive numbers"),
     (torch.zeros(2, 3, dtype=torch.int64), {"input_std": 2.0}, InputError, "of real numbers"),
     (raw(9), {"input_std": 2.0}, InputError, r"shape \(N, C, \.\.\.\)"),

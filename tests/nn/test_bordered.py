@@ -34,6 +34,26 @@ def test_what_is_padded_with_is_the_border(make) -> None:
     assert torch.equal(bordered(conv, torch.zeros(4))(x), conv(x))
 
 
+@pytest.mark.parametrize("make", CONVS)
+def test_an_exported_program_takes_any_batch_and_size(make) -> None:
+    torch.manual_seed(0)
+    conv = make()
+    n = len(conv.kernel_size)
+    twin = bordered(conv, torch.randn(4))
+    free = {0: torch.export.Dim.DYNAMIC, **dict.fromkeys(range(2, 2 + n), torch.export.Dim.AUTO)}
+    program = torch.export.export(twin, (torch.randn(2, 4, *(7, 6, 5)[:n]),), dynamic_shapes=(free,)).module()
+    for x in (torch.randn(5, 4, *(7, 6, 5)[:n]), torch.randn(1, 4, *(9, 10, 8)[:n])):
+        assert torch.equal(program(x), twin(x))
+
+
+def test_channels_last_and_what_has_no_batch_stay_so() -> None:
+    twin = bordered(nn.Conv2d(3, 4, 3, padding=1), torch.randn(3))
+    x = torch.randn(2, 3, 5, 6)
+    y = twin(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(twin(x[0]), y[0])
+
+
 def test_parameters_are_shared_under_their_names_and_it_pickles() -> None:
     conv = nn.Conv2d(3, 4, 3, padding=1)
     twin = bordered(conv, torch.ones(3))

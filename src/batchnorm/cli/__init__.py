@@ -1,4 +1,4 @@
-"""The command line: ``batchnorm demo | diagnose | recalibrate | merge | fold | check | watch | info``."""
+"""The command line: ``batchnorm demo | diagnose | recalibrate | merge | fold | unfold | check | watch | info``."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli import check, demo, diagnose, fold, info, merge, recalibrate, watch
+from batchnorm.cli import check, demo, diagnose, fold, info, merge, recalibrate, unfold, watch
 
 __all__ = ["app"]
 
@@ -37,6 +37,7 @@ app.command(epilog=diagnose.EPILOG, rich_help_panel=_OWN_MODEL)(diagnose.diagnos
 app.command(epilog=recalibrate.EPILOG, rich_help_panel=_OWN_MODEL)(recalibrate.recalibrate)
 app.command(epilog=merge.EPILOG, rich_help_panel=_OWN_MODEL)(merge.merge)
 app.command(epilog=fold.EPILOG, rich_help_panel=_OWN_MODEL)(fold.fold)
+app.command(epilog=unfold.EPILOG, rich_help_panel=_OWN_MODEL)(unfold.unfold)
 app.command(epilog=watch.EPILOG, rich_help_panel=_OWN_MODEL)(watch.watch)
 app.command(epilog=demo.EPILOG, rich_help_panel="To look around")(demo.demo)
 app.command(epilog=info.EPILOG, rich_help_panel="To look around")(info.info)

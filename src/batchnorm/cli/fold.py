@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,11 +22,20 @@ from batchnorm.cli.options import (
     examples,
 )
 
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from batchnorm.graph.fold_result import FoldResult
+
 __all__ = ["EPILOG", "fold"]
+
+FOLDED = "What is folded"
 
 EPILOG = examples(
     "batchnorm fold -m net:build -w net.pt -i 8,3,32,32 -o folded.safetensors",
     "batchnorm fold -m net:build -w net.pt -d images.npz -o folded.pt2",
+    "batchnorm fold -m net:build -i 8,3,32,32 -o f.pt --pairs p.safetensors",
+    "batchnorm fold -m net:build -d images.npz --input-mean 120 --input-std 60",
 )
 
 
@@ -39,7 +49,38 @@ def fold(
     keep_range: Annotated[
         bool,
         typer.Option(
-            "--keep-range", metavar="", help="Leave norms that would make weights too small for a half-precision type."
+            "--keep-range",
+            metavar="",
+            rich_help_panel=FOLDED,
+            help="Leave norms that would make weights too small for a half-precision type.",
+        ),
+    ] = False,
+    input_mean: Annotated[
+        str | None,
+        typer.Option(
+            "--input-mean",
+            metavar="NUMBERS",
+            rich_help_panel=FOLDED,
+            help="Fold the normalization of the inputs too, so that the folded model takes raw ones: their mean, a "
+            "number or one for each channel, 123.7,116.3,103.5. The inputs given here are raw then.",
+        ),
+    ] = None,
+    input_std: Annotated[
+        str | None,
+        typer.Option(
+            "--input-std",
+            metavar="NUMBERS",
+            rich_help_panel=FOLDED,
+            help="Their standard deviation, likewise; inputs were divided by it.",
+        ),
+    ] = None,
+    borders: Annotated[
+        bool,
+        typer.Option(
+            "--borders",
+            metavar="",
+            rich_help_panel=FOLDED,
+            help="Let convolutions that pad with zeros absorb a norm before them: they pad with a value per channel.",
         ),
     ] = False,
     output: Annotated[
@@ -51,6 +92,15 @@ def fold(
             rich_help_panel=OUTPUT,
             help="Write the folded model: its state dict to .safetensors, .pt or .pth; to .pt2 a torch.export program, "
             "which runs without your code. Without it nothing is written.",
+        ),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            "--pairs",
+            metavar="FILE",
+            rich_help_panel=OUTPUT,
+            help="Write the norms and parameters from before to FILE, .safetensors: batchnorm unfold gives them back.",
         ),
     ] = None,
     html: Html = None,
@@ -69,24 +119,82 @@ def fold(
     compared with the original: a fold that differs by more than its stated
     bound is an error. Each norm that is left comes with the reason.
     """
-    from batchnorm.cli.output import STATE_SUFFIXES, check_destinations, note, only_result_on_stdout, page, publish
+    from batchnorm.cli.output import STATE_SUFFIXES, check_destinations, only_result_on_stdout, page, publish
 
     check_destinations(output, html, (*STATE_SUFFIXES, ".pt2"))
+    check_destinations(pairs, None, (".safetensors",), option="--pairs")
     with only_result_on_stdout():
         from batchnorm.cli.load import load_example, load_model
-        from batchnorm.cli.save import save_model
-        from batchnorm.graph.fold import fold as run
+        from batchnorm.cli.load.numbers import read_numbers
 
+        _require_two_files(output, pairs)
+        mean, std = read_numbers("--input-mean", input_mean), read_numbers("--input-std", input_std)
         network = load_model(model, weights, seed=seed).eval()
         example = load_example(network, inputs, data, batch_size=batch_size, seed=seed)
-        result = run(network, example, keep_range=keep_range)
+        result = _run(network, example, mean, std, borders, keep_range)
         with page(result, html):
-            if output is not None:
-                save_model(result.model, output, example)
-        if output is not None and output.suffix != ".pt2" and result.folded:
-            note(
-                f"{output} fits the folded model, not {model}, which has norms: load it into "
-                "batchnorm.fold(model, example_inputs).model, or write a .pt2 file, which needs no code."
-            )
-    publish(result, json_=json_, html=html, output=output)
+            _write(result, example, output, pairs)
+        _tell(result, model, output, pairs)
+    beside = None if pairs is None or result.pairs is None else str(pairs)
+    publish(result, json_=json_, html=html, output=output, pairs=beside)
     return 1 if strict and result.left else 0
+
+
+def _require_two_files(output: Path | None, pairs: Path | None) -> None:
+    from batchnorm.cli.errors import CommandError
+
+    if output is not None and pairs is not None and output.resolve() == pairs.resolve():
+        raise CommandError(f"--pairs {pairs}: that is --output; the pairs need a file of their own.")
+
+
+def _run(
+    network: Module,
+    example: Any,
+    mean: list[float] | None,
+    std: list[float] | None,
+    borders: bool,
+    keep_range: bool,
+) -> FoldResult:
+    from batchnorm.cli.errors import CommandError
+    from batchnorm.errors import BatchNormError
+    from batchnorm.graph.fold import fold as run
+
+    try:
+        return run(network, example, input_mean=mean, input_std=std, borders=borders, keep_range=keep_range)
+    except BatchNormError as error:
+        if not str(error).startswith("fold: input_"):
+            raise
+        named = str(error).replace("input_mean", "--input-mean").replace("input_std", "--input-std")
+        raise CommandError(named.removeprefix("fold: ")) from error
+
+
+def _write(result: FoldResult, example: Any, output: Path | None, pairs: Path | None) -> None:
+    """Write the model and its pairs: both or neither."""
+    from batchnorm.cli.output import replacing
+    from batchnorm.cli.save import save_model
+
+    beside = replacing("--pairs", pairs) if pairs is not None and result.pairs is not None else nullcontext()
+    with beside as fresh:
+        if fresh is not None:
+            result.save_pairs(fresh)
+        if output is not None:
+            save_model(result.model, output, example)
+
+
+def _tell(result: FoldResult, model: str, output: Path | None, pairs: Path | None) -> None:
+    """Say which models the files fit."""
+    from batchnorm.cli.output import note
+
+    if result.pairs is None:
+        if pairs is not None:
+            note(f"nothing was folded, so there is nothing to take back: {pairs} was not written.")
+        return
+    if pairs is not None:
+        note(f"wrote {pairs}, from which batchnorm unfold gives the norms back.")
+    if output is None or output.suffix == ".pt2":
+        return
+    file, first = (pairs, "") if pairs is not None else ("PAIRS", "write --pairs PAIRS as well, and ")
+    note(
+        f"{output} fits the folded model, not {model}, which has norms: {first}load it into "
+        f"batchnorm.refold(model, '{file}'); or write a .pt2 file, which needs no code."
+    )

@@ -78,6 +78,8 @@ def _export(model: Module, example: Any) -> torch.export.ExportedProgram:
         ) from error
     if not any_batch:
         note("the program takes inputs of exactly the example's shape; a batch of 2 or more frees the batch size.")
+    elif not program.range_constraints:  # torch.export takes a size that the model fixes for a constant, in silence
+        note("the program takes inputs of exactly the example's shape: the model's code fixes the batch size.")
     _verify(model, program, args, kwargs)
     return program
 

@@ -29,6 +29,7 @@ from batchnorm.graph.quantization import folded_weights
 from batchnorm.graph.ranges import lost_ranges, norms_that_shrink
 from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.rewrite import Rewrite, round_parameters
+from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.threads import threads_for_float64
 from batchnorm.graph.trace import trace
 from batchnorm.graph.unfold import Pairs
@@ -154,7 +155,8 @@ def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool, keep
         target = model if inplace else _copy(model)
         pairs, weights = None, []
         if plan.steps:
-            going = [target.get_submodule(name) for name in (*(step.module for step in plan.steps), *stored)]
+            going = [(target.get_submodule(step.module), step.stays) for step in plan.steps]
+            going += [(target.get_submodule(name), StandIn((layer,))) for name, layer in stored.items()]
             pairs = Pairs.of(target, parameters, going, plan.parameters.borders)
             before = dict(pairs.parameters)
             before |= {f"{name}.weight": layer._parameters["weight"] for name, layer in stored.items()}

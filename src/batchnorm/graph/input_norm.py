@@ -29,7 +29,7 @@ class WithNormalizedInput(Module):
 
     Raises:
         InputError: there is no floating-point tensor with channels among the inputs.
-        ShapeError: the numbers are not as many as the channels, or a deviation is not positive.
+        ShapeError: the numbers are not as many as the channels, or not finite, or a deviation is not positive.
     """
 
     def __init__(self, model: Module, example_inputs: Any, mean: Any, std: Any) -> None:
@@ -65,6 +65,8 @@ def outer_name(text: str) -> str:
 
 def _vector(name: str, value: float | Sequence[float] | Tensor, channels: int) -> Tensor:
     vector = torch.as_tensor(value, dtype=torch.float64).reshape(-1)
+    if not bool(torch.isfinite(vector).all()):
+        raise ShapeError(f"fold: {name}: expected finite numbers; got {vector.tolist()}.")
     if vector.numel() not in (1, channels):
         raise ShapeError(
             f"fold: {name}: expected one number, or {channels}, one for each channel; got {vector.numel()}."

@@ -16,6 +16,8 @@ from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, S
 from batchnorm.errors import InputError, StateError
 from batchnorm.graph.own_weights import ties
 from batchnorm.graph.parameters import find_tensor
+from batchnorm.graph.stand_in import StandIn
+from batchnorm.graph.stand_in_data import from_data, to_data
 from batchnorm.nn.bordered import plain
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_module
@@ -42,35 +44,49 @@ class Pairs:
             computed their weight, in whose place plain ones stand.
         digests: of the parameters as folding left them, by name: a model that has others was trained since.
         bordered: names of the convolutions that pad with other values than zeros since.
+        stays: what stands in the place of each of these modules, by the same names.
+        added: shapes of the parameters that there were none of.
         ties: parameters that were another one, by name: its name.
     """
 
     parameters: Mapping[str, Tensor | None]
     norms: Mapping[str, Module]
     digests: Mapping[str, str]
-    bordered: tuple[str, ...] = ()
+    bordered: tuple[str, ...]
+    stays: Mapping[str, StandIn]
+    added: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, model: Module, parameters: Mapping[str, Parameter], norms: list[Module], bordered: Iterable[str]
+        cls,
+        model: Module,
+        parameters: Mapping[str, Parameter],
+        norms: Iterable[tuple[Module, StandIn]],
+        bordered: Iterable[str],
     ) -> Pairs:
         """Return what is about to be replaced in a model.
 
         Args:
             model: the model, not folded yet.
             parameters: its new parameters, by name.
-            norms: the modules that go, and those that are replaced as a whole.
+            norms: the modules that go, and those that are replaced as a whole, each with what is to stand there.
             bordered: names of the convolutions that are to pad with a border.
         """
-        going = {id(norm) for norm in norms}
+        going = {id(norm): stays for norm, stays in norms}
         convs = {id(model.get_submodule(name)) for name in bordered}
         padded = tuple(name for name, m in model.named_modules(remove_duplicate=False) if id(m) in convs)
         places = {name: m for name, m in model.named_modules(remove_duplicate=False) if id(m) in going}
         old = {name: find_tensor(model, name) for name in parameters if name.rpartition(".")[0] not in places}
-        digests = {name: _digest(new) for name, new in parameters.items()}
-        tied = {name: other for name, other in ties(model).items() if {name, other} & old.keys()}
-        return cls(old, places, digests, padded, tied)
+        return cls(
+            old,
+            places,
+            {name: _digest(new) for name, new in parameters.items()},
+            padded,
+            {name: going[id(norm)] for name, norm in places.items()},
+            {name: tuple(parameters[name].shape) for name, before in old.items() if before is None},
+            {name: other for name, other in ties(model).items() if {name, other} & old.keys()},
+        )
 
     def of_submodule(self, name: str) -> Pairs:
         """Return those of one submodule, with the names that it knows them by."""
@@ -83,6 +99,8 @@ class Pairs:
             {short: self.norms[n] for n, short in own(self.norms).items()},
             {short: self.digests[n] for n, short in own(self.digests).items()},
             tuple(own(self.bordered).values()),
+            {short: self.stays[n] for n, short in own(self.stays).items()},
+            {short: self.added[n] for n, short in own(self.added).items()},
             {short: self.ties[n].removeprefix(f"{name}.") for n, short in own(self.ties).items()},
         )
 
@@ -96,8 +114,9 @@ class Pairs:
         for name in first.values():
             tensors |= {f"norms/{name}/{key}": t for key, t in self.norms[name].state_dict().items()}
         about = {
-            "missing": [name for name, t in self.parameters.items() if t is None],
+            "added": dict(self.added),
             "norms": {name: _settings(self.norms[name]) for name in first.values()},
+            "stays": {name: to_data(self.stays[name]) for name in first.values()},
             "same": same,
             "digests": dict(self.digests),
             "bordered": list(self.bordered),
@@ -139,8 +158,17 @@ class Pairs:
         parameters = {key.removeprefix("parameters/"): t for key, t in tensors.items() if key.startswith("parameters/")}
         built = {name: _build(name, settings, tensors, like) for name, settings in about["norms"].items()}
         norms = {name: built[first] for name, first in about["same"].items()}
-        missing = dict.fromkeys(about["missing"])
-        return cls({**parameters, **missing}, norms, about["digests"], tuple(about["bordered"]), about["ties"])
+        stays = {name: from_data(parts) for name, parts in about["stays"].items()}
+        added = {name: tuple(shape) for name, shape in about["added"].items()}
+        return cls(
+            {**parameters, **dict.fromkeys(added)},
+            norms,
+            about["digests"],
+            tuple(about["bordered"]),
+            {name: stays[first] for name, first in about["same"].items()},
+            added,
+            about["ties"],
+        )
 
 
 def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = None, inplace: bool = False) -> Module:
@@ -150,7 +178,8 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
     the model's. Types and devices are those that the folded parameters have now.
 
     Args:
-        model: a model that :func:`batchnorm.fold` returned, or one into which its weights were loaded.
+        model: a model that :func:`batchnorm.fold` returned, or one into which its weights were loaded (see
+            :func:`batchnorm.refold`).
         pairs: of that fold: ``result.pairs``, or the file that ``result.save_pairs(path)`` wrote.
         like: a model of the original architecture, for norms of classes that are not torch's, from a file.
         inplace: change ``model`` itself instead of a copy.

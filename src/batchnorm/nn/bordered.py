@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Conv1d, Conv2d, Conv3d, Module
 from torch.nn import functional as F
@@ -31,15 +32,15 @@ class _Bordered(_ConvNd):
     border: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the convolution of the input, (N, C, ...), padded with ``border``."""
-        pads = self._reversed_padding_repeated_twice[::-1]  # (after, before) of each axis, from the first to the last
-        starts = pads[1::2]
-        sizes = [size + sum(pads[2 * i : 2 * i + 2]) for i, size in enumerate(input.shape[2:])]
-        border = self.border.to(input.dtype).view(-1, *[1] * len(sizes))
-        padded = border.expand(len(input), -1, *sizes).contiguous()
-        inner = [slice(start, start + size) for start, size in zip(starts, input.shape[2:], strict=True)]
-        padded[(slice(None), slice(None), *inner)] = input
-        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+        """Return the convolution of the input, (N, C, ...), padded with ``border``.
+
+        Made of what exporters keep for any batch and size, and of what keeps the input's memory format.
+        """
+        pads, n = self._reversed_padding_repeated_twice, len(self.kernel_size)
+        outside = F.pad(input.new_zeros(input.shape[-n:]), pads, value=1.0)
+        border = self.border.to(input.dtype).view(-1, *[1] * n)
+        padded = torch.where(outside > 0, border, F.pad(input, pads))
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[n - 1]
         out: Tensor = convolve(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
         return out
 

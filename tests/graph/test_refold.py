@@ -1,0 +1,151 @@
+"""A newly built model takes the shape of the folded one, and its weights then."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import batchnorm
+from batchnorm.errors import StateError
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm that also runs an activation that has a parameter."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.PReLU(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(x))
+
+
+class NormTanh(nn.BatchNorm2d):
+    """A norm that also calls an activation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.leaky_relu(super().forward(x), 0.3)
+
+
+class Net(nn.Module):
+    """A norm before a padded convolution, a shared one, one under two names, a transposed convolution with groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.bn = NormAct(4)
+        self.alias = self.bn
+        self.again = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False), NormTanh(4))
+        self.up = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2, bias=False)
+        self.late = nn.BatchNorm2d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn(self.conv(self.first(x)))
+        for _ in range(2):
+            x = self.again(x)
+        return self.late(self.up(x))
+
+
+def original() -> nn.Module:
+    torch.manual_seed(0)
+    model = Net()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.normal_(norm.weight)
+    return model.eval()
+
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def result() -> batchnorm.FoldResult:
+    result = batchnorm.fold(original(), X, borders=True)
+    assert not result.left
+    return result
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_it_takes_the_folded_weights_and_gives_the_folded_outputs(result, tmp_path, inplace, from_file) -> None:
+    pairs = result.save_pairs(tmp_path / "pairs.safetensors") if from_file else result.pairs
+    net = Net().eval()
+    before = copy.deepcopy(net)
+    deployed = batchnorm.refold(net, pairs, inplace=inplace)
+    assert (deployed is net) is inplace
+    assert list(deployed.state_dict()) == list(result.model.state_dict())
+    if not inplace:
+        assert repr(net) == repr(before)
+    assert repr(deployed) == repr(result.model)
+    assert deployed.alias is deployed.bn
+    deployed.load_state_dict(result.model.state_dict())
+    assert torch.equal(deployed(X), result.model(X))
+
+
+def test_the_norms_come_back_from_there(result, tmp_path) -> None:
+    path = result.save_pairs(tmp_path / "pairs.safetensors")
+    deployed = batchnorm.refold(Net(), path)
+    deployed.load_state_dict(result.model.state_dict())
+    back = batchnorm.unfold(deployed, path, like=Net()).eval()
+    net = original()
+    assert list(back.state_dict()) == list(net.state_dict())
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in back.state_dict().items())
+    assert torch.equal(back(X), net(X))
+
+
+def test_pairs_of_a_model_that_takes_raw_inputs() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)).eval()
+    result = batchnorm.fold(net, X, input_mean=[1.0, 2.0, 3.0], input_std=2.0)
+    deployed = batchnorm.refold(net, result.pairs)
+    deployed.load_state_dict(result.model.state_dict())
+    assert torch.equal(deployed(X), result.model(X))
+
+
+def other(name: str, module: nn.Module) -> nn.Module:
+    net = Net()
+    parent, _, leaf = name.rpartition(".")
+    setattr(net.get_submodule(parent), leaf, module)
+    return net
+
+
+@pytest.mark.parametrize(("make", "said"), [
+    (lambda: nn.Linear(3, 3), "the model has no module first"),
+    (lambda: other("late", nn.GroupNorm(2, 6)), "expected a BatchNorm2d at late; got a GroupNorm"),
+    (lambda: other("up", nn.Conv2d(4, 6, 2)), "expected a parameter of shape 4×3×2×2 at up.weight; got"),
+    (lambda: other("conv", nn.Conv2d(3, 4, 3)), "expected no parameter at conv.bias; got a parameter of shape 4"),
+    (lambda: other("up", nn.Identity()), r"the model has no parameter up\.weight"),
+], ids=["another model", "another norm", "another shape", "a bias more", "no parameter"])  # fmt: skip
+def test_a_model_of_another_architecture_is_refused_and_left_as_it_was(result, make, said) -> None:
+    net = make()
+    before = repr(net)
+    with pytest.raises(StateError, match=f"refold: {said}"):
+        batchnorm.refold(net, result.pairs, inplace=True)
+    assert repr(net) == before
+
+
+def test_a_folded_model_is_not_folded_again(result) -> None:
+    with pytest.raises(StateError, match="expected a BatchNorm2d at first; got a Identity"):
+        batchnorm.refold(result.model, result.pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_that_computed_its_weight_is_a_plain_one(tmp_path, dtype):
+    def build():
+        conv = parametrizations.weight_norm(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False))
+        return nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU()).to(dtype).eval()
+
+    x = torch.randn(2, 4, 8, 8, dtype=dtype)
+    result = batchnorm.fold(build(), x)
+    result.save_pairs(tmp_path / "pairs.safetensors")
+    for pairs in (result.pairs, tmp_path / "pairs.safetensors"):
+        deployed = batchnorm.refold(build(), pairs)
+        deployed.load_state_dict(result.model.state_dict())
+        assert torch.equal(deployed(x), result.model(x))
+        assert deployed[0].weight is not result.model[0].weight
