@@ -38,7 +38,7 @@ class Pairs:
     Attributes:
         parameters: the parameters that have been folded into, by name, as they were; None where there was none.
         norms: the modules that have gone, by every name that they were registered under.
-        digests: of the parameters as folding left them, by name: a model that has others was trained since.
+        digests: of the parameters as folding left them in the model, by name: one that has others was trained since.
         bordered: names of the convolutions that pad with other values than zeros since.
     """
 
@@ -64,7 +64,11 @@ class Pairs:
         padded = tuple(name for name, m in model.named_modules(remove_duplicate=False) if id(m) in convs)
         places = {name: m for name, m in model.named_modules(remove_duplicate=False) if id(m) in going}
         old = {name: find_tensor(model, name) for name in parameters}
-        return cls(old, places, {name: _digest(new) for name, new in parameters.items()}, padded)
+        # a norm that takes in another one and then goes itself leaves no parameter behind to be recognized by
+        staying = {
+            n: new for n, new in parameters.items() if id(model.get_submodule(n.rpartition(".")[0])) not in going
+        }
+        return cls(old, places, {name: _digest(new) for name, new in staying.items()}, padded)
 
     def of_submodule(self, name: str) -> Pairs:
         """Return those of one submodule, with the names that it knows them by."""
