@@ -42,7 +42,8 @@ def open_page() -> Callable[..., Opened]:
             page.on("request", lambda request: requested.append(request.url))
             page.goto(path.as_uri())
             overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-            heights = page.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height)")
+            plots = "[...document.querySelectorAll('.plot svg')]"
+            heights = page.evaluate(f"{plots}.map(s => s.getBoundingClientRect().height)")
             browser.close()
         return Opened(said, [url for url in requested if not url.startswith("data:")], overflow, heights)
 

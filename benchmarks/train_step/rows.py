@@ -16,6 +16,7 @@ import torch
 from benchmarks.train_step.cases import Case
 
 import batchnorm
+from batchnorm.graph.measure import processor
 
 Row: TypeAlias = dict[str, Any]
 
@@ -27,7 +28,7 @@ def machine(threads: int, cache: int) -> Row:
     """Return the columns that are the same in every row of a run; ``load`` is the system's, before it began."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "device": f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "device": f"{processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "cache": cache,
         "threads": threads,
         "load": round(os.getloadavg()[0], 1),
@@ -77,14 +78,6 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a file."""
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _huge_pages() -> str:

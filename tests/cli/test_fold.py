@@ -171,6 +171,15 @@ def test_pairs_are_not_left_behind_when_the_model_cannot_be_written(command: Cal
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before
 
 
+def test_measure_adds_times_and_memory_where_something_was_folded(command: Callable[..., Any], here: Path) -> None:
+    (here / "left.py").write_text(LEFT)
+    done = command("fold", "-m", "net:build", "-i", SHAPE, "--measure", "--json")
+    assert json.loads(done.out)["measured"]["before"]["median"] > 0
+    assert done.err == ""
+    assert json.loads(command("fold", "-m", "net:build", "-i", SHAPE, "--json").out)["measured"] is None
+    assert json.loads(command("fold", "-m", "left:build", "-i", SHAPE, "--measure", "--json").out)["measured"] is None
+
+
 def test_what_the_users_code_prints_does_not_spoil_the_json(command: Callable[..., Any], here: Path) -> None:
     done = command("fold", "-m", "net:chatty", "-i", SHAPE, "--json")
     assert json.loads(done.out)["folded"]

@@ -59,9 +59,10 @@ def test_result_says_what_was_folded_and_what_was_left():
     result = fold(net, X)
     assert_unchanged(net, before)
     assert [str(item) for item in [*result.folded, *result.left]] == [
-        "stem.1 → stem.0: folded.",
-        "late: not folded. No shift can cross relu in stem.2. "
-        "Nor can it go on: tanh reads it, which is no linear operator.",
+        "stem.1 → stem.0: folded. Its scale and shift go back into the convolution stem.0.",
+        "late: not folded. No shift can cross relu in stem.2, whose slope changes at zero. "
+        "Nor can it go on: tanh reads it, which is no linear operator. "
+        "Nor can it be cut in two: no negative scale can cross relu in stem.2, and 1 of 4 is negative.",
     ]
     assert result.folded[0].kind == "convolution"
     assert result.summary == f"1 of 2 norms folded; output error {result.error:.2g}, bound {result.bound:.2g}"
@@ -70,7 +71,9 @@ def test_result_says_what_was_folded_and_what_was_left():
     assert result.error_float64 < 1e-12
     assert "late" in str(result)
     data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert data["folded"] == [{"norm": "stem.1", "into": "stem.0", "kind": "convolution"}]
+    assert [(item["norm"], item["into"], item["kind"]) for item in data["folded"]] == [
+        ("stem.1", "stem.0", "convolution")
+    ]
     assert data["left"][0]["into"] is None
 
 
@@ -87,8 +90,8 @@ def test_refusal_names_both_sides_and_the_other_reader():
 
     (left,) = fold(nn.Sequential(Residual()).eval(), X).left
     assert str(left) == (
-        "0.bn → 0.conv: not folded. The output of conv2d is also read by add in 0. "
-        "Nor can it go on: add in 0 adds a tensor that is not scaled alike."
+        "0.bn → 0.conv: not folded. The output of conv2d in 0.conv is also read by add in 0. "
+        "Nor can it go on: add in 0 adds it to a tensor that is not scaled alike."
     )
 
 

@@ -391,7 +391,7 @@ class UsesWeightElsewhere(TwoReaders):
 
 
 @pytest.mark.parametrize(("net", "folded", "reason"), [
-    (TwoReaders, False, "output of conv2d is also read by add in the model"),
+    (TwoReaders, False, "output of conv2d in conv is also read by add in the model"),
     (ReturnsBoth, False, "read by the caller of the model"),
     (KeepsState, False, "the model stores it"),
     (LooksAtShape, True, None),

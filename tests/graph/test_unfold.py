@@ -87,6 +87,20 @@ def test_a_file_beside_the_weights_does_the_same(net, tmp_path) -> None:
     assert back.alias is back.bn
 
 
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_norm_that_took_in_another_one_and_then_went_is_back_too(tmp_path, by_file: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Tanh(), nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.Tanh()).eval()
+    for norm in (net[1], net[2]):
+        norm.running_mean.normal_()
+        nn.init.normal_(norm.weight)
+    result = batchnorm.fold(net, X)
+    assert [item.into for item in result.folded] == ["2", "3"]
+    back = batchnorm.unfold(result.model, result.save_pairs(tmp_path / "p.safetensors")) if by_file else result.unfold()
+    assert same_bits(net, back)
+    assert torch.equal(back(X), net(X))
+
+
 def test_in_place(net) -> None:
     result = batchnorm.fold(net, X)
     assert batchnorm.unfold(result.model, result.pairs, inplace=True) is result.model

@@ -111,6 +111,15 @@ def fold(
             "--strict", metavar="", rich_help_panel=OUTPUT, help="Exit with 1 when a norm could not be folded."
         ),
     ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            metavar="",
+            rich_help_panel=OUTPUT,
+            help="Also time the model before and after, in turn, and look at the memory of a pass.",
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> int:
     """Fold norms into the layers before and after them, and verify the result.
@@ -132,6 +141,8 @@ def fold(
         network = load_model(model, weights, seed=seed).eval()
         example = load_example(network, inputs, data, batch_size=batch_size, seed=seed)
         result = _run(network, example, mean, std, borders, keep_range)
+        if measure and result.folded:
+            result = result.measure(example)
         with page(result, html):
             _write(result, example, output, pairs)
         _tell(result, model, output, pairs)

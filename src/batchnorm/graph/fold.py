@@ -16,13 +16,16 @@ from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.errors import InputError, StateError, VerificationError
+from batchnorm.graph.account import tell
+from batchnorm.graph.cost import Cost
 from batchnorm.graph.dataflow import Graph, Value
-from batchnorm.graph.fold_result import FoldedNorm, FoldResult, LeftNorm
+from batchnorm.graph.fold_result import Costs, FoldResult, LeftNorm, Pictures
 from batchnorm.graph.input_norm import INNER, NORMALIZATION, WithNormalizedInput, outer_name
 from batchnorm.graph.norms import norm_uses
 from batchnorm.graph.own_weights import ComputedWeights, untie
 from batchnorm.graph.parameters import find_tensor
-from batchnorm.graph.plan import Plan, Step, describe_source, make_plan
+from batchnorm.graph.pictures import draw_folded, draw_left
+from batchnorm.graph.plan import Plan, describe_source, make_plan
 from batchnorm.graph.program.fold_program import fold_program
 from batchnorm.graph.proof import Proof
 from batchnorm.graph.quantization import folded_weights
@@ -68,7 +71,7 @@ def fold(
     The model is run on copies, as it is: in the modes, dtypes and on the devices it is in. What is folded is what the
     pass shows, so the inputs must take the way through the model that matters. Where a norm that they do not reach
     stands beside one that they do (``bns.0`` and ``bns.1``), neither is folded: other inputs may take the other. Every
-    value is compared in float64 with what it was, and the folded model with the original end to end (about twelve
+    value is compared in float64 with what it was, and the folded model with the original end to end (about thirteen
     forward passes in all, five of them in float64).
 
     Args:
@@ -105,7 +108,7 @@ def fold(
         >>> result = fold(net, torch.randn(1, 3, 16, 16))
         >>> for norm in result.folded:
         ...     print(norm)
-        1 → 0: folded.
+        1 → 0: folded. Its scale goes back into the convolution 0.
         >>> print(result.left[0].reason)  # doctest: +ELLIPSIS
         It reads the output of tanh in 2, which is no linear operator. Nor can it go on: ...
         >>> [type(module).__name__ for module in result.model]
@@ -140,6 +143,11 @@ def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool, keep
             _require_normalization(plan)
         agreement, exact = Agreement(0.0, 0.0), None
         lost = lost_ranges(work, plan.parameters, parameters)
+        told = tell(plan)
+        left = sorted(plan.left, key=lambda item: plan.order[item.norm])
+        running = {use.name: use.calls[0] for use in norm_uses(work, graph)}
+        pictures = Pictures(draw_folded(plan, told), draw_left(plan, left, running))
+        before = after = Cost.of(work, graph)
         if plan.steps:
             touched = _touched(work, plan)
             reference = Reference.of(work, example_inputs, touched)
@@ -151,6 +159,7 @@ def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool, keep
             rewrite = Rewrite()
             rewrite.apply(work, plan, parameters)
             agreement = verify(reference, run(work, example_inputs))
+            after = Cost.of(work, trace(work, example_inputs))
         del work
         target = model if inplace else _copy(model)
         pairs, weights = None, []
@@ -158,20 +167,22 @@ def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool, keep
             going = [(target.get_submodule(step.module), step.stays) for step in plan.steps]
             going += [(target.get_submodule(name), StandIn((layer,))) for name, layer in stored.items()]
             pairs = Pairs.of(target, parameters, going, plan.parameters.borders)
-            before = dict(pairs.parameters)
-            before |= {f"{name}.weight": layer._parameters["weight"] for name, layer in stored.items()}
-            weights = folded_weights(plan.parameters.hosts.values(), before, parameters)
+            old = dict(pairs.parameters)
+            old |= {f"{name}.weight": layer._parameters["weight"] for name, layer in stored.items()}
+            weights = folded_weights(plan.parameters.hosts.values(), old, parameters)
             with _all_or_nothing() as rewrite:
                 rewrite.replace(target, stored)
                 rewrite.apply(target, plan, parameters)
     return FoldResult(
         target,
-        [_told(step) for step in sorted(plan.steps, key=lambda step: plan.order[step.name])],
-        sorted(plan.left, key=lambda item: plan.order[item.norm]),
+        told,
+        left,
         agreement.error,
         agreement.bound,
         exact.error if exact is not None else None,
         pairs,
+        costs=Costs(before, after),
+        pictures=pictures,
         lost=lost,
         weights=weights,
     )
@@ -203,25 +214,33 @@ def _require_normalization(plan: Plan) -> None:
 def _of_inner(result: FoldResult) -> FoldResult:
     """Return the result for the model itself, of which the input's normalization has become a part."""
     assert result.pairs is not None
-    told = [replace(item, norm=outer_name(item.norm), into=outer_name(item.into)) for item in result.folded]
+    told = [
+        replace(item, norm=outer_name(item.norm), into=outer_name(item.into), sentence=outer_name(item.sentence))
+        for item in result.folded
+    ]
     left = [
         LeftNorm(outer_name(item.norm), None if item.into is None else outer_name(item.into), outer_name(item.reason))
         for item in result.left
     ]
     lost = [replace(item, parameter=outer_name(item.parameter)) for item in result.lost]
     weights = [replace(item, name=outer_name(item.name)) for item in result.weights]
-    inner, pairs = result.model.get_submodule(INNER), result.pairs.of_submodule(INNER)
-    return replace(result, model=inner, folded=told, left=left, pairs=pairs, lost=lost, weights=weights)
+    assert result.pictures is not None
+    pictures = Pictures(renamed(result.pictures.folded, outer_name), renamed(result.pictures.left, outer_name))
+    return replace(
+        result,
+        model=result.model.get_submodule(INNER),
+        folded=told,
+        left=left,
+        pairs=result.pairs.of_submodule(INNER),
+        lost=lost,
+        weights=weights,
+        pictures=pictures,
+    )
 
 
 def _copy(model: Module) -> Module:
     remedy = "Folding is tried out on copies, with inplace=True too: take off the model what cannot be copied."
     return copy_model("fold", model, remedy)
-
-
-def _told(step: Step) -> FoldedNorm:
-    into = ", ".join(host.name for host in step.into)
-    return FoldedNorm(step.name, into, ", ".join(dict.fromkeys(host.kind for host in step.into)))
 
 
 def _plan_that_holds(

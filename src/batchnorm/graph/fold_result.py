@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from torch.export import ExportedProgram
 
 from batchnorm.errors import StateError
-from batchnorm.graph.quantization import ChannelRanges, FoldedWeight, section
+from batchnorm.graph.cost import Cost, Saving
+from batchnorm.graph.fold_report import sections
+from batchnorm.graph.measure import Measured, measure
+from batchnorm.graph.quantization import ChannelRanges, FoldedWeight
 from batchnorm.graph.ranges import LostRange
 from batchnorm.graph.threads import one_thread
 from batchnorm.graph.unfold import Pairs, unfold
-from batchnorm.report import Document, Facts, Paragraph, Result, Section, Table
+from batchnorm.report import Diagrams, Document, Result
 
-__all__ = ["FoldResult", "FoldedNorm", "LeftNorm"]
+__all__ = ["Costs", "FoldResult", "FoldedNorm", "LeftNorm", "Pictures"]
 
 
 @dataclass(frozen=True)
@@ -24,17 +29,26 @@ class FoldedNorm:
 
     Attributes:
         norm: its qualified name; an identity stands there now.
-        into: the module that absorbed it (several, separated by commas, if the norm followed several).
-        kind: what that module computes: ``"convolution"``, ``"transposed convolution"`` or ``"linear"``.
+        into: the module that absorbed it; several are separated by commas.
+        kind: what they compute: ``"convolution"``, ``"transposed convolution"``, ``"linear"``, ``"embedding"`` or
+            ``"norm"``.
+        way: ``"back"`` to what runs before it, ``"on"`` to what runs after it, or ``"both"``, cut in two.
+        sentence: which part of it went where.
+        crossed: the operators between it and those modules, each once.
+        saving: what a pass is spared by that.
     """
 
     norm: str
     into: str
     kind: str
+    way: Literal["back", "on", "both"]
+    sentence: str
+    crossed: tuple[str, ...]
+    saving: Saving
 
     def __str__(self) -> str:
         """Return it as a line."""
-        return f"{self.norm} → {self.into}: folded."
+        return f"{self.norm} → {self.into}: folded. {self.sentence}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,22 @@ class LeftNorm:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What a pass took before, and takes now."""
+
+    before: Cost
+    after: Cost
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is around the norms that are folded, before and after; and around those that are left."""
+
+    folded: Diagrams
+    left: Diagrams
+
+
+@dataclass(frozen=True)
 class FoldResult(Result):
     """The folded model, and an account of every norm.
 
@@ -73,6 +103,9 @@ class FoldResult(Result):
         original: the program that was folded; None for a module.
         lost: folded weights of which channels lose range in their type (see :mod:`batchnorm.graph.ranges`).
         weights: folded weights of convolutions, transposed convolutions and linear layers, before and after.
+        costs: what a pass took before and takes now, counted.
+        pictures: what is around the norms that are folded, and around those that are left; alike ones once.
+        measured: latency and memory before and now, after :meth:`measure`.
     """
 
     model: Any
@@ -85,6 +118,9 @@ class FoldResult(Result):
     original: Any = field(default=None, repr=False)
     lost: Sequence[LostRange] = ()
     weights: Sequence[FoldedWeight] = field(default=(), repr=False)
+    costs: Costs | None = None
+    pictures: Pictures | None = field(default=None, repr=False)
+    measured: Measured | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -122,6 +158,24 @@ class FoldResult(Result):
             raise StateError("FoldResult.save_pairs: nothing was folded, so there is nothing to take back.")
         return self.pairs.save(path)
 
+    def measure(self, example_inputs: Any, *, seconds: float = 2.0) -> FoldResult:
+        """Return the result with latency and memory of a pass, of the model as it was and of the folded one, in turn.
+
+        The model as it was is what :meth:`unfold` returns. See :func:`batchnorm.graph.measure.measure` for what is
+        measured, and how.
+
+        Args:
+            example_inputs: on which to measure: a tensor, a tuple of positional or a dict of keyword arguments.
+            seconds: how long, roughly.
+
+        Raises:
+            StateError: nothing was folded, so there is nothing to compare.
+        """
+        if self.pairs is None and self.original is None:
+            raise StateError("FoldResult.measure: nothing was folded, so the model is as fast as it was.")
+        before, after = (_runnable(model) for model in (self.unfold(), self.model))
+        return replace(self, measured=measure(before, after, example_inputs, seconds=seconds))
+
     @property
     def summary(self) -> str:
         """The result in one line."""
@@ -133,30 +187,16 @@ class FoldResult(Result):
 
     def document(self) -> Document:
         """Return the report as data."""
-        sections = []
-        if self.folded:
-            facts = [("output error", self.error), ("bound", self.bound), ("error in float64", self.error_float64)]
-            rows = [(f.norm, f.into, f.kind) for f in self.folded]
-            sections.append(Section("Folded", [Facts(facts), Table(("norm", "into", "kind"), rows)]))
-        if self.lost:
-            remedy = "fold(..., keep_range=True) leaves those norms."
-            lines = [Paragraph(line, "bad") for line in self.warnings]
-            sections.append(Section("Lost range", [*lines, Paragraph(remedy)]))
-        if self.left:
-            left = [(item.norm, item.into, item.reason) for item in self.left]
-            sections.append(Section("Left as they are", [Table(("norm", "after", "why"), left)]))
-        if (ranges := section(self.ranges)) is not None:
-            sections.append(ranges)
-        if not sections:
-            sections.append(Section("", [Paragraph("Nothing to do.")]))
-        return Document(f"Fold {type(self.model).__name__}", self.summary, sections, "plain" if self.left else "good")
+        return Document(
+            f"Fold {type(self.model).__name__}", self.summary, sections(self), "plain" if self.left else "good"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as numbers, strings, lists and dicts."""
         return {
             "verb": "fold",
             "model": type(self.model).__name__,
-            "folded": [asdict(item) for item in self.folded],
+            "folded": [{**asdict(item), "crossed": list(item.crossed)} for item in self.folded],
             "left": [asdict(item) for item in self.left],
             "error": self.error,
             "bound": self.bound,
@@ -164,4 +204,10 @@ class FoldResult(Result):
             "warnings": self.warnings,
             "lost": [asdict(item) for item in self.lost],
             "ranges": [item.to_dict() for item in self.ranges],
+            "costs": None if self.costs is None else asdict(self.costs),
+            "measured": None if self.measured is None else asdict(self.measured),
         }
+
+
+def _runnable(model: Any) -> Any:
+    return model.module() if isinstance(model, ExportedProgram) else model

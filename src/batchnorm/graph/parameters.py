@@ -96,9 +96,10 @@ class Parameters:
             first = group[0][1]
             if any(other.side != first.side or not other.map.same_as(first.map) for _, other in group[1:]):
                 raise Refusal(f"The calls of {group[0][0].module or 'the model'} would have to absorb different maps.")
-            hosts.append(self._absorb_into(tuple(call for call, _ in group), first.side, first.map))
-            if any(absorbed.bordered for _, absorbed in group):
-                self._pad_with(hosts[-1], group[0][0], first.map)
+            with Refusal.at(*(call for call, _ in group)):
+                hosts.append(self._absorb_into(tuple(call for call, _ in group), first.side, first.map))
+                if any(absorbed.bordered for _, absorbed in group):
+                    self._pad_with(hosts[-1], group[0][0], first.map)
         return hosts
 
     def _pad_with(self, host: Host, call: Call, map_: Map) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.travel.maps import Map
 from batchnorm.graph.travel.route import Route, carry_backward, carry_forward
+from batchnorm.graph.travel.rules import place
 
 __all__ = ["Plan", "Step", "make_plan"]
 
@@ -62,6 +63,7 @@ class Plan:
         parameters: what the parameters become.
         order: the place of each norm in the order of execution.
         with_borders: whether convolutions may pad with other values than zeros.
+        obstacles: the operators that stand in the way of norms that stay, by the norm's name.
     """
 
     graph: Graph
@@ -70,6 +72,7 @@ class Plan:
     parameters: Parameters
     order: dict[str, int]
     with_borders: bool = False
+    obstacles: dict[str, tuple[Call, ...]] = field(default_factory=dict)
 
     @property
     def gone(self) -> set[Call]:
@@ -103,6 +106,7 @@ def make_plan(model: Module, graph: Graph, banned: Collection[str] = (), *, with
                 plan.steps.append(_step(model, graph, use, plan))
             except Refusal as refusal:
                 reasons[use.name] = LeftNorm(use.name, describe_source(graph, use), str(refusal))
+                plan.obstacles[use.name] = refusal.calls
         waiting = [use for use in waiting if use.name in reasons]
         if len(plan.steps) == before or not waiting:
             plan.left += reasons.values()
@@ -114,21 +118,32 @@ def make_plan(model: Module, graph: Graph, banned: Collection[str] = (), *, with
 def _step(model: Module, graph: Graph, use: NormUse, plan: Plan) -> Step:
     state, stays = check_norm(graph, use)
     map_ = norm_map(plan.parameters, state)
-    backward = forward = ""
+    refusals: dict[str, Refusal] = {}  # by the way that was tried; of the ways of cutting it, all
     for with_borders, (before, after) in _attempts(map_, plan.with_borders):
         parameters = plan.parameters.copy()
         parameters.with_borders = with_borders
         try:
             hosts, crossed = _go(graph, use, before, after, parameters, plan)
         except Refusal as refusal:
-            if after is None:
-                backward = str(refusal)
-            elif before is None:
-                forward = str(refusal)
+            if after is None or before is None:
+                refusals["back" if after is None else "on"] = refusal
+            else:
+                refusals.setdefault(str(refusal), refusal)
             continue
         plan.parameters = parameters
         return Step(use, use.calls[0].module, stays, tuple(hosts), before, after, frozenset(crossed))
-    raise Refusal(f"{backward} Nor can it go on: {_lower(forward)}")
+    raise _refused(refusals.pop("back"), refusals.pop("on"), list(refusals.values()))
+
+
+def _refused(back: Refusal, on: Refusal, cut: Sequence[Refusal]) -> Refusal:
+    """Return in one why a norm cannot go either way, and why not in two parts, where that is another reason."""
+    reason = f"{back} Nor can it go on: {_lower(str(on))}"
+    new = next((refusal for refusal in cut if str(refusal) not in (str(back), str(on))), None)
+    told = [back, on]
+    if new is not None:
+        reason += f" Nor can it be cut in two: {_lower(str(new))}"
+        told.append(new)
+    return Refusal(reason, calls=list(dict.fromkeys(call for refusal in told for call in refusal.calls)))
 
 
 def _attempts(map_: Map, with_borders: bool) -> Iterator[tuple[bool, tuple[Map | None, Map | None]]]:
@@ -180,11 +195,11 @@ def _go(
     if before is not None:
         start = [(_read(call), call, _shaped(before, call)) for call in use.calls]
         take(carry_backward(graph, start, parameters, gone.__contains__), (call.output for call in use.calls))
-    else:
-        _require_not_written_into(graph, use, gone)
     if after is not None:
         results = [(call, _shaped(after, call)) for call in use.calls]
         take(carry_forward(graph, results, parameters, gone.__contains__), map(_read, use.calls))
+    if before is None:
+        _require_not_written_into(graph, use, gone)
     return sorted(dict.fromkeys(hosts), key=lambda host: host.calls[0].index), crossed
 
 
@@ -198,7 +213,7 @@ def _require_not_written_into(graph: Graph, use: NormUse, gone: Collection[Call]
             others = graph.others_than(value, {id(reader), *(id(c) for c in use.calls)})
             if others or value.producer is None:
                 who = others[0] if others else "the caller of the model, whose input it is"
-                raise Refusal(f"{writers[0].name} would write into what is also read by {who}.")
+                raise Refusal(f"{place(writers[0])} would write into what is also read by {who}.", calls=writers[:1])
 
 
 def _same_memory(call: Call, gone: Collection[Call]) -> Iterator[tuple[Value, Call]]:

@@ -164,7 +164,7 @@ def folded_weights(
     """
     found = []
     for host in hosts:
-        old, operator = before[host.weight_name], LINEAR_OPERATORS.get(host.calls[0].name)
+        old, operator = before.get(host.weight_name), LINEAR_OPERATORS.get(host.calls[0].name)
         if operator is not None and old is not None and old.numel():
             found.append(FoldedWeight(host.weight_name, operator, host.groups, old, after[host.weight_name]))
     return found

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from batchnorm.graph.dataflow import Call
 
 __all__ = ["Refusal", "listed"]
 
@@ -12,11 +15,23 @@ class Refusal(Exception):  # noqa: N818 - nothing went wrong
 
     Attributes:
         module: the qualified name of the module that cannot take it, where it is one module's affair.
+        calls: the operators that stand in the way, where it is theirs.
     """
 
-    def __init__(self, reason: str, module: str | None = None) -> None:
+    def __init__(self, reason: str, module: str | None = None, calls: Sequence[Call] = ()) -> None:
         super().__init__(reason)
         self.module = module
+        self.calls = tuple(calls)
+
+    @staticmethod
+    @contextmanager
+    def at(*calls: Call) -> Iterator[None]:
+        """Say of a refusal in the body that these operators stand in the way, if it does not say which itself."""
+        try:
+            yield
+        except Refusal as refusal:
+            refusal.calls = refusal.calls or calls
+            raise
 
 
 def listed(phrases: Sequence[str], most: int | None = None) -> str:

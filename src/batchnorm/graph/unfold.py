@@ -42,7 +42,7 @@ class Pairs:
         parameters: the parameters that have been folded into, by name, as they were; None where there was none.
         norms: the modules that have gone, by every name that they were registered under: norms, and layers that
             computed their weight, in whose place plain ones stand.
-        digests: of the parameters as folding left them, by name: a model that has others was trained since.
+        digests: of the parameters as folding left them in the model, by name: one that has others was trained since.
         bordered: names of the convolutions that pad with other values than zeros since.
         stays: what stands in the place of each of these modules, by the same names.
         added: shapes of the parameters that there were none of.
@@ -77,13 +77,16 @@ class Pairs:
         convs = {id(model.get_submodule(name)) for name in bordered}
         padded = tuple(name for name, m in model.named_modules(remove_duplicate=False) if id(m) in convs)
         places = {name: m for name, m in model.named_modules(remove_duplicate=False) if id(m) in going}
+        stays = {name: going[id(module)] for name, module in places.items()}
         old = {name: find_tensor(model, name) for name in parameters if name.rpartition(".")[0] not in places}
+        # a norm that takes in another one and then goes itself leaves no parameter behind to be recognized by
+        staying = {n: new for n, new in parameters.items() if n in old or _is_of(stays[n.rpartition(".")[0]], n)}
         return cls(
             old,
             places,
-            {name: _digest(new) for name, new in parameters.items()},
+            {name: _digest(new) for name, new in staying.items()},
             padded,
-            {name: going[id(norm)] for name, norm in places.items()},
+            stays,
             {name: tuple(parameters[name].shape) for name, before in old.items() if before is None},
             {name: other for name, other in ties(model).items() if {name, other} & old.keys()},
         )
@@ -250,6 +253,11 @@ def _require_folded(model: Module, pairs: Pairs) -> None:
                 f"unfold: {name} is not what folding made of it: it was trained, quantized or cast since, so that the "
                 "norms do not go with it. Unfold first, and train or cast then."
             )
+
+
+def _is_of(stays: StandIn, name: str) -> bool:
+    """Whether a parameter of that name is one of what stands in for a module."""
+    return any(isinstance(part, Module) and name.rpartition(".")[2] in part._parameters for part in stays.parts)
 
 
 def _has(get: Callable[[], Any]) -> bool:

@@ -1,6 +1,35 @@
 """Reports: what they say (document), and how it looks as text and as a page."""
 
-from batchnorm.report.document import Document, Facts, HeatMap, Paragraph, Plot, Plots, Section, Series, Table
+from batchnorm.report.document import (
+    Diagram,
+    Diagrams,
+    Document,
+    Facts,
+    HeatMap,
+    Node,
+    Panel,
+    Paragraph,
+    Plot,
+    Plots,
+    Section,
+    Series,
+    Table,
+)
 from batchnorm.report.result import Result
 
-__all__ = ["Document", "Facts", "HeatMap", "Paragraph", "Plot", "Plots", "Result", "Section", "Series", "Table"]
+__all__ = [
+    "Diagram",
+    "Diagrams",
+    "Document",
+    "Facts",
+    "HeatMap",
+    "Node",
+    "Panel",
+    "Paragraph",
+    "Plot",
+    "Plots",
+    "Result",
+    "Section",
+    "Series",
+    "Table",
+]

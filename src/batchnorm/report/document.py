@@ -9,12 +9,17 @@ from typing import Literal, TypeAlias
 __all__ = [
     "Block",
     "Cell",
+    "Diagram",
+    "Diagrams",
     "Document",
     "Facts",
     "HeatMap",
+    "Node",
+    "Panel",
     "Paragraph",
     "Plot",
     "Plots",
+    "Role",
     "Section",
     "Series",
     "Table",
@@ -104,7 +109,49 @@ class HeatMap:
     tones: dict[int, Tone] = field(default_factory=dict)
 
 
-Block: TypeAlias = Paragraph | Facts | Table | Plot | Plots | HeatMap
+Role: TypeAlias = Literal["plain", "faint", "gone", "kept", "crossed", "changed", "blocking"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A box of a diagram: an operator, and below it where it runs. ``role`` says how it is marked."""
+
+    name: str
+    detail: str = ""
+    role: Role = "plain"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing: nodes, and arrows from one to another by their indices, each to a node further on in the row."""
+
+    title: str
+    nodes: Sequence[Node]
+    edges: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Diagram:
+    """A part of a graph, in one panel, or in two: before and after.
+
+    ``names`` are all those that it is the picture of. A caption says more.
+    """
+
+    title: str
+    panels: Sequence[Panel]
+    names: Sequence[str] = ()
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Diagrams:
+    """Several diagrams, side by side where there is room; ``roles`` says what their marks mean."""
+
+    diagrams: Sequence[Diagram]
+    roles: Sequence[tuple[Role, str]] = ()
+
+
+Block: TypeAlias = Paragraph | Facts | Table | Plot | Plots | HeatMap | Diagrams
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from batchnorm.report.diagrams import mark, to_svg
 from batchnorm.report.document import Block, Cell, Document, Plot, Table
 from batchnorm.report.files import replacing
 from batchnorm.report.heatmap import strip
@@ -40,6 +41,8 @@ def to_html(document: Document) -> str:
         numeric=_numeric,
         numbers=_numbers,
         draw=_drawing(),
+        diagram=lambda block: Markup(to_svg(block)),
+        mark=lambda role: Markup(mark(role)),
         strip=strip,
         scale=[i / 64 - 1 for i in range(129)],
         version=version("batchnorm"),
@@ -58,10 +61,10 @@ def _drawing() -> Callable[[Plot], Markup | None]:
         nonlocal drawn
         if find_spec("matplotlib") is None:
             return None
-        from batchnorm.report.plots import to_svg
+        from batchnorm.report import plots
 
         drawn += 1
-        return Markup(to_svg(plot, prefix=f"plot{drawn}-"))
+        return Markup(plots.to_svg(plot, prefix=f"plot{drawn}-"))
 
     return draw
 

@@ -10,7 +10,18 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from batchnorm.report.document import Block, Cell, Document, Facts, HeatMap, Paragraph, Plot, Plots, Table
+from batchnorm.report.document import (
+    Block,
+    Cell,
+    Diagrams,
+    Document,
+    Facts,
+    HeatMap,
+    Paragraph,
+    Plot,
+    Plots,
+    Table,
+)
 from batchnorm.report.heatmap import shades
 
 __all__ = ["format_cell", "is_numeric", "render", "to_text"]
@@ -66,6 +77,8 @@ def _block(block: Block) -> RenderableType:
         return Group(*(_block(plot) for plot in block.plots))
     if isinstance(block, HeatMap):
         return _heat_map(block)
+    if isinstance(block, Diagrams):
+        return Text("\n".join(f"[picture: {diagram.title}]" for diagram in block.diagrams), style="dim")
     raise TypeError(f"no text for a block of type {type(block).__name__}")
 
 

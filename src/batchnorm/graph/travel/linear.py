@@ -31,8 +31,13 @@ def linear_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> 
     axis = LINEAR_OPERATORS[call.name].channel_axis(len(value.shape))
     _along(given[value], axis, value.shape, call, "input")
     bordered = not given[value].only_scales and _has_border(call)
-    if bordered and not (known.with_borders and bool((given[value].scale != 0).all())):
-        raise Refusal(f"{place(call)} pads it with zeros, which the norm would not have made of zeros.")
+    if bordered and not bool((given[value].scale != 0).all()):
+        raise Refusal(f"{place(call)} pads it with zeros, and the norm makes zero of nothing, where its scale is zero.")
+    if bordered and not known.with_borders:
+        raise Refusal(
+            f"{place(call)} pads it with zeros, which the norm would not have made of zeros (with borders=True it pads "
+            "with what makes them)."
+        )
     return Absorbed("input", given[value], bordered)
 
 

@@ -23,6 +23,18 @@ def operand(call: Call) -> Value:
     return value
 
 
+def require_no_negative(call: Call, map_: Map) -> None:
+    """Refuse a map that changes the order of numbers.
+
+    Raises:
+        Refusal: it has a negative scale somewhere.
+    """
+    negative = int((map_.scale < 0).sum())
+    if negative:
+        count = f"{negative} of {map_.scale.numel()} {'is' if negative == 1 else 'are'}"
+        raise Refusal(f"No negative scale can cross {place(call)}, and {count} negative.")
+
+
 @backward(*_PASSING)
 def pass_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands:
     """Cross an operator that is the identity."""
@@ -61,9 +73,8 @@ def homogeneous_forward(call: Call, given: Mapping[Value, Map], known: Knowledge
 
 def _require_positive_scale(call: Call, map_: Map) -> None:
     if not map_.only_scales:
-        raise Refusal(f"No shift can cross {place(call)}.")
-    if not bool((map_.scale >= 0).all()):
-        raise Refusal(f"No negative scale can cross {place(call)}.")
+        raise Refusal(f"No shift can cross {place(call)}, whose slope changes at zero.")
+    require_no_negative(call, map_)
 
 
 @backward("neg")

@@ -9,8 +9,8 @@ import torch
 from batchnorm.graph.dataflow import Call, Value
 from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.travel.maps import Map
-from batchnorm.graph.travel.pointwise import operand
-from batchnorm.graph.travel.rules import Demands, Knowledge, backward, forward
+from batchnorm.graph.travel.pointwise import operand, require_no_negative
+from batchnorm.graph.travel.rules import Demands, Knowledge, backward, forward, place
 
 _N = (1, 2, 3)
 _MEANS = (
@@ -43,7 +43,7 @@ def _through_mean(call: Call, map_: Map) -> Map:
     _require_same_everywhere(call, map_)
     padded = any(_list(call.args.get("padding", 0))) and call.args.get("count_include_pad", True)
     if (padded or call.args.get("divisor_override") is not None) and not map_.only_scales:
-        raise Refusal(f"{call.name} counts the zeros that it pads with, so that no shift can cross it.")
+        raise Refusal(f"{place(call)} counts the zeros that it pads with, so that no shift can cross it.")
     return map_
 
 
@@ -62,10 +62,10 @@ def maximum_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) ->
 
 def _through_maximum(call: Call, map_: Map) -> Map:
     _require_same_everywhere(call, map_)
+    require_no_negative(call, map_)
     # where places of the maxima are told, they must not change: not even by a scale of zero
-    positive = map_.scale > 0 if len(call.outputs) > 1 else map_.scale >= 0
-    if not bool(positive.all()):
-        raise Refusal(f"No negative scale can cross {call.name}.")
+    if len(call.outputs) > 1 and bool((map_.scale == 0).any()):
+        raise Refusal(f"No scale of zero can cross {place(call)}, which also tells where the maxima are.")
     return map_
 
 
@@ -103,8 +103,8 @@ def reduce_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> 
 
 
 def _require_order(call: Call, map_: Map) -> None:
-    if call.name == "amax" and not bool((map_.scale >= 0).all()):
-        raise Refusal("No negative scale can cross amax.")
+    if call.name == "amax":
+        require_no_negative(call, map_)
     if call.args.get("dtype") is not None and call.args["dtype"] != call.output.dtype:
         raise Refusal(f"{call.name} changes the type of the numbers.")
 
@@ -136,9 +136,9 @@ def padding_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) ->
 
 def _through_padding(call: Call, map_: Map) -> Map:
     pads = _list(call.args.get("pad", call.args.get("padding")))
-    for place in range(len(pads) // 2):
-        axis = -1 - place
-        if (pads[2 * place] or pads[2 * place + 1]) and any(v.shape[axis] != 1 for v in (map_.scale, map_.shift)):
+    for pair in range(len(pads) // 2):
+        axis = -1 - pair
+        if (pads[2 * pair] or pads[2 * pair + 1]) and any(v.shape[axis] != 1 for v in (map_.scale, map_.shift)):
             raise Refusal(f"{call.name} pads the axis of the channels.")
     constant = call.name == "constant_pad_nd" or call.args.get("mode") == "constant"
     if constant and any(pads):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from batchnorm.graph.dataflow import Call, Graph, Value
 from batchnorm.graph.refusal import Refusal, listed
 from batchnorm.graph.travel import arrange, join, linear, pointwise, pooling  # noqa: F401 - they register their rules
 from batchnorm.graph.travel.maps import Map
-from batchnorm.graph.travel.rules import Absorbed, Knowledge, go_backward, go_forward
+from batchnorm.graph.travel.rules import Absorbed, Knowledge, go_backward, go_forward, place
 
 __all__ = ["Route", "carry_backward", "carry_forward"]
 
@@ -65,7 +65,7 @@ def carry_backward(
         want(value, reader, map_)
     while queue:
         call = producers[-heapq.heappop(queue)]
-        maps = [_agreed(graph, output, wanted.get(output, []), known) for output in call.outputs]
+        maps = [_agreed(graph, output, wanted.get(output, []), known, own) for output in call.outputs]
         route.crossed |= {output for output in call.outputs if output in wanted}
         if call in own:  # it follows itself: what it wants, and then what is wanted of it
             value = call.args["input"]
@@ -84,7 +84,9 @@ def carry_backward(
     return route
 
 
-def _agreed(graph: Graph, value: Value, wanted: Sequence[tuple[Call, Map]], known: Knowledge) -> Map:
+def _agreed(
+    graph: Graph, value: Value, wanted: Sequence[tuple[Call, Map]], known: Knowledge, own: Collection[Call]
+) -> Map:
     """Return what all readers want of a value; the identity if none of them wants anything.
 
     Raises:
@@ -97,10 +99,17 @@ def _agreed(graph: Graph, value: Value, wanted: Sequence[tuple[Call, Map]], know
     calm |= {id(call) for call in graph.readers(value) if id(call) not in calm and _unmoved(call, value, first, known)}
     others = graph.others_than(value, calm)
     if others:
-        producer = _producer(value)
-        raise Refusal(f"The output of {producer.name} is also read by {listed(others, _MOST_NAMED)}.")
+        reader = wanted[0][0]
+        through = "" if reader in own else f", which it gets through {place(reader)},"
+        raise Refusal(
+            f"The output of {place(_producer(value))}{through} is also read by {listed(others, _MOST_NAMED)}.",
+            calls=[call for call in graph.readers(value) if id(call) not in calm],
+        )
     if not all(first.same_as(map_) for _, map_ in wanted[1:]):
-        raise Refusal(f"Those who read the output of {_producer(value).name} need it changed in different ways.")
+        raise Refusal(
+            f"Those who read the output of {place(_producer(value))} need it changed in different ways.",
+            calls=[call for call, map_ in wanted if not first.same_as(map_)],
+        )
     return first
 
 
@@ -141,11 +150,14 @@ def carry_forward(
     given: dict[Value, Map] = {}
     queue: list[int] = []
     readers: dict[int, Call] = {}
+    own = dict(start)
 
     def give(value: Value, map_: Map) -> None:
         others = graph.others_than(value, {id(call) for call in graph.readers(value)})
         if others:
-            raise Refusal(f"It is read by {listed(others, _MOST_NAMED)}.")
+            crossed = value.producer is not None and value.producer not in own
+            what = f"The output of {place(_producer(value))}" if crossed else "Its output"
+            raise Refusal(f"{what} is read by {listed(others, _MOST_NAMED)}.")
         if not graph.readers(value):
             raise Refusal("Nobody reads it.")
         given[value] = map_
@@ -154,7 +166,6 @@ def carry_forward(
                 readers[reader.index] = reader
                 heapq.heappush(queue, reader.index)
 
-    own = dict(start)
     for call, map_ in start:
         give(call.output, map_)
     while queue:

@@ -107,8 +107,9 @@ def go_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands 
     """
     rule = _BACKWARD.get(family(call)) if call.op.namespace == "aten" else None
     if rule is None:
-        raise Refusal(f"It reads the output of {place(call)}, which is no linear operator.")
-    return rule(call, wanted, known)
+        raise Refusal(f"It reads the output of {place(call)}, which is no linear operator.", calls=[call])
+    with Refusal.at(call):
+        return rule(call, wanted, known)
 
 
 def go_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Sequence[Map] | Absorbed:
@@ -119,8 +120,9 @@ def go_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Sequ
     """
     rule = _FORWARD.get(family(call)) if call.op.namespace == "aten" else None
     if rule is None:
-        raise Refusal(f"{place(call)} reads it, which is no linear operator.")
-    return rule(call, given, known)
+        raise Refusal(f"{place(call)} reads it, which is no linear operator.", calls=[call])
+    with Refusal.at(call):
+        return rule(call, given, known)
 
 
 def place(call: Call) -> str:
