@@ -70,6 +70,18 @@ def test_the_nearest_come_first(graph: Graph) -> None:
     assert nearest(graph, norm, {norm, graph.calls[-2]}, 3) == {norm}  # the last one is not reached within the set
 
 
+def test_of_two_ways_that_are_as_short_the_one_past_the_last_operator_is_taken() -> None:
+    class Dense(nn.Module):
+        def forward(self, x):
+            early, late = torch.tanh(x), torch.sigmoid(x)
+            return torch.cat([early, late]), torch.stack([early, late])
+
+    graph = trace(Dense(), X)
+    assert [call.name for call in graph.calls] == ["tanh", "sigmoid", "cat", "stack"]
+    _, late, cat, stack = graph.calls
+    assert ways_to(graph, cat, [stack], 1) == {cat, late, stack}
+
+
 def test_ways_lead_to_what_is_wanted(graph: Graph) -> None:
     norm, relu, after = graph.calls[1:4]
     assert after.name == "conv2d"

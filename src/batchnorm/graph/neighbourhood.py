@@ -205,6 +205,7 @@ def _walk(graph: Graph, start: Call, within: Collection[Call] | None) -> Iterato
 
 
 def _beside(graph: Graph, call: Call) -> Iterator[Call]:
-    yield from sources(call)
+    # the last one first, as a map that goes back meets them: what it is refused by is found on the way that it took
+    yield from sorted(sources(call), key=lambda source: -source.index)
     for output in call.outputs:
         yield from graph.readers(output)

@@ -100,9 +100,14 @@ class _Drawing:
             )
         ways = self.layout.ways
         edges = [_edge([(left + x, self.tops[layer], self.heights[layer]) for x, layer in way]) for way in ways]
+        leading = {start for start, _ in self.panel.edges}
         nodes = [
-            _node(node, left + x, self.tops[layer], self.heights[layer])
-            for node, x, layer in zip(self.panel.nodes, self.layout.x, self.layout.layer, strict=True)
+            _dots(left + x, self.tops[layer], self.heights[layer], number in leading)
+            if node.name == _DOTS
+            else _node(node, left + x, self.tops[layer])
+            for number, (node, x, layer) in enumerate(
+                zip(self.panel.nodes, self.layout.x, self.layout.layer, strict=True)
+            )
         ]
         return [*parts, *edges, *nodes]
 
@@ -119,9 +124,12 @@ def _shown(text: str) -> str:
     return text if len(text) <= _MOST_LETTERS else "…" + text[1 - _MOST_LETTERS :]
 
 
-def _node(node: Node, x: float, y: float, height: float) -> str:
-    if node.name == _DOTS:
-        return _text(_DOTS, x, y + height / 2 + 3, 14, _QUIET)
+def _dots(x: float, y: float, height: float, is_leading: bool) -> str:
+    """Return dots, near the end of the arrow that leads from them, or to them."""
+    return _text(_DOTS, x, y + (height - 4 if is_leading else 7), 14, _QUIET)
+
+
+def _node(node: Node, x: float, y: float) -> str:
     width, colour = _width(node), _LOOK[node.role][4]
     lines = [_text(_shown(node.name), x, y + (18 if node.detail else 25), 12, colour)]
     if node.detail:
