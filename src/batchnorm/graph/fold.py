@@ -24,7 +24,7 @@ from batchnorm.graph.input_norm import INNER, NORMALIZATION, WithNormalizedInput
 from batchnorm.graph.norms import norm_uses
 from batchnorm.graph.own_weights import ComputedWeights, untie
 from batchnorm.graph.parameters import find_tensor
-from batchnorm.graph.pictures import draw_folded, draw_left
+from batchnorm.graph.pictures import draw_folded, draw_left, renamed
 from batchnorm.graph.plan import Plan, describe_source, make_plan
 from batchnorm.graph.program.fold_program import fold_program
 from batchnorm.graph.proof import Proof

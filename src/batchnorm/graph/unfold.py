@@ -78,16 +78,17 @@ class Pairs:
         padded = tuple(name for name, m in model.named_modules(remove_duplicate=False) if id(m) in convs)
         places = {name: m for name, m in model.named_modules(remove_duplicate=False) if id(m) in going}
         stays = {name: going[id(module)] for name, module in places.items()}
-        old = {name: find_tensor(model, name) for name in parameters if name.rpartition(".")[0] not in places}
+        of_plain = {name for name in parameters if _is_of(stays.get(name.rpartition(".")[0]), name)}
+        old = {name: find_tensor(model, name) for name in parameters if name not in of_plain}
         # a norm that takes in another one and then goes itself leaves no parameter behind to be recognized by
-        staying = {n: new for n, new in parameters.items() if n in old or _is_of(stays[n.rpartition(".")[0]], n)}
+        staying = {n: p for n, p in parameters.items() if n in of_plain or n.rpartition(".")[0] not in places}
         return cls(
             old,
             places,
             {name: _digest(new) for name, new in staying.items()},
             padded,
             stays,
-            {name: tuple(parameters[name].shape) for name, before in old.items() if before is None},
+            {name: tuple(p.shape) for name, p in staying.items() if name in old and old[name] is None},
             {name: other for name, other in ties(model).items() if {name, other} & old.keys()},
         )
 
@@ -255,9 +256,10 @@ def _require_folded(model: Module, pairs: Pairs) -> None:
             )
 
 
-def _is_of(stays: StandIn, name: str) -> bool:
+def _is_of(stays: StandIn | None, name: str) -> bool:
     """Whether a parameter of that name is one of what stands in for a module."""
-    return any(isinstance(part, Module) and name.rpartition(".")[2] in part._parameters for part in stays.parts)
+    parts = () if stays is None else stays.parts
+    return any(isinstance(part, Module) and name.rpartition(".")[2] in part._parameters for part in parts)
 
 
 def _has(get: Callable[[], Any]) -> bool:
