@@ -16,6 +16,7 @@ from batchnorm.errors import InputError, StateError, VerificationError
 from batchnorm.graph.dataflow import Graph, Value
 from batchnorm.graph.fold_result import FoldedNorm, FoldResult, LeftNorm
 from batchnorm.graph.input_norm import INNER, NORMALIZATION, WithNormalizedInput, outer_name
+from batchnorm.graph.leftover import Leftover, failing, find_leftovers
 from batchnorm.graph.norms import norm_uses
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.plan import Plan, Step, describe_source, make_plan
@@ -40,6 +41,7 @@ def fold(
     input_mean: float | Sequence[float] | Tensor | None = None,
     input_std: float | Sequence[float] | Tensor | None = None,
     borders: bool = False,
+    fuse: bool = False,
 ) -> FoldResult:
     r"""Absorb every norm that can be absorbed by the operators before and after it.
 
@@ -72,6 +74,9 @@ def fold(
         borders: let convolutions that pad with zeros absorb a shift before them: they pad with −t/s then, in a class of
             this library. That reads the input once more, as the norm did. For the normalization of the input it is
             always done where needed.
+        fuse: let each norm that is left, if its statistics are fixed, become one multiply-add per channel
+            (:class:`batchnorm.nn.scale_shift.ScaleShift`), computed in one pass with the activation behind it where
+            that is a module of torch's own and reads nothing else. Otherwise they stay the modules that they are.
 
     Returns:
         The folded model, of the same class: its norms are ``torch.nn.Identity``, or the activation that they also ran;
@@ -104,21 +109,21 @@ def fold(
     if isinstance(model, DistributedDataParallel):
         raise StateError("fold: DistributedDataParallel writes into the buffers before each pass. Fold model.module.")
     if input_mean is None and input_std is None:
-        return _fold(model, example_inputs, inplace, borders)
+        return _fold(model, example_inputs, inplace, borders, fuse)
     outer = WithNormalizedInput(model, example_inputs, input_mean, input_std)
-    return _of_inner(_fold(outer, example_inputs, inplace, True))
+    return _of_inner(_fold(outer, example_inputs, inplace, True, fuse))
 
 
-def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool) -> FoldResult:
+def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool, fuse: bool) -> FoldResult:
     with torch.inference_mode(False):
         work = _copy(model)
         run(work, example_inputs)  # what a model keeps from its first call is there in all that follow
         graph = trace(work, example_inputs)
-        plan, parameters = _plan_that_holds(work, graph, example_inputs, borders)
+        plan, parameters = _plan_that_holds(work, graph, example_inputs, borders, fuse)
         if isinstance(model, WithNormalizedInput):
             _require_normalization(plan)
         agreement, exact = Agreement(0.0, 0.0), None
-        if plan.steps:
+        if plan.changes:
             touched = _touched(work, plan)
             reference = Reference.of(work, example_inputs, touched)
             rewrite = Rewrite()
@@ -129,15 +134,15 @@ def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool) -> F
         del work
         target = model if inplace else _copy(model)
         pairs = None
-        if plan.steps:
-            norms = [target.get_submodule(step.module) for step in plan.steps]
-            pairs = Pairs.of(target, parameters, norms, plan.parameters.borders)
+        if plan.changes:
+            norms = [target.get_submodule(name) for name in plan.replaced]
+            pairs = Pairs.of(target, parameters, norms, plan.parameters.borders).with_leftovers(target, plan.leftovers)
             with _all_or_nothing() as rewrite:
                 rewrite.apply(target, plan, parameters)
     return FoldResult(
         target,
         [_told(step) for step in sorted(plan.steps, key=lambda step: plan.order[step.name])],
-        sorted(plan.left, key=lambda item: plan.order[item.norm]),
+        sorted(_left(plan), key=lambda item: plan.order[item.norm]),
         agreement.error,
         agreement.bound,
         exact.error if exact is not None else None,
@@ -161,7 +166,12 @@ def _of_inner(result: FoldResult) -> FoldResult:
     assert result.pairs is not None
     told = [replace(item, norm=outer_name(item.norm), into=outer_name(item.into)) for item in result.folded]
     left = [
-        LeftNorm(outer_name(item.norm), None if item.into is None else outer_name(item.into), outer_name(item.reason))
+        replace(
+            item,
+            norm=outer_name(item.norm),
+            into=None if item.into is None else outer_name(item.into),
+            reason=outer_name(item.reason),
+        )
         for item in result.left
     ]
     inner = result.model.get_submodule(INNER)
@@ -178,28 +188,41 @@ def _told(step: Step) -> FoldedNorm:
     return FoldedNorm(step.name, into, ", ".join(dict.fromkeys(host.kind for host in step.into)))
 
 
+def _left(plan: Plan) -> list[LeftNorm]:
+    """Return the norms that are left, with what has become of them."""
+    becomes = {item.name: item.told for item in plan.leftovers}
+    return [replace(item, becomes=becomes.get(item.norm)) for item in plan.left]
+
+
 def _plan_that_holds(
-    model: Module, graph: Graph, example_inputs: Any, borders: bool
+    model: Module, graph: Graph, example_inputs: Any, borders: bool, fuse: bool
 ) -> tuple[Plan, dict[str, Parameter]]:
     """Return what can be done with ``model``, all of it proved, and its new parameters; it is not changed."""
     banned: dict[str, str] = {}
+    kept: dict[str, str] = {}  # norms that do not become multiply-adds either
     while True:
         plan = make_plan(model, graph, banned, with_borders=borders)
+        if fuse:
+            plan.leftovers = find_leftovers(model, plan, kept)
         parameters, problems = _rounded(model, plan)
-        if plan.steps and not problems:
+        if plan.changes and not problems:
             with threads_for_float64(graph):
                 problems = _problems(model, plan, example_inputs, banned)
         if not problems:
             sources = {use.name: describe_source(graph, use) for use in norm_uses(model, graph)}
             plan.left += [LeftNorm(name, sources.get(name), reason) for name, reason in banned.items()]
             return plan, parameters
-        banned |= problems
+        leftovers = {item.name for item in plan.leftovers}
+        kept |= {name: reason for name, reason in problems.items() if name in leftovers}
+        banned |= {name: reason for name, reason in problems.items() if name not in leftovers}
 
 
 def _rounded(model: Module, plan: Plan) -> tuple[dict[str, Parameter], dict[str, str]]:
     """Return the new parameters, or the norms that must stay because one does not fit into its type."""
+    replaced = {item.module for item in plan.leftovers}
     try:
-        return round_parameters(model, plan.parameters), {}
+        rounded = round_parameters(model, plan.parameters)
+        return {name: new for name, new in rounded.items() if name.rpartition(".")[0] not in replaced}, {}
     except Refusal as refusal:
         guilty = [step.name for step in plan.steps if any(host.name == refusal.module for host in step.into)]
         return {}, dict.fromkeys(guilty or [step.name for step in plan.steps], str(refusal))
@@ -220,8 +243,25 @@ def _problems(model: Module, plan: Plan, example_inputs: Any, banned: Collection
         trace(wide, inputs, observer=proof.after)
     except InputError as error:
         reason = f"Without it the model stops: {error.__cause__}."
+        if plan.leftovers:
+
+            def stops(items: Sequence[Leftover]) -> bool:
+                return _stops(model, replace(plan, leftovers=list(items)), example_inputs)
+
+            return dict.fromkeys((item.name for item in failing(plan.leftovers, stops)), reason)
         return dict.fromkeys(_culprits(model, plan, example_inputs, banned), reason)
     return proof.problems()
+
+
+def _stops(model: Module, plan: Plan, example_inputs: Any) -> bool:
+    """Whether the model fails once it is folded by a plan."""
+    copied = _copy(model)
+    Rewrite().apply(copied, plan, round_parameters(copied, plan.parameters))
+    try:
+        run(copied, example_inputs)
+    except InputError:
+        return True
+    return False
 
 
 def _culprits(model: Module, plan: Plan, example_inputs: Any, banned: Collection[str]) -> list[str]:
@@ -233,11 +273,7 @@ def _culprits(model: Module, plan: Plan, example_inputs: Any, banned: Collection
     for half in (names[: len(names) // 2], names[len(names) // 2 :]):
         stay = {*banned, *names} - set(half)
         part = make_plan(model, plan.graph, stay, with_borders=plan.with_borders)
-        copied = _copy(model)
-        Rewrite().apply(copied, part, round_parameters(copied, part.parameters))
-        try:
-            run(copied, example_inputs)
-        except InputError:
+        if _stops(model, part, example_inputs):
             found += _culprits(model, part, example_inputs, stay)
     if not found:
         raise VerificationError(
@@ -250,8 +286,8 @@ def _culprits(model: Module, plan: Plan, example_inputs: Any, banned: Collection
 def _touched(model: Module, plan: Plan) -> list[Tensor]:
     """Return every tensor that goes into a new parameter, each once."""
     names = list(plan.parameters.changed)
-    for step in plan.steps:
-        values = (step.use.calls[0].args[key] for key in ("running_mean", "running_var", "weight", "bias"))
+    for use in (*(step.use for step in plan.steps), *(item.use for item in plan.leftovers)):
+        values = (use.calls[0].args[key] for key in ("running_mean", "running_var", "weight", "bias"))
         names += [value.names[0] for value in values if isinstance(value, Value)]
     tensors = (find_tensor(model, name) for name in dict.fromkeys(names))
     return [tensor for tensor in tensors if tensor is not None]

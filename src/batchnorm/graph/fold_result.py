@@ -43,16 +43,18 @@ class LeftNorm:
         norm: its qualified name, or where it is called as a function.
         into: the module that could have absorbed it, None if no linear operator precedes it.
         reason: why it was left, as a sentence.
+        becomes: what stands there now, with ``fuse=True``; None for the norm as it was.
     """
 
     norm: str
     into: str | None
     reason: str
+    becomes: str | None = None
 
     def __str__(self) -> str:
         """Return it as a line."""
         arrow = f"{self.norm} → {self.into}" if self.into else self.norm
-        return f"{arrow}: not folded. {self.reason}"
+        return f"{arrow}: {f'left, as {self.becomes}' if self.becomes else 'not folded'}. {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,11 @@ class FoldResult(Result):
         total = len(self.folded) + len(self.left)
         if not total:
             return "The model has no batch norm."
+        became = sum(item.becomes is not None for item in self.left)
         count = f"{len(self.folded)} of {total} norms folded"
-        return f"{count}; output error {self.error:.2g}, bound {self.bound:.2g}" if self.folded else count
+        count += f", {became} multiply-adds" if became else ""
+        changed = self.folded or became
+        return f"{count}; output error {self.error:.2g}, bound {self.bound:.2g}" if changed else count
 
     def document(self) -> Document:
         """Return the report as data."""
@@ -108,9 +113,12 @@ class FoldResult(Result):
             facts = [("output error", self.error), ("bound", self.bound), ("error in float64", self.error_float64)]
             rows = [(f.norm, f.into, f.kind) for f in self.folded]
             sections.append(Section("Folded", [Facts(facts), Table(("norm", "into", "kind"), rows)]))
-        if self.left:
-            left = [(item.norm, item.into, item.reason) for item in self.left]
-            sections.append(Section("Left as they are", [Table(("norm", "after", "why"), left)]))
+        kept = [(item.norm, item.into, item.reason) for item in self.left if item.becomes is None]
+        became = [(item.norm, item.becomes, item.reason) for item in self.left if item.becomes is not None]
+        if became:
+            sections.append(Section("Left, in another form", [Table(("norm", "is now", "why"), became)]))
+        if kept:
+            sections.append(Section("Left as they are", [Table(("norm", "after", "why"), kept)]))
         if not sections:
             sections.append(Section("", [Paragraph("Nothing to do.")]))
         return Document(f"Fold {type(self.model).__name__}", self.summary, sections, "plain" if self.left else "good")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.travel.maps import Map
 from batchnorm.graph.travel.route import Route, carry_backward, carry_forward
+
+if TYPE_CHECKING:
+    from batchnorm.graph.leftover import Leftover
 
 __all__ = ["Plan", "Step", "make_plan"]
 
@@ -62,6 +66,7 @@ class Plan:
         parameters: what the parameters become.
         order: the place of each norm in the order of execution.
         with_borders: whether convolutions may pad with other values than zeros.
+        leftovers: those of the norms left that become multiply-adds.
     """
 
     graph: Graph
@@ -70,6 +75,17 @@ class Plan:
     parameters: Parameters
     order: dict[str, int]
     with_borders: bool = False
+    leftovers: list[Leftover] = field(default_factory=list)
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to be done."""
+        return bool(self.steps or self.leftovers)
+
+    @property
+    def replaced(self) -> list[str]:
+        """The names of the norms' modules in whose place something else comes."""
+        return [*(step.module for step in self.steps), *(item.module for item in self.leftovers)]
 
     @property
     def gone(self) -> set[Call]:
@@ -148,7 +164,8 @@ def _ways(map_: Map) -> Iterator[tuple[Map | None, Map | None]]:
         s x + t = s \left(x + \tfrac ts\right) = |s| \left(\operatorname{sign}(s)\, x + \tfrac t{|s|}\right)
         = (s x) + t
 
-    of which a positive scale crosses a ReLU, and a shift crosses an addition.
+    of which a positive scale crosses a ReLU, and a shift crosses an addition. Both parts have to be absorbed: one that
+    stays is a pass over memory as the whole is, and is none only if it is the identity, which is one of the first two.
     """
     scale, shift = map_.scale, map_.shift
     one, zero = torch.ones_like(scale), torch.zeros_like(shift)

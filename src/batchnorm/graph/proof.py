@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from batchnorm.graph.affine import LINEAR_OPERATORS
 from batchnorm.graph.dataflow import Call, Value
 from batchnorm.graph.families import family
+from batchnorm.graph.leftover import Leftover
 from batchnorm.graph.norms import is_norm
 from batchnorm.graph.plan import Plan, Step
 from batchnorm.graph.travel.rules import place
@@ -38,7 +39,7 @@ class _Kept:
 
     tensor: Tensor
     magnitude: float
-    step: Step | None
+    step: Step | Leftover | None
 
 
 @dataclass(eq=False)
@@ -70,9 +71,9 @@ class Proof:
             for call in host.calls
         }
 
-    def _watch(self, gone: set[Call]) -> dict[int, tuple[tuple[int, int], Step | None]]:
+    def _watch(self, gone: set[Call]) -> dict[int, tuple[tuple[int, int], Step | Leftover | None]]:
         """Return which calls' outputs are kept in the first run: for which output of the second, and whose they are."""
-        watched: dict[int, tuple[tuple[int, int], Step | None]] = {}
+        watched: dict[int, tuple[tuple[int, int], Step | Leftover | None]] = {}
         for step in self.plan.steps:
             for call in step.use.calls:
                 value = call.args["input"]
@@ -86,6 +87,10 @@ class Proof:
                 for call in host.calls:
                     if call.output not in self._crossed and call not in gone:
                         watched.setdefault(call.index, ((call.index, 0), step))
+        for item in self.plan.leftovers:
+            for call in item.use.calls:
+                if call.output not in self._crossed:
+                    watched[call.index] = ((call.index, 0), item)
         return watched
 
     def before(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -139,12 +144,16 @@ class Proof:
         self._lost = f"Folded, the model takes another way at {place(call)}."
 
     def problems(self) -> dict[str, str]:
-        """Return the norms that must stay, with the reason: the first in the order of execution, or all if unknown."""
+        """Return the norms that must stay, with the reason: the first in the order of execution, or all if unknown.
+
+        Where there are multiply-adds, those first: without them it may be known.
+        """
         if self._problems:
             return self._problems
         if not self._lost and self._place < len(self._calls):
             self._lost = "Folded, the model runs fewer operators than before."
-        return dict.fromkeys((step.name for step in self.plan.steps), self._lost) if self._lost else {}
+        suspects = self.plan.leftovers or self.plan.steps
+        return dict.fromkeys((suspect.name for suspect in suspects), self._lost) if self._lost else {}
 
 
 def _kind(call: Call) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Identity, Module, Parameter
 
 from batchnorm.graph.parameters import Parameters, find_tensor
 from batchnorm.graph.plan import Plan
@@ -68,7 +68,7 @@ class Rewrite:
         self._undo: list[tuple[dict[str, Any], str, Any]] = []
 
     def apply(self, model: Module, plan: Plan, parameters: dict[str, Parameter]) -> None:
-        """Set the new parameters; replace norms that go, and convolutions that get a border, wherever they stand."""
+        """Set the new parameters; replace norms that go or become multiply-adds, and convolutions that get a border."""
         for name, parameter in parameters.items():
             place, _, slot = name.rpartition(".")
             self._set(model.get_submodule(place)._parameters, slot, parameter)
@@ -77,7 +77,12 @@ class Rewrite:
         for name, border in plan.parameters.borders.items():
             conv = model.get_submodule(name)
             stand_ins[id(conv)] = bordered(conv, border)
-        for module in model.modules():
+        for item in plan.leftovers:
+            stand_ins[id(model.get_submodule(item.module))] = item.build(model)
+            if item.moved is not None:
+                activation = model.get_submodule(item.moved)
+                stand_ins[id(activation)] = Identity().train(activation.training)
+        for module in list(model.modules()):  # as they stand now: a stand-in may hold what another stands in for
             for name, child in list(module._modules.items()):
                 if id(child) in stand_ins:
                     self._set(module._modules, name, stand_ins[id(child)])

@@ -6,9 +6,9 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from batchnorm.nn.bordered import plain
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_module
 from batchnorm.report import files
+
+if TYPE_CHECKING:
+    from batchnorm.graph.leftover import Leftover
 
 __all__ = ["Pairs", "unfold"]
 
@@ -40,12 +43,14 @@ class Pairs:
         norms: the modules that have gone, by every name that they were registered under.
         digests: of the parameters as folding left them, by name: a model that has others was trained since.
         bordered: names of the convolutions that pad with other values than zeros since.
+        moved: names of the activations that have become part of what took a norm's place, and the name of that.
     """
 
     parameters: Mapping[str, Tensor | None]
     norms: Mapping[str, Module]
     digests: Mapping[str, str]
     bordered: tuple[str, ...] = ()
+    moved: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -66,6 +71,23 @@ class Pairs:
         old = {name: find_tensor(model, name) for name in parameters}
         return cls(old, places, {name: _digest(new) for name, new in parameters.items()}, padded)
 
+    def with_leftovers(self, model: Module, leftovers: Iterable[Leftover]) -> Pairs:
+        """Return the same, and what is about to be replaced with multiply-adds.
+
+        Args:
+            model: the model, not folded yet.
+            leftovers: of its norms, those that are to become one.
+        """
+        digests, moved = dict(self.digests), dict(self.moved)
+        for item in leftovers:
+            built = item.build(model)
+            digests |= {f"{item.module}.{name}": _digest(new) for name, new in built.named_parameters(recurse=False)}
+            if item.moved is not None:
+                own = model.get_submodule(item.moved)
+                names = (name for name, m in model.named_modules(remove_duplicate=False) if m is own)
+                moved |= dict.fromkeys(names, item.module)
+        return replace(self, digests=digests, moved=moved)
+
     def of_submodule(self, name: str) -> Pairs:
         """Return those of one submodule, with the names that it knows them by."""
 
@@ -77,6 +99,7 @@ class Pairs:
             {short: self.norms[n] for n, short in own(self.norms).items()},
             {short: self.digests[n] for n, short in own(self.digests).items()},
             tuple(own(self.bordered).values()),
+            {short: self.moved[n].removeprefix(f"{name}.") for n, short in own(self.moved).items()},
         )
 
     def save(self, path: str | Path) -> Path:
@@ -94,6 +117,7 @@ class Pairs:
             "same": same,
             "digests": dict(self.digests),
             "bordered": list(self.bordered),
+            "moved": dict(self.moved),
         }
         path = Path(path)
         with files.replacing(path) as fresh:
@@ -131,7 +155,8 @@ class Pairs:
         built = {name: _build(name, settings, tensors, like) for name, settings in about["norms"].items()}
         norms = {name: built[first] for name, first in about["same"].items()}
         missing = dict.fromkeys(about["missing"])
-        return cls({**parameters, **missing}, norms, about["digests"], tuple(about["bordered"]))
+        bordered, moved = tuple(about["bordered"]), about["moved"]
+        return cls({**parameters, **missing}, norms, about["digests"], bordered, moved)
 
 
 def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = None, inplace: bool = False) -> Module:
@@ -166,6 +191,7 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
     known = pairs if isinstance(pairs, Pairs) else Pairs.load(pairs, like)
     _require_folded(model, known)
     target = model if inplace else copy_model("unfold", model, "Unfold it in place: inplace=True.")
+    activations = {name: target.get_submodule(f"{holder}.activation") for name, holder in known.moved.items()}
     copies: dict[int, Module] = {}
     for name, norm in known.norms.items():
         old = target.get_submodule(name)
@@ -173,6 +199,9 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
             copies[id(norm)] = copy.deepcopy(norm).train(old.training).to(_device_of(target, known))
         parent, _, leaf = name.rpartition(".")
         target.get_submodule(parent)._modules[leaf] = copies[id(norm)]
+    for name, activation in activations.items():
+        parent, _, leaf = name.rpartition(".")
+        target.get_submodule(parent)._modules[leaf] = activation
     convs = {name: target.get_submodule(name) for name in known.bordered}
     twins = {id(conv): plain(conv) for conv in convs.values()}
     for name, conv in convs.items():
