@@ -16,7 +16,7 @@ from benchmarks.fold.tools import TOOLS, Tool
 from benchmarks.train_step.rows import machine
 
 import benchmarks.fold
-from benchmarks.fold import networks, speed
+from benchmarks.fold import leftover, networks, speed
 
 ROWS = Path(__file__).with_name("rows.jsonl")
 _QUICK_PATTERNS = 7  # every seventh
@@ -36,7 +36,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=benchmarks.fold.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=("patterns", "networks", "speed"), help="one question only")
+    parser.add_argument("--only", choices=("patterns", "networks", "speed", "leftover"), help="one question only")
     parser.add_argument("--quick", action="store_true", help="a few of each, two rounds")
     parser.add_argument(
         "--inductor", action="store_true", help="Inductor too; it compiles for a second or more a model"
@@ -81,6 +81,8 @@ def _questions(options: argparse.Namespace, tools: Sequence[Tool]) -> Iterator[l
             yield _rows(about, network, [tool for tool in tools if tool.networks])
     if options.only in (None, "speed"):
         yield [{"question": "speed", **row} for row in speed.measure(tools, options.quick, options.rounds)]
+    if options.only in (None, "leftover"):
+        yield [{"question": "leftover", **row} for row in leftover.measure(options.quick, options.rounds)]
 
 
 def _wanted(subject: Subject, options: argparse.Namespace) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from benchmarks.fold.__main__ import ROWS
 from benchmarks.fold.errors import ROUNDINGS, WRONG
+from benchmarks.fold.leftover import TITLES
 from benchmarks.fold.networks import NETWORKS
 from benchmarks.fold.patterns import PATTERNS
 from benchmarks.fold.speed import EAGER
@@ -40,6 +41,7 @@ def facts(rows: list[Row]) -> dict[str, Any]:
     patterns = _ordered(rows, "patterns", [(pattern.family, pattern.name) for pattern in PATTERNS])
     networks = _ordered(rows, "networks", [(network.package, network.name) for network in NETWORKS])
     speed = [row for row in rows if row["question"] == "speed"]
+    leftover = [row for row in rows if row["question"] == "leftover"]
     titles = {EAGER: "eager"} | {tool.name: tool.title for tool in TOOLS}
     return {
         "machines": tables.machines(rows),
@@ -61,6 +63,8 @@ def facts(rows: list[Row]) -> dict[str, Any]:
         "sides": sorted({row["side"] for row in speed}),
         "rounds": sorted({row["rounds"] for row in speed}),
         "speed_about": tables.machines(speed),
+        "leftover": tables.speed(leftover, TITLES),
+        "leftover_about": tables.machines(leftover),
         "inductor": any(row["tool"] == "inductor" for row in patterns),
     }
 

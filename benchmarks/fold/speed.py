@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from benchmarks.fold.measure import quietly
 from benchmarks.fold.networks import Network
 from benchmarks.fold.tools import Tool
 
-__all__ = ["EAGER", "measure"]
+__all__ = ["EAGER", "measure", "pictures", "timed"]
 
 EAGER = "eager"
 NETWORKS = (Network("torchvision", "resnet18", 224), Network("torchvision", "mobilenet_v2", 224))
@@ -31,27 +31,54 @@ def measure(tools: Sequence[Tool], quick: bool, rounds: int) -> Iterator[dict[st
 
 
 def _latencies(network: Network, batch: int, tools: Sequence[Tool], rounds: int) -> Iterator[dict[str, Any]]:
-    x = torch.randn(batch, 3, network.side, network.side, generator=torch.Generator().manual_seed(0))
-    seconds: dict[str, list[float]] = {}
+    x = pictures(network, batch)
     with quietly():
         subjects = _subjects(network, tools, x)
+    versions = {tool.name: tool.version() for tool in tools} | {EAGER: f"torch {torch.__version__}"}
+    yield from timed(network, x, f"batch {batch}", subjects, versions, rounds)
+
+
+def pictures(network: Network, batch: int) -> torch.Tensor:
+    """Return what a network is timed on, float32."""
+    return torch.randn(batch, 3, network.side, network.side, generator=torch.Generator().manual_seed(0))
+
+
+def timed(
+    network: Network,
+    x: torch.Tensor,
+    where: str,
+    subjects: Mapping[str, Callable[..., Any]],
+    versions: Mapping[str, str],
+    rounds: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each subject: seconds a call, and the ratio to eager of the same round.
+
+    Args:
+        network: what they all compute.
+        x: on what.
+        where: under which circumstances, for the row's name.
+        subjects: what is timed, by name; ``EAGER`` is one of them.
+        versions: of what is timed.
+        rounds: how often.
+    """
+    seconds: dict[str, list[float]] = {}
+    with quietly():
         for run in subjects.values():
             for _ in range(_WARM_UP):
                 run(x)
         for _ in range(rounds):
             for name, run in subjects.items():
                 seconds.setdefault(name, []).append(_once(run, x))
-    versions = {tool.name: tool.version() for tool in tools} | {EAGER: f"torch {torch.__version__}"}
     for name, times in seconds.items():
         # against the model as it was, of the same round: the machine drifts
         ratio = statistics.median(t / base for t, base in zip(times, seconds[EAGER], strict=True))
         median = statistics.median(times)
-        print(f"{network.name}, batch {batch}: {name}: {median * 1e3:.2f} ms, {ratio:.2f} of eager", flush=True)
+        print(f"{network.name}, {where}: {name}: {median * 1e3:.2f} ms, {ratio:.2f} of eager", flush=True)
         yield {
             "package": network.package,
-            "subject": f"{network.name}, batch {batch}",
+            "subject": f"{network.name}, {where}",
             "network": network.name,
-            "batch": batch,
+            "batch": len(x),
             "side": network.side,
             "tool": name,
             "version": versions[name],

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import batchnorm
 from batchnorm.cli import check, demo, diagnose, fold, info, merge, recalibrate, unfold, watch
+from batchnorm.cli.load import load_model
 
 COMMANDS = {
     "demo": demo,
@@ -155,6 +157,8 @@ def test_the_examples_of_the_help_work_when_pasted(
     if line.startswith("batchnorm unfold"):  # it starts from what the line before it has written
         before = next(other for other in unfold.EPILOG.splitlines() if "batchnorm fold" in other)
         assert command(*shlex.split(before)[1:]).code == 0
+    if "-m net.pt2" in line:
+        torch.export.save(torch.export.export(load_model("net:build").eval(), (torch.rand(2, 3, 32, 32),)), "net.pt2")
     words = shlex.split(line.partition(" > ")[0])
     done = command(*words[1:])
     assert done.code in (0, 1), done.err

@@ -236,3 +236,43 @@ def test_debug_shows_the_traceback_too(command: Callable[..., Any], here: Path) 
     assert "Traceback" in done.err
     assert 'raise ValueError("no such checkpoint' in done.err
     assert done.err.splitlines()[-1].startswith("error: --model net:broken")
+
+
+def test_a_program_is_folded_into_a_program(command: Callable[..., Any], here: Path, weights: Path) -> None:
+    net = load_model("net:build", weights).eval()
+    program = torch.export.export(net, (x(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, here / "net.pt2")
+    done = command("fold", "-m", "net.pt2", "-o", "folded.pt2", "--json", "--strict")
+    assert done.code == 0
+    assert [item["norm"] for item in json.loads(done.out)["folded"]] == ["bn", "bn2"]
+    folded = torch.export.load(here / "folded.pt2")
+    assert not any("batch_norm" in str(node.target) for node in folded.graph.nodes)
+    with torch.no_grad():
+        torch.testing.assert_close(folded.module()(x(7)), net(x(7)))
+    assert command("fold", "-m", "net.pt2", "-i", SHAPE, "-o", "folded.pt2").code == 0
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["-m", "nowhere.pt2"], "--model nowhere.pt2: no such file"),
+    (["-m", "broken.pt2"], "expected a program that torch.export.save wrote"),
+    (["-m", "net.pt2", "-w", "w.pt"], "is a program, which has its weights"),
+    (["-m", "net.pt2", "--pairs", "p.safetensors"], "the norms of a program are in the program"),
+    (["-m", "net.pt2", "-o", "folded.pt"], "so is what is written: a .pt2 file"),
+    (["-m", "net.pt2", "--fuse"], "fuse=True is for modules"),
+])  # fmt: skip
+def test_what_does_not_go_with_a_program(
+    command: Callable[..., Any], here: Path, words: list[str], sentence: str
+) -> None:
+    torch.export.save(torch.export.export(load_model("net:build").eval(), (x(),)), here / "net.pt2")
+    (here / "broken.pt2").write_bytes(b"no archive")
+    done = command("fold", *words)
+    assert done.code == 2
+    assert sentence in done.sentence
+
+
+def test_fuse_makes_multiply_adds_of_what_is_left(command: Callable[..., Any], here: Path) -> None:
+    (here / "left.py").write_text(LEFT)
+    words = ["fold", "-m", "left:build", "-i", SHAPE, "--json"]
+    assert [item["becomes"] for item in json.loads(command(*words).out)["left"]] == [None]
+    became = json.loads(command(*words, "--fuse").out)["left"][0]["becomes"]
+    assert became.startswith("one multiply-add per channel")

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from batchnorm.errors import ArgumentTypeError, InputError, StateError, VerificationError
-from batchnorm.graph import fold as fold_module
 from batchnorm.graph.fold import fold
 from batchnorm.graph.rewrite import Rewrite
 
@@ -247,9 +246,12 @@ def test_output_without_a_finite_number_is_refused():
 def test_wrong_algebra_or_an_interruption_leaves_the_model_bit_identical(monkeypatch, inplace, error):
     net = make()
     before = state_of(net)
-    for name in ("trace", "make_plan", "run", "verify", "_in_float64", "_copy"):
+    of_fold, of_settle = "batchnorm.graph.fold_model.", "batchnorm.graph.settle."
+    names = [of_fold + name for name in ("trace", "run", "verify", "_in_float64", "copy_to_try", "tell", "settle")]
+    names += [of_settle + name for name in ("trace", "make_plan", "round_parameters", "copy_to_try", "random_like")]
+    for name in names:
         with monkeypatch.context() as patch:
-            patch.setattr(fold_module, name, _raising(error))
+            patch.setattr(name, _raising(error))
             with pytest.raises(error):
                 fold(net, X, inplace=inplace)
         assert_unchanged(net, before)

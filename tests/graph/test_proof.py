@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.graph.test_fold_zoo import lively
 from torch import nn
 
 from batchnorm.graph import rewrite as rewrite_module
@@ -75,3 +76,59 @@ def test_wrong_shift_is_caught(monkeypatch):
     result = fold(make(*LAYERS[0][:2]), torch.randn(LAYERS[0][2]))
     assert not result.folded
     assert "more than float64 explains" in result.left[0].reason
+
+
+class InItsOwnType(nn.Module):
+    """A model that does not run in float64: it names a type in its code."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.bn(self.conv(x)).mean((2, 3)).float())
+
+
+def test_a_model_that_does_not_run_in_float64_is_compared_in_its_own_types():
+    net = lively(InItsOwnType()).float()
+    result = fold(net, torch.randn(2, 3, 8, 8))
+    assert [norm.norm for norm in result.folded] == ["bn"]
+    assert result.error_float64 is None
+
+
+def test_in_its_own_types_too_a_wrong_fold_is_found(monkeypatch):
+    wrong = replace(LINEAR_OPERATORS["conv2d"], spread=lambda scale, weight, groups: scale.flip(0).reshape(-1, 1, 1, 1))
+    monkeypatch.setitem(LINEAR_OPERATORS, "conv2d", wrong)
+    result = fold(lively(InItsOwnType()).float(), torch.randn(2, 3, 8, 8))
+    assert not result.folded
+    assert "errs by" in result.left[0].reason
+
+
+class Zeros(nn.Module):
+    """What a fold does wrong only shows up where the inputs are not all zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+def test_a_wrong_fold_that_the_example_hides_is_found_on_random_inputs(monkeypatch):
+    wrong = replace(LINEAR_OPERATORS["conv2d"], spread=lambda scale, weight, groups: scale.flip(0).reshape(-1, 1, 1, 1))
+    monkeypatch.setitem(LINEAR_OPERATORS, "conv2d", wrong)
+    result = fold(lively(Zeros()), torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    assert not result.folded
+    assert "errs by" in result.left[0].reason
+
+
+def test_whether_random_inputs_were_compared_is_told():
+    class Two(Zeros):
+        def forward(self, x):
+            return self.bn(self.conv(x)) if float(x.sum()) == 0 else self.conv(x)
+
+    zeros = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    assert fold(lively(Zeros()), zeros).on_random_inputs is True
+    assert fold(lively(Two()), zeros).on_random_inputs is False
+    assert fold(nn.Linear(3, 3), torch.randn(2, 3)).on_random_inputs is None

@@ -149,3 +149,23 @@ def test_a_layer_that_computed_its_weight_is_a_plain_one(tmp_path, dtype):
         deployed.load_state_dict(result.model.state_dict())
         assert torch.equal(deployed(x), result.model(x))
         assert deployed[0].weight is not result.model[0].weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_norm_that_is_a_multiply_add_now(tmp_path, dtype):
+    def build():
+        plain, tanh = nn.BatchNorm2d(4, affine=False), nn.Tanh()
+        parts = [tanh, plain, nn.ReLU(inplace=True), tanh, NormTanh(4), tanh, NormAct(4), tanh, nn.BatchNorm2d(4)]
+        return nn.Sequential(*parts).to(dtype).eval()
+
+    x = torch.randn(2, 4, 8, 8).to(dtype)
+    result = batchnorm.fold(build(), x, fuse=True)
+    assert sum(item.becomes is not None for item in result.left) == 4
+    result.save_pairs(tmp_path / "pairs.safetensors")
+    for pairs in (result.pairs, tmp_path / "pairs.safetensors"):
+        deployed = batchnorm.refold(build(), pairs)
+        assert [type(m) for m in deployed.modules()] == [type(m) for m in result.model.modules()]
+        deployed.load_state_dict(result.model.state_dict())
+        assert torch.equal(deployed(x), result.model(x))
+        back = batchnorm.unfold(deployed, pairs, like=build())
+        assert [type(m) for m in back.modules()] == [type(m) for m in build().modules()]

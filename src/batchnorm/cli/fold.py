@@ -16,13 +16,14 @@ from batchnorm.cli.options import (
     Html,
     Inputs,
     Json,
-    Model,
+    ModelOrProgram,
     Seed,
     Weights,
     examples,
 )
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
     from torch.nn import Module
 
     from batchnorm.graph.fold_result import FoldResult
@@ -34,13 +35,14 @@ FOLDED = "What is folded"
 EPILOG = examples(
     "batchnorm fold -m net:build -w net.pt -i 8,3,32,32 -o folded.safetensors",
     "batchnorm fold -m net:build -w net.pt -d images.npz -o folded.pt2",
+    "batchnorm fold -m net.pt2 -o folded.pt2",
     "batchnorm fold -m net:build -i 8,3,32,32 -o f.pt --pairs p.safetensors",
     "batchnorm fold -m net:build -d images.npz --input-mean 120 --input-std 60",
 )
 
 
 def fold(
-    model: Model,
+    model: ModelOrProgram,
     weights: Weights = None,
     seed: Seed = 0,
     inputs: Inputs = None,
@@ -53,6 +55,15 @@ def fold(
             metavar="",
             rich_help_panel=FOLDED,
             help="Leave norms that would make weights too small for a half-precision type.",
+        ),
+    ] = False,
+    fuse: Annotated[
+        bool,
+        typer.Option(
+            "--fuse",
+            metavar="",
+            rich_help_panel=FOLDED,
+            help="Make one multiply-add per channel of each norm that is left, in one pass with the activation behind.",
         ),
     ] = False,
     input_mean: Annotated[
@@ -133,14 +144,26 @@ def fold(
     check_destinations(output, html, (*STATE_SUFFIXES, ".pt2"))
     check_destinations(pairs, None, (".safetensors",), option="--pairs")
     with only_result_on_stdout():
-        from batchnorm.cli.load import load_example, load_model
+        from batchnorm.cli.load import load_example, load_model, load_program
         from batchnorm.cli.load.numbers import read_numbers
 
         _require_two_files(output, pairs)
-        mean, std = read_numbers("--input-mean", input_mean), read_numbers("--input-std", input_std)
-        network = load_model(model, weights, seed=seed).eval()
-        example = load_example(network, inputs, data, batch_size=batch_size, seed=seed)
-        result = _run(network, example, mean, std, borders, keep_range)
+        options: dict[str, Any] = {
+            "input_mean": read_numbers("--input-mean", input_mean),
+            "input_std": read_numbers("--input-std", input_std),
+            "borders": borders,
+            "keep_range": keep_range,
+            "fuse": fuse,
+        }
+        network: Any
+        if model.endswith(".pt2"):
+            _require_program_options(model, weights, output, pairs)
+            network = load_program(Path(model))
+        else:
+            network = load_model(model, weights, seed=seed).eval()
+        has_own = model.endswith(".pt2") and not inputs and data is None
+        example = None if has_own else load_example(network, inputs, data, batch_size=batch_size, seed=seed)
+        result = _run(network, example, options)
         if measure and result.folded:
             result = result.measure(example)
         with page(result, html):
@@ -158,20 +181,25 @@ def _require_two_files(output: Path | None, pairs: Path | None) -> None:
         raise CommandError(f"--pairs {pairs}: that is --output; the pairs need a file of their own.")
 
 
-def _run(
-    network: Module,
-    example: Any,
-    mean: list[float] | None,
-    std: list[float] | None,
-    borders: bool,
-    keep_range: bool,
-) -> FoldResult:
+def _require_program_options(model: str, weights: Path | None, output: Path | None, pairs: Path | None) -> None:
+    """Refuse what only goes with the user's own model."""
+    from batchnorm.cli.errors import CommandError
+
+    if weights is not None:
+        raise CommandError(f"--weights {weights}: {model} is a program, which has its weights.")
+    if pairs is not None:
+        raise CommandError(f"--pairs {pairs}: the norms of a program are in the program, {model}; keep that.")
+    if output is not None and output.suffix != ".pt2":
+        raise CommandError(f"--output {output}: {model} is a program, and so is what is written: a .pt2 file.")
+
+
+def _run(network: Module | ExportedProgram, example: Any, options: dict[str, Any]) -> FoldResult:
     from batchnorm.cli.errors import CommandError
     from batchnorm.errors import BatchNormError
     from batchnorm.graph.fold import fold as run
 
     try:
-        return run(network, example, input_mean=mean, input_std=std, borders=borders, keep_range=keep_range)
+        return run(network, example, **options)
     except BatchNormError as error:
         if not str(error).startswith("fold: input_"):
             raise

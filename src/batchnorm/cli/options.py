@@ -16,6 +16,7 @@ __all__ = [
     "Inputs",
     "Json",
     "Model",
+    "ModelOrProgram",
     "Names",
     "Output",
     "RequiredData",
@@ -35,6 +36,16 @@ Model: TypeAlias = Annotated[
         "-m",
         metavar="MODULE:NAME",
         help="The model, or a function that returns it: net:build is build() of ./net.py.",
+    ),
+]
+ModelOrProgram: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODULE:NAME",
+        help="The model, or a function that returns it: net:build is build() of ./net.py. Or a torch.export program, a "
+        "file .pt2.",
     ),
 ]
 Weights: TypeAlias = Annotated[

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.nn import Module
 
 from batchnorm.cli.errors import CommandError, reason
@@ -19,16 +20,21 @@ from batchnorm.cli.output import note, replacing
 __all__ = ["save_model"]
 
 
-def save_model(model: Module, path: Path, example: tuple[Any, ...] | dict[str, Any] | None = None) -> None:
+def save_model(
+    model: Module | ExportedProgram, path: Path, example: tuple[Any, ...] | dict[str, Any] | None = None
+) -> None:
     """Write the model to a file, all at once.
 
     ``.safetensors``, ``.pt`` and ``.pth`` take its state dict; ``.pt2`` takes a ``torch.export`` program made by
     running the model on ``example``, for any batch size where the example's is 2 or more and the model allows it.
+    A program is written as it is.
 
     Raises:
         CommandError: the file cannot be written, or the model cannot be exported.
     """
-    if path.suffix == ".pt2":
+    if isinstance(model, ExportedProgram):
+        _write(path, lambda fresh: torch.export.save(model, fresh))
+    elif path.suffix == ".pt2":
         program = _export(model, example)
         _write(path, lambda fresh: torch.export.save(program, fresh))
     elif path.suffix == ".safetensors":

@@ -32,8 +32,12 @@ def sections(result: FoldResult) -> list[Section]:
         found.append(Section("Lost range", [*lines, Paragraph(remedy)]))
     if result.measured is not None:
         found.append(Section("Measured", [_measured(result.measured)]))
-    if result.left:
-        left = Table(("norm", "after", "why"), [(item.norm, item.into, item.reason) for item in result.left])
+    became = [(item.norm, item.becomes, item.reason) for item in result.left if item.becomes is not None]
+    if became:
+        found.append(Section("Left, in another form", [Table(("norm", "is now", "why"), became)]))
+    kept = [item for item in result.left if item.becomes is None]
+    if kept:
+        left = Table(("norm", "after", "why"), [(item.norm, item.into, item.reason) for item in kept])
         found.append(
             Section(
                 "Left as they are", [*_pictures(result.pictures.left if result.pictures is not None else None), left]
@@ -79,6 +83,10 @@ def _facts(result: FoldResult) -> Facts:
         ("output error", result.error),
         ("bound", result.bound),
         ("error in float64", result.error_float64),
+        (
+            "every value compared",
+            "on the example, and on random inputs" if result.on_random_inputs else "on the example",
+        ),
     ]
     if result.costs is not None:
         before, after = result.costs.before, result.costs.after

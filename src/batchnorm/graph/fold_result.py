@@ -59,16 +59,18 @@ class LeftNorm:
         norm: its qualified name, or where it is called as a function.
         into: the module that could have absorbed it, None if no linear operator precedes it.
         reason: why it was left, as a sentence.
+        becomes: what stands there now, with ``fuse=True``; None for the norm as it was.
     """
 
     norm: str
     into: str | None
     reason: str
+    becomes: str | None = None
 
     def __str__(self) -> str:
         """Return it as a line."""
         arrow = f"{self.norm} → {self.into}" if self.into else self.norm
-        return f"{arrow}: not folded. {self.reason}"
+        return f"{arrow}: {f'left, as {self.becomes}' if self.becomes else 'not folded'}. {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class FoldResult(Result):
         bound: what rounding allows there (see :mod:`batchnorm.graph.verify`).
         error_float64: the same difference when both compute in float64; None where the model does not run in float64,
             or nothing was folded.
+        on_random_inputs: whether every value was compared on random inputs as well as on the example's; not where the
+            model fails on those, or takes another way. None if nothing was changed.
         pairs: what the model had before, for :func:`batchnorm.unfold`; None if nothing was folded, or for a program.
         original: the program that was folded; None for a module.
         lost: folded weights of which channels lose range in their type (see :mod:`batchnorm.graph.ranges`).
@@ -114,6 +118,7 @@ class FoldResult(Result):
     error: float
     bound: float
     error_float64: float | None = None
+    on_random_inputs: bool | None = None
     pairs: Pairs | None = field(default=None, repr=False)
     original: Any = field(default=None, repr=False)
     lost: Sequence[LostRange] = ()
@@ -182,8 +187,11 @@ class FoldResult(Result):
         total = len(self.folded) + len(self.left)
         if not total:
             return "The model has no batch norm."
+        became = sum(item.becomes is not None for item in self.left)
         count = f"{len(self.folded)} of {total} norms folded"
-        return f"{count}; output error {self.error:.2g}, bound {self.bound:.2g}" if self.folded else count
+        count += f", {became} multiply-adds" if became else ""
+        changed = self.folded or became
+        return f"{count}; output error {self.error:.2g}, bound {self.bound:.2g}" if changed else count
 
     def document(self) -> Document:
         """Return the report as data."""
@@ -201,6 +209,7 @@ class FoldResult(Result):
             "error": self.error,
             "bound": self.bound,
             "error_float64": self.error_float64,
+            "on_random_inputs": self.on_random_inputs,
             "warnings": self.warnings,
             "lost": [asdict(item) for item in self.lost],
             "ranges": [item.to_dict() for item in self.ranges],

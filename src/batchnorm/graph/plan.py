@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.travel.maps import Map
 from batchnorm.graph.travel.route import Route, carry_backward, carry_forward
 from batchnorm.graph.travel.rules import place
+
+if TYPE_CHECKING:
+    from batchnorm.graph.leftover import Leftover
 
 __all__ = ["Plan", "Step", "make_plan"]
 
@@ -64,6 +68,7 @@ class Plan:
         order: the place of each norm in the order of execution.
         with_borders: whether convolutions may pad with other values than zeros.
         obstacles: the operators that stand in the way of norms that stay, by the norm's name.
+        leftovers: those of the norms left that become multiply-adds.
     """
 
     graph: Graph
@@ -73,6 +78,17 @@ class Plan:
     order: dict[str, int]
     with_borders: bool = False
     obstacles: dict[str, tuple[Call, ...]] = field(default_factory=dict)
+    leftovers: list[Leftover] = field(default_factory=list)
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to be done."""
+        return bool(self.steps or self.leftovers)
+
+    @property
+    def replaced(self) -> list[str]:
+        """The names of the norms' modules in whose place something else comes."""
+        return [*(step.module for step in self.steps), *(item.module for item in self.leftovers)]
 
     @property
     def gone(self) -> set[Call]:
@@ -163,7 +179,8 @@ def _ways(map_: Map) -> Iterator[tuple[Map | None, Map | None]]:
         s x + t = s \left(x + \tfrac ts\right) = |s| \left(\operatorname{sign}(s)\, x + \tfrac t{|s|}\right)
         = (s x) + t
 
-    of which a positive scale crosses a ReLU, and a shift crosses an addition.
+    of which a positive scale crosses a ReLU, and a shift crosses an addition. Both parts have to be absorbed: one that
+    stays is a pass over memory as the whole is, and is none only if it is the identity, which is one of the first two.
     """
     scale, shift = map_.scale, map_.shift
     one, zero = torch.ones_like(scale), torch.zeros_like(shift)

@@ -7,11 +7,16 @@ no map has crossed are as they were. Float64 keeps 53 bits, so a value y may dif
 .. math:: 2^{-53} \cdot K \cdot M \qquad K = 2^{24}
 
 with M the largest magnitude in y and, as large means may cancel, in what was read to compute it: a wrong fold errs by
-about M, rounding by a small multiple of 2⁻⁵³ times the number of terms of a sum.
+about M, rounding by a small multiple of 2⁻⁵³ times the number of terms of a sum. Of a model that does not run in
+float64 the values are compared in its own types, to half of their digits: √u · M, with u the unit roundoff.
+
+Both runs are done on the example inputs, and on random ones of the same shapes if the model takes the same way on
+those.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +28,17 @@ from torch.utils._pytree import tree_leaves
 from batchnorm.graph.affine import LINEAR_OPERATORS
 from batchnorm.graph.dataflow import Call, Value
 from batchnorm.graph.families import family
+from batchnorm.graph.leftover import Leftover
 from batchnorm.graph.norms import is_norm
 from batchnorm.graph.plan import Plan, Step
 from batchnorm.graph.travel.rules import place
 
 __all__ = ["Proof"]
 
-_BOUND = 2.0**-53 * 2**24
+
+def _bound(dtype: torch.dtype) -> float:
+    """Return the largest difference allowed, as a share of the largest magnitude."""
+    return 2.0**-53 * 2**24 if dtype == torch.float64 else math.sqrt(torch.finfo(dtype).eps / 2)
 
 
 @dataclass(eq=False)
@@ -38,7 +47,7 @@ class _Kept:
 
     tensor: Tensor
     magnitude: float
-    step: Step | None
+    step: Step | Leftover | None
 
 
 @dataclass(eq=False)
@@ -70,9 +79,9 @@ class Proof:
             for call in host.calls
         }
 
-    def _watch(self, gone: set[Call]) -> dict[int, tuple[tuple[int, int], Step | None]]:
+    def _watch(self, gone: set[Call]) -> dict[int, tuple[tuple[int, int], Step | Leftover | None]]:
         """Return which calls' outputs are kept in the first run: for which output of the second, and whose they are."""
-        watched: dict[int, tuple[tuple[int, int], Step | None]] = {}
+        watched: dict[int, tuple[tuple[int, int], Step | Leftover | None]] = {}
         for step in self.plan.steps:
             for call in step.use.calls:
                 value = call.args["input"]
@@ -86,6 +95,10 @@ class Proof:
                 for call in host.calls:
                     if call.output not in self._crossed and call not in gone:
                         watched.setdefault(call.index, ((call.index, 0), step))
+        for item in self.plan.leftovers:
+            for call in item.use.calls:
+                if call.output not in self._crossed:
+                    watched[call.index] = ((call.index, 0), item)
         return watched
 
     def before(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -124,7 +137,7 @@ class Proof:
 
     def _compare(self, call: Call, kept: _Kept, tensor: Tensor) -> None:
         error = _error(kept.tensor, tensor)
-        if not error <= _BOUND * max(kept.magnitude, _largest(tensor)):
+        if not error <= _bound(kept.tensor.dtype) * max(kept.magnitude, _largest(tensor)):
             name = "" if kept.step is None else kept.step.name
             self._problems[name] = f"Folded, {place(call)} errs by {error:.3g}, more than float64 explains."
 
@@ -139,12 +152,16 @@ class Proof:
         self._lost = f"Folded, the model takes another way at {place(call)}."
 
     def problems(self) -> dict[str, str]:
-        """Return the norms that must stay, with the reason: the first in the order of execution, or all if unknown."""
+        """Return the norms that must stay, with the reason: the first in the order of execution, or all if unknown.
+
+        Where there are multiply-adds, those first: without them it may be known.
+        """
         if self._problems:
             return self._problems
         if not self._lost and self._place < len(self._calls):
             self._lost = "Folded, the model runs fewer operators than before."
-        return dict.fromkeys((step.name for step in self.plan.steps), self._lost) if self._lost else {}
+        suspects = self.plan.leftovers or self.plan.steps
+        return dict.fromkeys((suspect.name for suspect in suspects), self._lost) if self._lost else {}
 
 
 def _kind(call: Call) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch.nn import Module, Parameter
+from torch.nn import Identity, Module, Parameter
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.errors import StateError
@@ -14,6 +14,7 @@ from batchnorm.graph.unfold import Pairs
 from batchnorm.nn.bordered import bordered
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_module
+from batchnorm.nn.scale_shift import ScaleShift
 
 __all__ = ["refold"]
 
@@ -63,6 +64,11 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
     for name, stays in known.stays.items():
         old = target.get_submodule(name)
         stand_ins.setdefault(id(old), _like(stays.build(old), old))
+    for name, holder in known.moved.items():
+        activation = target.get_submodule(name)
+        layer = stand_ins[id(target.get_submodule(holder))]
+        layer.activation = activation
+        stand_ins.setdefault(id(activation), Identity().train(activation.training))
     for name in known.bordered:
         conv = target.get_submodule(name)
         assert isinstance(conv, _ConvNd)
@@ -73,10 +79,12 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
 
 def _like(stand_in: Module, old: Module) -> Module:
     """Return a copy, in the type and on the device of a module that it stands in for, of what has parameters."""
-    like = next(old.parameters(), None)
+    like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
     if like is None or not any(True for _ in stand_in.parameters()):
         return stand_in
-    return copy_model("refold", stand_in, "").to(like)
+    copied = copy_model("refold", stand_in, "")
+    # beside half-precision data its parameters are of float32
+    return copied.to(like.device) if isinstance(copied, ScaleShift) else copied.to(like)
 
 
 def _replace(model: Module, stand_ins: dict[int, Module]) -> None:

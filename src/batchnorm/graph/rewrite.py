@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Identity, Module, Parameter
 
 from batchnorm.graph.parameters import Parameters, find_tensor
 from batchnorm.graph.plan import Plan
@@ -69,19 +69,23 @@ class Rewrite:
         self._undo: list[tuple[dict[str, Any], str, Any]] = []
 
     def apply(self, model: Module, plan: Plan, parameters: dict[str, Parameter]) -> None:
-        """Set the new parameters; replace norms that go, and convolutions that get a border, wherever they stand."""
+        """Set the new parameters; replace norms that go or become multiply-adds, and convolutions that get a border."""
         for name, parameter in parameters.items():
             place, _, slot = name.rpartition(".")
             self._set(model.get_submodule(place)._parameters, slot, parameter)
         stand_ins = {step.module: step.stays.build(model.get_submodule(step.module)) for step in plan.steps}
         for name, border in plan.parameters.borders.items():
             stand_ins[name] = bordered(model.get_submodule(name), border)
+        for item in plan.leftovers:
+            stand_ins[item.module] = item.build(model)
+            if item.moved is not None:
+                stand_ins[item.moved] = Identity().train(model.get_submodule(item.moved).training)
         self.replace(model, stand_ins)
 
     def replace(self, model: Module, modules: Mapping[str, Module]) -> None:
         """Replace the modules of these names, wherever they stand."""
         new = {id(model.get_submodule(name)): module for name, module in modules.items()}
-        for module in model.modules():
+        for module in list(model.modules()):  # as they stand now: a stand-in may hold what another stands in for
             for name, child in list(module._modules.items()):
                 if id(child) in new:
                     self._set(module._modules, name, new[id(child)])

@@ -12,6 +12,7 @@ from torch.nn import Identity, Module, Sequential
 from batchnorm.graph.dataflow import Call, Graph, ModuleCall, Value
 from batchnorm.graph.families import family
 from batchnorm.graph.refusal import Refusal
+from batchnorm.nn.scale_shift import ScaleShift
 
 __all__ = ["StandIn", "find_stand_in"]
 
@@ -37,7 +38,7 @@ class StandIn:
     """What a norm's module is replaced with.
 
     Attributes:
-        parts: names of the norm's submodules that go on running, or activations, in their order.
+        parts: names of the norm's submodules that go on running, activations, or layers, in their order.
     """
 
     parts: tuple[str | Module, ...] = ()
@@ -47,7 +48,11 @@ class StandIn:
         if not self.parts:
             return Identity().train(norm.training)
         parts = [norm.get_submodule(part) if isinstance(part, str) else part for part in self.parts]
-        whole = parts[0] if len(parts) == 1 else Sequential(*parts)
+        if isinstance(parts[0], ScaleShift) and len(parts) == 2:
+            first: ScaleShift = parts[0]
+            whole: Module = ScaleShift(first.weight, first.bias, parts[1], first.fused)
+        else:
+            whole = parts[0] if len(parts) == 1 else Sequential(*parts)
         whole.training = norm.training
         return whole
 

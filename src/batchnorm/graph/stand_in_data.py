@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 from torch.nn import Module
 
 from batchnorm.errors import StateError
 from batchnorm.graph.stand_in import StandIn
+from batchnorm.nn.scale_shift import ScaleShift
 
 __all__ = ["Part", "from_data", "to_data"]
 
@@ -56,6 +58,9 @@ def from_data(parts: Sequence[Part]) -> StandIn:
 
 def _described(module: Module) -> Part:
     kind = type(module).__name__
+    if isinstance(module, ScaleShift):
+        dtype = str(module.weight.dtype).removeprefix("torch.")
+        return {"class": kind, "channels": len(module.weight), "dtype": dtype, "fused": module.fused}
     settings = {key: getattr(module, key) for key in _SETTINGS[kind]}
     if "bias" in module._parameters:
         settings["bias"] = module.bias is not None
@@ -64,6 +69,9 @@ def _described(module: Module) -> Part:
 
 def _built(part: Mapping[str, Any]) -> Module:
     kind = part["class"]
+    if kind == "ScaleShift":
+        dtype, channels = getattr(torch, part["dtype"]), part["channels"]
+        return ScaleShift(torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype), None, part["fused"])
     if kind not in _SETTINGS:
         raise StateError(f"The pairs have a {kind} in the place of a module, which this version cannot build.")
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in part.items()}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from batchnorm.nn.bordered import plain
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_module
 from batchnorm.report import files
+
+if TYPE_CHECKING:
+    from batchnorm.graph.leftover import Leftover
 
 __all__ = ["Pairs", "unfold"]
 
@@ -47,6 +50,7 @@ class Pairs:
         stays: what stands in the place of each of these modules, by the same names.
         added: shapes of the parameters that there were none of.
         ties: parameters that were another one, by name: its name.
+        moved: names of the activations that have become part of what took a norm's place, and the name of that.
     """
 
     parameters: Mapping[str, Tensor | None]
@@ -56,6 +60,7 @@ class Pairs:
     stays: Mapping[str, StandIn]
     added: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, str] = field(default_factory=dict)
+    moved: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -92,6 +97,23 @@ class Pairs:
             {name: other for name, other in ties(model).items() if {name, other} & old.keys()},
         )
 
+    def with_leftovers(self, model: Module, leftovers: Iterable[Leftover]) -> Pairs:
+        """Return the same, and what is about to be replaced with multiply-adds.
+
+        Args:
+            model: the model, not folded yet.
+            leftovers: of its norms, those that are to become one.
+        """
+        digests, moved = dict(self.digests), dict(self.moved)
+        for item in leftovers:
+            built = item.build(model)
+            digests |= {f"{item.module}.{name}": _digest(new) for name, new in built.named_parameters(recurse=False)}
+            if item.moved is not None:
+                own = model.get_submodule(item.moved)
+                names = (name for name, m in model.named_modules(remove_duplicate=False) if m is own)
+                moved |= dict.fromkeys(names, item.module)
+        return replace(self, digests=digests, moved=moved)
+
     def of_submodule(self, name: str) -> Pairs:
         """Return those of one submodule, with the names that it knows them by."""
 
@@ -106,6 +128,7 @@ class Pairs:
             {short: self.stays[n] for n, short in own(self.stays).items()},
             {short: self.added[n] for n, short in own(self.added).items()},
             {short: self.ties[n].removeprefix(f"{name}.") for n, short in own(self.ties).items()},
+            {short: self.moved[n].removeprefix(f"{name}.") for n, short in own(self.moved).items()},
         )
 
     def save(self, path: str | Path) -> Path:
@@ -125,6 +148,7 @@ class Pairs:
             "digests": dict(self.digests),
             "bordered": list(self.bordered),
             "ties": dict(self.ties),
+            "moved": dict(self.moved),
         }
         path = Path(path)
         with files.replacing(path) as fresh:
@@ -172,6 +196,7 @@ class Pairs:
             {name: stays[first] for name, first in about["same"].items()},
             added,
             about["ties"],
+            about["moved"],
         )
 
 
@@ -208,6 +233,7 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
     known = pairs if isinstance(pairs, Pairs) else Pairs.load(pairs, like)
     _require_folded(model, known)
     target = model if inplace else copy_model("unfold", model, "Unfold it in place: inplace=True.")
+    activations = {name: target.get_submodule(f"{holder}.activation") for name, holder in known.moved.items()}
     copies: dict[int, Module] = {}
     device = _device_of(target, known)
     for name, norm in known.norms.items():
@@ -216,6 +242,9 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
             copies[id(norm)] = copy_model("unfold", norm, _KEEP).train(old.training).to(device)
         parent, _, leaf = name.rpartition(".")
         target.get_submodule(parent)._modules[leaf] = copies[id(norm)]
+    for name, activation in activations.items():
+        parent, _, leaf = name.rpartition(".")
+        target.get_submodule(parent)._modules[leaf] = activation
     convs = {name: target.get_submodule(name) for name in known.bordered}
     twins = {id(conv): plain(conv) for conv in convs.values()}
     for name, conv in convs.items():

@@ -112,4 +112,9 @@ def test_facts_need_no_rows_of_speed():
     what = {"question": "patterns", "family": PAIR.family, "subject": PAIR.name, "least": 0}
     facts = report.facts([{**about, **what, **measured}])
     assert facts["patterns"] == 1
-    assert facts["speed"] == facts["network_table"] == facts["raised"] == ""
+    assert facts["speed"] == facts["leftover"] == facts["network_table"] == facts["raised"] == ""
+    timed = {"question": "leftover", "package": "-", "subject": "net, 1 thread(s)", "median": 0.002, "ratio": 0.5}
+    timed |= {**about, "version": "-", "side": 8, "rounds": 3}
+    facts = report.facts([{**timed, "tool": tool} for tool in ("eager", "fuse")])
+    assert "| net, 1 thread(s) | 2.0 (0.50) | 2.0 (0.50) |" in facts["leftover"]
+    assert facts["speed"] == ""

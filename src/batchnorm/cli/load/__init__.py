@@ -3,5 +3,6 @@
 from batchnorm.cli.load.batches import load_batches
 from batchnorm.cli.load.example import load_example
 from batchnorm.cli.load.model import load_model
+from batchnorm.cli.load.program import load_program
 
-__all__ = ["load_batches", "load_example", "load_model"]
+__all__ = ["load_batches", "load_example", "load_model", "load_program"]

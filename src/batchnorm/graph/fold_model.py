@@ -1,0 +1,227 @@
+"""A model folded: read, planned, proved on copies, compared end to end, and only then changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from batchnorm.errors import StateError
+from batchnorm.graph.account import tell
+from batchnorm.graph.cost import Cost
+from batchnorm.graph.dataflow import Graph, Value
+from batchnorm.graph.fold_result import Costs, FoldResult, Pictures
+from batchnorm.graph.input_norm import INNER, NORMALIZATION, WithNormalizedInput, outer_name
+from batchnorm.graph.norms import norm_uses
+from batchnorm.graph.own_weights import ComputedWeights, untie
+from batchnorm.graph.parameters import find_tensor
+from batchnorm.graph.pictures import draw_folded, draw_left, renamed
+from batchnorm.graph.plan import Plan
+from batchnorm.graph.quantization import FoldedWeight, folded_weights
+from batchnorm.graph.ranges import lost_ranges
+from batchnorm.graph.rewrite import Rewrite, round_parameters
+from batchnorm.graph.settle import Options, Settled, copy_to_try, settle
+from batchnorm.graph.stand_in import StandIn
+from batchnorm.graph.threads import threads_for_float64
+from batchnorm.graph.trace import trace
+from batchnorm.graph.unfold import Pairs
+from batchnorm.graph.verify import Agreement, Reference, run, spacing, verify, verify_float64
+
+__all__ = ["Options", "fold_model", "fold_with_normalization"]
+
+
+def fold_model(model: Module, example_inputs: Any, inplace: bool, options: Options) -> FoldResult:
+    """Fold a module; see :func:`batchnorm.fold`.
+
+    Raises:
+        InputError, StateError, VerificationError: as that says.
+    """
+    with torch.inference_mode(False):
+        work = copy_to_try(model)
+        run(work, example_inputs)  # what a model keeps from its first call is there in all that follow
+        graph, stored = _with_own_weights(work, example_inputs)
+        settled = settle(work, graph, example_inputs, options)
+        plan = settled.plan
+        if isinstance(model, WithNormalizedInput):
+            _require_normalization(plan)
+        stored = {name: layer for name, layer in stored.items() if name in plan.parameters.hosts}
+        result = _told(model, work, settled)
+        if plan.changes:
+            agreement, exact = _compared(model, work, settled, example_inputs, bool(stored))
+            result = replace(result, error=agreement.error, bound=agreement.bound, error_float64=exact)
+            assert result.costs is not None
+            after = Cost.of(work, trace(work, example_inputs))  # it has been folded for the comparison
+            result = replace(result, costs=replace(result.costs, after=after))
+        del work
+        target = model if inplace else copy_to_try(model)
+        if plan.changes:
+            pairs, weights = _change(target, settled, stored)
+            result = replace(result, pairs=pairs, weights=weights)
+    return replace(result, model=target)
+
+
+def _with_own_weights(work: Module, example_inputs: Any) -> tuple[Graph, dict[str, Module]]:
+    """Give the layers weights of their own; return the dataflow, and the layers whose computed weights are stored."""
+    untie(work)
+    weights = ComputedWeights()
+    graph = trace(work, example_inputs, observer=weights.observe)
+    stored = weights.layers(graph)
+    if not stored:
+        return graph, {}
+    Rewrite().replace(work, stored)
+    return trace(work, example_inputs), {name: copy.deepcopy(layer) for name, layer in stored.items()}
+
+
+# -- what is told ----------------------------------------------------------------------------------------------------
+
+
+def _told(model: Module, work: Module, settled: Settled) -> FoldResult:
+    """Return the account of a plan, before anything has been compared."""
+    plan = settled.plan
+    becomes = {item.name: item.told for item in plan.leftovers}
+    told = tell(plan)
+    left = [replace(item, becomes=becomes.get(item.norm)) for item in plan.left]
+    left.sort(key=lambda item: plan.order[item.norm])
+    running = {use.name: use.calls[0] for use in norm_uses(work, plan.graph)}
+    cost = Cost.of(work, plan.graph)
+    return FoldResult(
+        model,
+        told,
+        left,
+        error=0.0,
+        bound=0.0,
+        on_random_inputs=settled.on_random_inputs,
+        costs=Costs(cost, cost),
+        pictures=Pictures(draw_folded(plan, told), draw_left(plan, left, running)),
+        lost=lost_ranges(work, plan.parameters, settled.parameters),
+    )
+
+
+# -- the comparison --------------------------------------------------------------------------------------------------
+
+
+def _compared(
+    model: Module, work: Module, settled: Settled, example_inputs: Any, is_stored: bool
+) -> tuple[Agreement, float | None]:
+    """Fold ``work``, and compare it with what it was; and that with the model, where weights have been stored in it.
+
+    Returns:
+        the agreement in the model's own types, and the error in float64, None where it does not run in that.
+    """
+    touched = _touched(work, settled.plan)
+    reference = Reference.of(work, example_inputs, touched)
+    if is_stored:
+        verify(reference, run(copy_to_try(model), example_inputs))
+    with threads_for_float64(settled.plan.graph):
+        exact = _in_float64(work, example_inputs, settled.plan, reference, touched)
+    Rewrite().apply(work, settled.plan, settled.parameters)
+    return verify(reference, run(work, example_inputs)), None if exact is None else exact.error
+
+
+def _touched(model: Module, plan: Plan) -> list[Tensor]:
+    """Return every tensor that goes into a new parameter, each once."""
+    names = list(plan.parameters.changed)
+    for use in (*(step.use for step in plan.steps), *(item.use for item in plan.leftovers)):
+        values = (use.calls[0].args[key] for key in ("running_mean", "running_var", "weight", "bias"))
+        names += [value.names[0] for value in values if isinstance(value, Value)]
+    tensors = (find_tensor(model, name) for name in dict.fromkeys(names))
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _in_float64(
+    model: Module, example_inputs: Any, plan: Plan, reference: Reference, touched: Sequence[Tensor]
+) -> Agreement | None:
+    """Fold a float64 copy by the same plan and compare."""
+    wide = copy_to_try(model).double()
+    roundoff = max(spacing(tensor) / 2 for tensor in touched)
+    return verify_float64(
+        wide,
+        example_inputs,
+        reference,
+        lambda: Rewrite().apply(wide, plan, round_parameters(wide, plan.parameters)),
+        roundoff,
+    )
+
+
+# -- the change ------------------------------------------------------------------------------------------------------
+
+
+def _change(target: Module, settled: Settled, stored: dict[str, Module]) -> tuple[Pairs, list[FoldedWeight]]:
+    """Fold a model for good; return what it had before, and the weights before and after."""
+    plan, parameters = settled.plan, settled.parameters
+    going = [(target.get_submodule(step.module), step.stays) for step in plan.steps]
+    going += [(target.get_submodule(name), StandIn((layer,))) for name, layer in stored.items()]
+    going += [(target.get_submodule(item.module), item.stays(target)) for item in plan.leftovers]
+    pairs = Pairs.of(target, parameters, going, plan.parameters.borders).with_leftovers(target, plan.leftovers)
+    old = dict(pairs.parameters)
+    old |= {f"{name}.weight": layer._parameters["weight"] for name, layer in stored.items()}
+    weights = folded_weights(plan.parameters.hosts.values(), old, parameters)
+    with _all_or_nothing() as rewrite:
+        rewrite.replace(target, stored)
+        rewrite.apply(target, plan, parameters)
+    return pairs, weights
+
+
+@contextmanager
+def _all_or_nothing() -> Iterator[Rewrite]:
+    rewrite = Rewrite()
+    try:
+        yield rewrite
+    except BaseException:
+        rewrite.roll_back()
+        raise
+
+
+# -- the normalization of the input ----------------------------------------------------------------------------------
+
+
+def fold_with_normalization(
+    outer: WithNormalizedInput, example_inputs: Any, inplace: bool, options: Options
+) -> FoldResult:
+    """Fold a model together with the normalization of its input, and return the result for the model itself."""
+    result = fold_model(outer, example_inputs, inplace, options)
+    assert result.pairs is not None
+    told = [
+        replace(item, norm=outer_name(item.norm), into=outer_name(item.into), sentence=outer_name(item.sentence))
+        for item in result.folded
+    ]
+    left = [
+        replace(
+            item,
+            norm=outer_name(item.norm),
+            into=None if item.into is None else outer_name(item.into),
+            reason=outer_name(item.reason),
+        )
+        for item in result.left
+    ]
+    lost = [replace(item, parameter=outer_name(item.parameter)) for item in result.lost]
+    weights = [replace(item, name=outer_name(item.name)) for item in result.weights]
+    assert result.pictures is not None
+    pictures = Pictures(renamed(result.pictures.folded, outer_name), renamed(result.pictures.left, outer_name))
+    return replace(
+        result,
+        model=result.model.get_submodule(INNER),
+        folded=told,
+        left=left,
+        pairs=result.pairs.of_submodule(INNER),
+        lost=lost,
+        weights=weights,
+        pictures=pictures,
+    )
+
+
+def _require_normalization(plan: Plan) -> None:
+    """Refuse, before anything is changed, a model that cannot take in the normalization of its input.
+
+    Raises:
+        StateError: it cannot.
+    """
+    reason = next((item.reason for item in plan.left if item.norm == NORMALIZATION), None)
+    if reason is not None:
+        raise StateError(f"fold: the normalization of the input cannot be folded. {outer_name(reason)}")
