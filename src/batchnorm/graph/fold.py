@@ -115,11 +115,21 @@ def fold(
 
 
 def _fold(model: Module, example_inputs: Any, inplace: bool, borders: bool, fuse: bool) -> FoldResult:
+    try:
+        return _fold_if_verified(model, example_inputs, inplace, borders, fuse, True)
+    except VerificationError:
+        # who recovers a value from what a norm made of it loses digits: more than rounding explains, perhaps
+        return _fold_if_verified(model, example_inputs, inplace, borders, fuse, False)
+
+
+def _fold_if_verified(
+    model: Module, example_inputs: Any, inplace: bool, borders: bool, fuse: bool, sharing: bool
+) -> FoldResult:
     with torch.inference_mode(False):
         work = _copy(model)
         run(work, example_inputs)  # what a model keeps from its first call is there in all that follow
         graph = trace(work, example_inputs)
-        plan, parameters = _plan_that_holds(work, graph, example_inputs, borders, fuse)
+        plan, parameters = _plan_that_holds(work, graph, example_inputs, borders, fuse, sharing)
         if isinstance(model, WithNormalizedInput):
             _require_normalization(plan)
         agreement, exact = Agreement(0.0, 0.0), None
@@ -195,13 +205,13 @@ def _left(plan: Plan) -> list[LeftNorm]:
 
 
 def _plan_that_holds(
-    model: Module, graph: Graph, example_inputs: Any, borders: bool, fuse: bool
+    model: Module, graph: Graph, example_inputs: Any, borders: bool, fuse: bool, sharing: bool
 ) -> tuple[Plan, dict[str, Parameter]]:
     """Return what can be done with ``model``, all of it proved, and its new parameters; it is not changed."""
     banned: dict[str, str] = {}
     kept: dict[str, str] = {}  # norms that do not become multiply-adds either
     while True:
-        plan = make_plan(model, graph, banned, with_borders=borders)
+        plan = make_plan(model, graph, banned, with_borders=borders, sharing=sharing)
         if fuse:
             plan.leftovers = find_leftovers(model, plan, kept)
         parameters, problems = _rounded(model, plan)
@@ -272,7 +282,7 @@ def _culprits(model: Module, plan: Plan, example_inputs: Any, banned: Collection
     found: list[str] = []
     for half in (names[: len(names) // 2], names[len(names) // 2 :]):
         stay = {*banned, *names} - set(half)
-        part = make_plan(model, plan.graph, stay, with_borders=plan.with_borders)
+        part = make_plan(model, plan.graph, stay, with_borders=plan.with_borders, sharing=plan.sharing)
         if _stops(model, part, example_inputs):
             found += _culprits(model, part, example_inputs, stay)
     if not found:
