@@ -82,7 +82,8 @@ def _questions(options: argparse.Namespace, tools: Sequence[Tool]) -> Iterator[l
     if options.only in (None, "speed"):
         yield [{"question": "speed", **row} for row in speed.measure(tools, options.quick, options.rounds)]
     if options.only in (None, "leftover"):
-        yield [{"question": "leftover", **row} for row in leftover.measure(options.quick, options.rounds)]
+        for row in leftover.measure(options.quick, options.rounds):
+            yield [{"question": "leftover", **row}]
 
 
 def _wanted(subject: Subject, options: argparse.Namespace) -> bool:

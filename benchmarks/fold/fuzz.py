@@ -31,7 +31,7 @@ def check(seed: int) -> tuple[int, int, float]:
     model, shape = random_model(seed)
     generator = torch.Generator().manual_seed(seed)
     example = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
-    result = fold(model, example, borders=seed % 2 == 1)
+    result = fold(model, example, borders=seed % 2 == 1, fuse=seed % 4 > 1)
     x = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
     one, other = x.clone(), x.clone()
     with torch.no_grad():

@@ -73,7 +73,8 @@ def _subjects(
         print(f"{runtime.name}: left out; {reason}")
     else:
         with quietly():
-            subjects[runtime.name] = runtime.fold(modules[speed.EAGER], (x,)).run
+            # a copy for each batch: an export has the size of its inputs, and is kept as long as the model is
+            subjects[runtime.name] = runtime.fold(network.build().float(), (x,)).run
         versions[runtime.name] = runtime.version()
     return subjects, versions
 

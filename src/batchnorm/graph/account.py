@@ -85,6 +85,10 @@ def _sentence(step: Step, plan: Plan, bordered: Sequence[Host]) -> str:
     else:
         first, second = _halves(step)
         sentence = f"It is cut in two: {first} goes back {back}; {second} goes on {on}."
+    inverse = [host for host in step.into if host.name in step.led_back]
+    if inverse:
+        verb = "takes" if len(inverse) == 1 else "take"
+        sentence += f" {_named(inverse).capitalize()} {verb} the inverse in: they read what it changes."
     if bordered:
         names = listed([host.name for host in bordered], _MOST_NAMED)
         sentence += f" {names} {'pads' if len(bordered) == 1 else 'pad'} with −t/s now, of which the norm made zero."
@@ -106,12 +110,16 @@ def _halves(step: Step) -> tuple[str, str]:
 
 
 def _into(hosts: Sequence[Host], crossed: Sequence[Call]) -> str:
+    across = list(dict.fromkeys(family(call) for call in crossed))
+    return f"into {_named(hosts)}" + (f", across {listed(across, _MOST_NAMED)}" if across else "")
+
+
+def _named(hosts: Sequence[Host]) -> str:
     by_kind: dict[str, list[str]] = {}
     for host in hosts:
         by_kind.setdefault(_KINDS.get(host.kind, host.kind), []).append(host.name or "of the model itself")
     groups = [f"the {kind}{'s' * (len(names) > 1)} {listed(names, _MOST_NAMED)}" for kind, names in by_kind.items()]
-    across = list(dict.fromkeys(family(call) for call in crossed))
-    return f"into {', and '.join(groups)}" + (f", across {listed(across, _MOST_NAMED)}" if across else "")
+    return ", and ".join(groups)
 
 
 _KINDS = {"linear": "linear layer"}
@@ -120,12 +128,13 @@ _KINDS = {"linear": "linear layer"}
 def _before(step: Step) -> list[Host]:
     start = step.use.calls[0].index
     whole = step.after is None
-    return [host for host in step.into if whole or (step.before is not None and host.calls[0].index < start)]
+    own = [host for host in step.into if host.name not in step.led_back]
+    return [host for host in own if whole or (step.before is not None and host.calls[0].index < start)]
 
 
 def _after(step: Step) -> list[Host]:
     before = _before(step)
-    return [host for host in step.into if host not in before]
+    return [host for host in step.into if host not in before and host.name not in step.led_back]
 
 
 def _only_scales(step: Step) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from batchnorm.graph.affine import Affine
+from batchnorm.graph.aliasing import norm_input, require_not_written_into
 from batchnorm.graph.dataflow import Call, Graph, Value
 from batchnorm.graph.fold_result import LeftNorm
 from batchnorm.graph.hosts import Host
@@ -20,7 +21,6 @@ from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.travel.maps import Map
 from batchnorm.graph.travel.route import Route, carry_backward, carry_forward
-from batchnorm.graph.travel.rules import place
 
 if TYPE_CHECKING:
     from batchnorm.graph.leftover import Leftover
@@ -40,6 +40,7 @@ class Step:
         before: the part of its map that those before it absorb; None if they absorb nothing.
         after: the part that those after it absorb.
         crossed: the values between it and them, which change.
+        led_back: names of those who take in the inverse, because they read a value that changes.
     """
 
     use: NormUse
@@ -49,6 +50,7 @@ class Step:
     before: Map | None
     after: Map | None
     crossed: frozenset[Value]
+    led_back: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -68,6 +70,7 @@ class Plan:
         order: the place of each norm in the order of execution.
         with_borders: whether convolutions may pad with other values than zeros.
         obstacles: the operators that stand in the way of norms that stay, by the norm's name.
+        sharing: whether a map may cross values that others read, who take in its inverse.
         leftovers: those of the norms left that become multiply-adds.
     """
 
@@ -78,6 +81,7 @@ class Plan:
     order: dict[str, int]
     with_borders: bool = False
     obstacles: dict[str, tuple[Call, ...]] = field(default_factory=dict)
+    sharing: bool = True
     leftovers: list[Leftover] = field(default_factory=list)
 
     @property
@@ -96,50 +100,62 @@ class Plan:
         return {call for step in self.steps for call in step.use.calls}
 
 
-def make_plan(model: Module, graph: Graph, banned: Collection[str] = (), *, with_borders: bool = False) -> Plan:
+def make_plan(
+    model: Module, graph: Graph, banned: Collection[str] = (), *, with_borders: bool = False, sharing: bool = True
+) -> Plan:
     """Find out which norms can go, and where.
 
     Each is tried in the order of execution, in the ways of :func:`_ways`; norms that go make room for others, so that
-    those that are left are tried again as long as one more goes.
+    those that are left are tried again as long as one more goes. What is left then is tried once more, with values that
+    others read too: they take in the inverse of what the norm was.
 
     Args:
         model: the model; it is not changed.
         graph: its dataflow.
         banned: names of norms that are to stay.
         with_borders: whether convolutions may be made to pad with other values than zeros.
+        sharing: whether a map may cross values that others read.
     """
     uses = norm_uses(model, graph)
     unreached = unreached_norms(model, uses)
     order = {name: i for i, name in reversed(list(enumerate([*(use.name for use in uses), *unreached])))}
-    plan = Plan(graph, [], [], Parameters.of(model, graph), order, with_borders)
+    plan = Plan(graph, [], [], Parameters.of(model, graph), order, with_borders, sharing=sharing)
     waiting = [use for use in uses if use.name not in banned]
+    reasons: dict[str, LeftNorm] = {}
+    shares = False
     while waiting:
-        reasons: dict[str, LeftNorm] = {}
         before = len(plan.steps)
         for use in waiting:
             try:
                 require_no_alternative(model, use.owner, unreached)
-                plan.steps.append(_step(model, graph, use, plan))
+                plan.steps.append(_step(model, graph, use, plan, shares))
+                reasons.pop(use.name, None)
             except Refusal as refusal:
+                if shares and use.name in reasons:  # told already
+                    continue
                 reasons[use.name] = LeftNorm(use.name, describe_source(graph, use), str(refusal))
                 plan.obstacles[use.name] = refusal.calls
         waiting = [use for use in waiting if use.name in reasons]
-        if len(plan.steps) == before or not waiting:
-            plan.left += reasons.values()
-            break
+        if len(plan.steps) == before:
+            if shares or not sharing:
+                break
+            shares = True
     plan.left += [LeftNorm(name, None, "The example inputs do not reach it.") for name in unreached]
+    plan.left[:0] = reasons.values()
     return plan
 
 
-def _step(model: Module, graph: Graph, use: NormUse, plan: Plan) -> Step:
+def _step(model: Module, graph: Graph, use: NormUse, plan: Plan, sharing: bool) -> Step:
     state, stays = check_norm(graph, use)
     map_ = norm_map(plan.parameters, state)
+    if sharing:
+        _require_recoverable(plan, use, state)
     refusals: dict[str, Refusal] = {}  # by the way that was tried; of the ways of cutting it, all
     for with_borders, (before, after) in _attempts(map_, plan.with_borders):
         parameters = plan.parameters.copy()
         parameters.with_borders = with_borders
         try:
-            hosts, crossed = _go(graph, use, before, after, parameters, plan)
+            ends = _go(graph, use, before, after, parameters, plan, sharing)
         except Refusal as refusal:
             if after is None or before is None:
                 refusals["back" if after is None else "on"] = refusal
@@ -147,7 +163,7 @@ def _step(model: Module, graph: Graph, use: NormUse, plan: Plan) -> Step:
                 refusals.setdefault(str(refusal), refusal)
             continue
         plan.parameters = parameters
-        return Step(use, use.calls[0].module, stays, tuple(hosts), before, after, frozenset(crossed))
+        return Step(use, use.calls[0].module, stays, ends.hosts, before, after, ends.crossed, ends.led_back)
     raise _refused(refusals.pop("back"), refusals.pop("on"), list(refusals.values()))
 
 
@@ -160,6 +176,23 @@ def _refused(back: Refusal, on: Refusal, cut: Sequence[Refusal]) -> Refusal:
         reason += f" Nor can it be cut in two: {_lower(str(new))}"
         told.append(new)
     return Refusal(reason, calls=list(dict.fromkeys(call for refusal in told for call in refusal.calls)))
+
+
+def _require_recoverable(plan: Plan, use: NormUse, state: NormState) -> None:
+    """Refuse a norm whose input others cannot tell from its output to all but a few digits: γ is small beside β.
+
+    That holds if its input has the statistics that the norm has. So it must not be what another norm read that has
+    gone, nor have been changed.
+    """
+    weight, bias = (None if name is None else plan.parameters.named(name) for name in (state.weight, state.bias))
+    changed = any(name in plan.parameters.changed for name in (state.weight, state.bias))
+    if changed or any(norm_input(call).producer in plan.gone for call in use.calls):
+        raise Refusal("Its statistics are no longer those of what it reads.")
+    if bias is not None and bool((bias.abs() > _RECOVERABLE * (1.0 if weight is None else weight.abs())).any()):
+        raise Refusal("Others cannot recover what it reads from what it returns.")
+
+
+_RECOVERABLE = 8.0  # |β| ≤ 8 |γ|: three bits are lost
 
 
 def _attempts(map_: Map, with_borders: bool) -> Iterator[tuple[bool, tuple[Map | None, Map | None]]]:
@@ -195,82 +228,58 @@ def _ways(map_: Map) -> Iterator[tuple[Map | None, Map | None]]:
     yield Map(scale, zero), Map(one, shift)
 
 
-def _go(
-    graph: Graph, use: NormUse, before: Map | None, after: Map | None, parameters: Parameters, plan: Plan
-) -> tuple[list[Host], set[Value]]:
-    gone = plan.gone
-    hosts: list[Host] = []
-    crossed: set[Value] = set()
+class _Ends(NamedTuple):
+    """Who absorbs a map, what it crosses, and the names of those who take in its inverse."""
 
-    def take(route: Route, ends: Iterable[Value]) -> None:
+    hosts: tuple[Host, ...]
+    crossed: frozenset[Value]
+    led_back: frozenset[str]
+
+
+def _go(
+    graph: Graph,
+    use: NormUse,
+    before: Map | None,
+    after: Map | None,
+    parameters: Parameters,
+    plan: Plan,
+    sharing: bool,
+) -> _Ends:
+    gone, back = plan.gone, Route()
+    hosts: dict[str, Host] = {}
+    crossed: set[Value] = set()
+    led_back: set[str] = set()
+
+    def take(route: Route, ends: Iterable[Value]) -> list[Host]:
         # cut in two, it would have to be crossed by the one part and by the other
         if before is not None and after is not None and any(value in route.crossed for value in ends):
             raise Refusal("It follows itself.")
-        hosts.extend(parameters.absorb(route))
+        found = parameters.absorb(route)
+        # one that absorbs something on both sides is there twice, the second time with its bias
+        hosts.update((host.name, host) for host in found)
         crossed.update(route.crossed)
+        return found
 
     if before is not None:
-        start = [(_read(call), call, _shaped(before, call)) for call in use.calls]
-        take(carry_backward(graph, start, parameters, gone.__contains__), (call.output for call in use.calls))
-    if after is not None:
-        results = [(call, _shaped(after, call)) for call in use.calls]
-        take(carry_forward(graph, results, parameters, gone.__contains__), map(_read, use.calls))
-    if before is None:
-        _require_not_written_into(graph, use, gone)
-    return sorted(dict.fromkeys(hosts), key=lambda host: host.calls[0].index), crossed
-
-
-def _require_not_written_into(graph: Graph, use: NormUse, gone: Collection[Call]) -> None:
-    """Without the norm, what is written into its output is written into its input, and what that is a view of."""
-    for call in use.calls:
-        writers = [c for value in _aliases(graph, call.output) for c in graph.readers(value) if c.writes_into(value)]
-        if not writers:
-            continue
-        for value, reader in _same_memory(call, gone):
-            others = graph.others_than(value, {id(reader), *(id(c) for c in use.calls)})
-            if others or value.producer is None:
-                who = others[0] if others else "the caller of the model, whose input it is"
-                raise Refusal(f"{place(writers[0])} would write into what is also read by {who}.", calls=writers[:1])
-
-
-def _same_memory(call: Call, gone: Collection[Call]) -> Iterator[tuple[Value, Call]]:
-    """Yield what a call reads, and what that may share its memory with, from call to call before it; who reads each."""
-    value = _read(call)
-    yield value, call
-    while (producer := value.producer) is not None and (producer in gone or _may_alias(producer)):
-        read = producer.args.get("input", producer.args.get("self"))
-        if not isinstance(read, Value):
-            return
-        value, call = read, producer
-        yield value, call
-
-
-def _aliases(graph: Graph, value: Value) -> Iterator[Value]:
-    """Yield a value, and those that may be the same memory: what views and operators that hand it on make of it."""
-    yield value
-    for call in graph.readers(value):
-        if _may_alias(call):
-            for output in call.outputs:
-                yield from _aliases(graph, output)
-
-
-def _may_alias(call: Call) -> bool:
-    return call.name in _MAY_ALIAS or call.op.is_view
-
-
-_MAY_ALIAS = {"reshape", "contiguous", "flatten", "dropout", "feature_dropout", "to", "alias", "detach", "view_as"}
+        start = [(norm_input(call), call, _shaped(before, call)) for call in use.calls]
+        back = carry_backward(graph, start, parameters, gone.__contains__, sharing=sharing)
+        take(back, (call.output for call in use.calls))
+    if after is not None or back.shared:
+        results = [] if after is None else [(call, _shaped(after, call)) for call in use.calls]
+        forth = carry_forward(graph, results, parameters, gone.__contains__, back.shared)
+        if back.shared and forth.crossed & back.crossed:
+            raise Refusal("It follows itself.")
+        found = take(forth, map(norm_input, use.calls))
+        led_back |= {host.name for host in found if after is None}
+    if before is None or back.shared:
+        require_not_written_into(graph, use, gone)
+    in_order = sorted(hosts.values(), key=lambda host: host.calls[0].index)
+    return _Ends(tuple(in_order), frozenset(crossed), frozenset(led_back))
 
 
 def _shaped(map_: Map, call: Call) -> Map:
     """Return the map with the dimensions of what a call reads: calls of one norm may differ in them."""
     return Map.per_channel(map_.scale.reshape(-1), map_.shift.reshape(-1), len(call.output.shape))
-
-
-def _read(norm: Call) -> Value:
-    value = norm.args.get("input")
-    if not isinstance(value, Value):
-        raise Refusal("Its input is not a tensor that the pass saw.")
-    return value
 
 
 def norm_map(parameters: Parameters, state: NormState) -> Map:

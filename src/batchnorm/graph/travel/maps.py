@@ -66,6 +66,10 @@ class Map:
         """Return the map that applies this one first, then the other."""
         return Map(other.scale * self.scale, other.scale * self.shift + other.shift)
 
+    def inverse(self) -> Map:
+        """Return the map that leads back, x = y/s − t/s; s is not 0 anywhere."""
+        return Map(1 / self.scale, -self.shift / self.scale)
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Map:
         """Return the map of which scale and shift are changed alike."""
         return Map(change(self.scale), change(self.shift))

@@ -13,9 +13,24 @@ from batchnorm.graph.travel import arrange, join, linear, pointwise, pooling  # 
 from batchnorm.graph.travel.maps import Map
 from batchnorm.graph.travel.rules import Absorbed, Knowledge, go_backward, go_forward, place
 
-__all__ = ["Route", "carry_backward", "carry_forward"]
+__all__ = ["Route", "Start", "carry_backward", "carry_forward"]
 
 _MOST_NAMED = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A value from which a map is carried forward.
+
+    Attributes:
+        value: the value.
+        map: leads back from what it is now to what it was.
+        readers: who reads it so; all others read it as it is now.
+    """
+
+    value: Value
+    map: Map
+    readers: tuple[Call, ...]
 
 
 @dataclass
@@ -25,14 +40,21 @@ class Route:
     Attributes:
         absorbed: what each operator at an end has to compute in addition.
         crossed: the values in between, which change.
+        shared: those of them that somebody else reads too, who has to be led back to what they were.
     """
 
     absorbed: list[tuple[Call, Absorbed]] = field(default_factory=list)
     crossed: set[Value] = field(default_factory=set)
+    shared: list[Start] = field(default_factory=list)
 
 
 def carry_backward(
-    graph: Graph, start: Sequence[tuple[Value, Call, Map]], known: Knowledge, is_gone: Callable[[Call], bool]
+    graph: Graph,
+    start: Sequence[tuple[Value, Call, Map]],
+    known: Knowledge,
+    is_gone: Callable[[Call], bool],
+    *,
+    sharing: bool = False,
 ) -> Route:
     """Find where values can be made s·v + t of before they are read.
 
@@ -44,6 +66,7 @@ def carry_backward(
         start: values, who reads each, and what is wanted of it.
         known: the parameters.
         is_gone: whether a norm has been taken away: it hands on what it gets.
+        sharing: whether other operators may read a value on the way: they need it led back, to (v − t)/s.
 
     Raises:
         Refusal: some branch ends where nothing can absorb it, or somebody else reads a value on the way.
@@ -65,7 +88,8 @@ def carry_backward(
         want(value, reader, map_)
     while queue:
         call = producers[-heapq.heappop(queue)]
-        maps = [_agreed(graph, output, wanted.get(output, []), known, own) for output in call.outputs]
+        shared = route.shared if sharing else None
+        maps = [_agreed(graph, output, wanted.get(output, []), known, own, shared) for output in call.outputs]
         route.crossed |= {output for output in call.outputs if output in wanted}
         if call in own:  # it follows itself: what it wants, and then what is wanted of it
             value = call.args["input"]
@@ -85,9 +109,16 @@ def carry_backward(
 
 
 def _agreed(
-    graph: Graph, value: Value, wanted: Sequence[tuple[Call, Map]], known: Knowledge, own: Collection[Call]
+    graph: Graph,
+    value: Value,
+    wanted: Sequence[tuple[Call, Map]],
+    known: Knowledge,
+    own: Collection[Call],
+    shared: list[Start] | None,
 ) -> Map:
     """Return what all readers want of a value; the identity if none of them wants anything.
+
+    Operators that want nothing are noted in ``shared``, if that is given.
 
     Raises:
         Refusal: one wants something else, or nothing.
@@ -98,12 +129,15 @@ def _agreed(
     calm = {id(call) for call, _ in wanted}
     calm |= {id(call) for call in graph.readers(value) if id(call) not in calm and _unmoved(call, value, first, known)}
     others = graph.others_than(value, calm)
-    if others:
+    operators = tuple(call for call in graph.readers(value) if id(call) not in calm)
+    if others and shared is not None and len(others) == len(operators) and bool((first.scale != 0).all()):
+        shared.append(Start(value, first.inverse(), operators))
+    elif others:
         reader = wanted[0][0]
         through = "" if reader in own else f", which it gets through {place(reader)},"
         raise Refusal(
             f"The output of {place(_producer(value))}{through} is also read by {listed(others, _MOST_NAMED)}.",
-            calls=[call for call in graph.readers(value) if id(call) not in calm],
+            calls=operators,
         )
     if not all(first.same_as(map_) for _, map_ in wanted[1:]):
         raise Refusal(
@@ -133,7 +167,11 @@ def _producer(value: Value) -> Call:
 
 
 def carry_forward(
-    graph: Graph, start: Sequence[tuple[Call, Map]], known: Knowledge, is_gone: Callable[[Call], bool]
+    graph: Graph,
+    start: Sequence[tuple[Call, Map]],
+    known: Knowledge,
+    is_gone: Callable[[Call], bool],
+    shared: Sequence[Start] = (),
 ) -> Route:
     """Find where it can be made up for that the outputs of calls are v, which were s·v + t.
 
@@ -142,6 +180,7 @@ def carry_forward(
         start: the calls, and the map that leads back from what the output of each is now.
         known: the parameters.
         is_gone: whether a norm has been taken away: it hands on what it gets.
+        shared: values that some operators only are to be led back from; they do not count as crossed.
 
     Raises:
         Refusal: some branch ends where nothing can absorb it: at an output of the model, say.
@@ -150,6 +189,17 @@ def carry_forward(
     given: dict[Value, Map] = {}
     queue: list[int] = []
     readers: dict[int, Call] = {}
+    partly = {item.value: item for item in shared}
+
+    def here(call: Call) -> dict[Value, Map]:
+        led_back = {value: item.map for value, item in partly.items() if call in item.readers}
+        return {value: map_ for value in call.tensor_args() if (map_ := (given | led_back).get(value)) is not None}
+
+    def push(reader: Call) -> None:
+        if reader.index not in readers:
+            readers[reader.index] = reader
+            heapq.heappush(queue, reader.index)
+
     own = dict(start)
 
     def give(value: Value, map_: Map) -> None:
@@ -162,22 +212,23 @@ def carry_forward(
             raise Refusal("Nobody reads it.")
         given[value] = map_
         for reader in graph.readers(value):
-            if reader.index not in readers:
-                readers[reader.index] = reader
-                heapq.heappush(queue, reader.index)
+            push(reader)
 
     for call, map_ in start:
         give(call.output, map_)
+    for item in shared:
+        for reader in item.readers:
+            push(reader)
     while queue:
         call = readers[heapq.heappop(queue)]
-        here = {value: given[value] for value in call.tensor_args() if value in given}
+        maps = here(call)
         if call in own:  # it follows itself: what was done before, and then what it did
-            given[call.output] = here[call.args["input"]].then(own[call])
+            given[call.output] = maps[call.args["input"]].then(own[call])
             continue
         if is_gone(call):
-            results: Sequence[Map] | Absorbed = [here[call.args["input"]]]
+            results: Sequence[Map] | Absorbed = [maps[call.args["input"]]]
         else:
-            results = go_forward(call, here, known)
+            results = go_forward(call, maps, known)
         if isinstance(results, Absorbed):
             route.absorbed.append((call, results))
             continue
