@@ -87,8 +87,9 @@ def _sentence(step: Step, plan: Plan, bordered: Sequence[Host]) -> str:
         sentence = f"It is cut in two: {first} goes back {back}; {second} goes on {on}."
     inverse = [host for host in step.into if host.name in step.led_back]
     if inverse:
-        verb = "takes" if len(inverse) == 1 else "take"
-        sentence += f" {_named(inverse).capitalize()} {verb} the inverse in: they read what it changes."
+        named = _named(inverse)
+        says = "takes the inverse in: it reads" if len(inverse) == 1 else "take the inverse in: they read"
+        sentence += f" {named[0].upper()}{named[1:]} {says} what that changes."
     if bordered:
         names = listed([host.name for host in bordered], _MOST_NAMED)
         sentence += f" {names} {'pads' if len(bordered) == 1 else 'pad'} with −t/s now, of which the norm made zero."
