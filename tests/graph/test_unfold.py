@@ -10,7 +10,7 @@ from torch import nn
 
 import batchnorm
 from batchnorm.errors import InputError, StateError
-from batchnorm.graph.unfold import Pairs
+from batchnorm.graph.pairs import Pairs
 
 
 class Special(nn.BatchNorm2d):

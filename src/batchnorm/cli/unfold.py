@@ -15,7 +15,7 @@ from batchnorm.report import Document, Result, Section, Table
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from batchnorm.graph.unfold import Pairs
+    from batchnorm.graph.pairs import Pairs
 
 __all__ = ["EPILOG", "Unfolded", "unfold"]
 
@@ -114,7 +114,7 @@ def unfold(
 def _read_pairs(path: Path, like: Module) -> Pairs:
     from batchnorm.cli.errors import CommandError
     from batchnorm.errors import BatchNormError
-    from batchnorm.graph.unfold import Pairs
+    from batchnorm.graph.pairs import Pairs
 
     if not path.is_file():
         raise CommandError(f"--pairs {path}: no such file.")

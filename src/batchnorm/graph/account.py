@@ -100,7 +100,7 @@ def _sentence(step: Step, plan: Plan, bordered: Sequence[Host]) -> str:
 
 
 def _halves(step: Step) -> tuple[str, str]:
-    """Return the parts of a map that is cut in two: see :func:`batchnorm.graph.plan._ways`."""
+    """Return the parts of a map that is cut in two: see :func:`batchnorm.graph.ways.attempts`."""
     assert step.before is not None
     assert step.after is not None
     if step.before.only_shifts:

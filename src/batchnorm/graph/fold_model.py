@@ -20,6 +20,7 @@ from batchnorm.graph.fold_result import Costs, FoldResult, Pictures
 from batchnorm.graph.input_norm import INNER, NORMALIZATION, WithNormalizedInput, outer_name
 from batchnorm.graph.norms import norm_uses
 from batchnorm.graph.own_weights import ComputedWeights, untie
+from batchnorm.graph.pairs import Pairs
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.pictures import draw_folded, draw_left, renamed
 from batchnorm.graph.plan import Plan
@@ -30,7 +31,6 @@ from batchnorm.graph.settle import Options, Settled, copy_to_try, settle
 from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.threads import threads_for_float64
 from batchnorm.graph.trace import trace
-from batchnorm.graph.unfold import Pairs
 from batchnorm.graph.verify import Agreement, Reference, run, spacing, verify, verify_float64
 
 __all__ = ["Options", "fold_model", "fold_with_normalization"]

@@ -14,10 +14,11 @@ from batchnorm.errors import StateError
 from batchnorm.graph.cost import Cost, Saving
 from batchnorm.graph.fold_report import sections
 from batchnorm.graph.measure import Measured, measure
+from batchnorm.graph.pairs import Pairs
 from batchnorm.graph.quantization import ChannelRanges, FoldedWeight
 from batchnorm.graph.ranges import LostRange
 from batchnorm.graph.threads import one_thread
-from batchnorm.graph.unfold import Pairs, unfold
+from batchnorm.graph.unfold import unfold
 from batchnorm.report import Diagrams, Document, Result
 
 __all__ = ["Costs", "FoldResult", "FoldedNorm", "LeftNorm", "Pictures"]

@@ -18,9 +18,10 @@ from batchnorm.graph.dataflow import Call, Graph, ModuleCall
 from batchnorm.graph.families import fusible_activation
 from batchnorm.graph.norms import NormState, NormUse, check_norm, norm_uses, require_no_alternative, unreached_norms
 from batchnorm.graph.parameters import find_tensor
-from batchnorm.graph.plan import Plan, norm_map
+from batchnorm.graph.plan import Plan
 from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.stand_in import StandIn
+from batchnorm.graph.ways import norm_map
 from batchnorm.nn.scale_shift import ScaleShift
 
 __all__ = ["Leftover", "failing", "find_leftovers"]

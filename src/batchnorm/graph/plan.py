@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
 from torch.nn import Module
 
-from batchnorm.graph.affine import Affine
 from batchnorm.graph.aliasing import norm_input, require_not_written_into
 from batchnorm.graph.dataflow import Call, Graph, Value
 from batchnorm.graph.fold_result import LeftNorm
@@ -21,6 +18,7 @@ from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.travel.maps import Map
 from batchnorm.graph.travel.route import Route, carry_backward, carry_forward
+from batchnorm.graph.ways import attempts, norm_map
 
 if TYPE_CHECKING:
     from batchnorm.graph.leftover import Leftover
@@ -105,9 +103,9 @@ def make_plan(
 ) -> Plan:
     """Find out which norms can go, and where.
 
-    Each is tried in the order of execution, in the ways of :func:`_ways`; norms that go make room for others, so that
-    those that are left are tried again as long as one more goes. What is left then is tried once more, with values that
-    others read too: they take in the inverse of what the norm was.
+    Each is tried in the order of execution, in the ways of :mod:`batchnorm.graph.ways`; norms that go make room for
+    others, so that those that are left are tried again as long as one more goes. What is left then is tried once more,
+    with values that others read too: they take in the inverse of what the norm was.
 
     Args:
         model: the model; it is not changed.
@@ -151,7 +149,7 @@ def _step(model: Module, graph: Graph, use: NormUse, plan: Plan, sharing: bool) 
     if sharing:
         _require_recoverable(plan, use, state)
     refusals: dict[str, Refusal] = {}  # by the way that was tried; of the ways of cutting it, all
-    for with_borders, (before, after) in _attempts(map_, plan.with_borders):
+    for with_borders, (before, after) in attempts(map_, plan.with_borders):
         parameters = plan.parameters.copy()
         parameters.with_borders = with_borders
         try:
@@ -193,39 +191,6 @@ def _require_recoverable(plan: Plan, use: NormUse, state: NormState) -> None:
 
 
 _RECOVERABLE = 8.0  # |β| ≤ 8 |γ|: three bits are lost
-
-
-def _attempts(map_: Map, with_borders: bool) -> Iterator[tuple[bool, tuple[Map | None, Map | None]]]:
-    """Yield all ways without borders, and after that, as they cost something, those with them."""
-    yield from ((False, way) for way in _ways(map_))
-    if with_borders:
-        yield from ((True, way) for way in _ways(map_))
-
-
-def _ways(map_: Map) -> Iterator[tuple[Map | None, Map | None]]:
-    r"""Yield how a map can be cut into a part for the operators before the norm and one for those after it.
-
-    All of it before; all of it after. Then, with s ≠ 0, the parts
-
-    .. math::
-
-        s x + t = s \left(x + \tfrac ts\right) = |s| \left(\operatorname{sign}(s)\, x + \tfrac t{|s|}\right)
-        = (s x) + t
-
-    of which a positive scale crosses a ReLU, and a shift crosses an addition. Both parts have to be absorbed: one that
-    stays is a pass over memory as the whole is, and is none only if it is the identity, which is one of the first two.
-    """
-    scale, shift = map_.scale, map_.shift
-    one, zero = torch.ones_like(scale), torch.zeros_like(shift)
-    yield map_, None
-    yield None, map_
-    if map_.only_scales or map_.only_shifts:
-        return
-    if bool((scale != 0).all()):
-        yield Map(one, shift / scale), Map(scale, zero)
-        if bool((scale < 0).any()):
-            yield Map(scale.sign(), shift / scale.abs()), Map(scale.abs(), zero)
-    yield Map(scale, zero), Map(one, shift)
 
 
 class _Ends(NamedTuple):
@@ -280,36 +245,6 @@ def _go(
 def _shaped(map_: Map, call: Call) -> Map:
     """Return the map with the dimensions of what a call reads: calls of one norm may differ in them."""
     return Map.per_channel(map_.scale.reshape(-1), map_.shift.reshape(-1), len(call.output.shape))
-
-
-def norm_map(parameters: Parameters, state: NormState) -> Map:
-    """Return what a norm computes with its parameters as they are now.
-
-    Raises:
-        Refusal: its statistics are unusable.
-    """
-    mean, var, weight, bias = (
-        None if name is None else parameters.named(name)
-        for name in (state.running_mean, state.running_var, state.weight, state.bias)
-    )
-    for name, tensor in (("running_mean", mean), ("running_var", var), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.is_meta:
-            raise Refusal(f"Its {name} is on the meta device, where tensors have no values.")
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise Refusal(f"Its {name} is not finite.")
-    assert mean is not None
-    assert var is not None
-    lowest = float(var.min()) if var.numel() else 1.0
-    if lowest < 0:
-        raise Refusal(f"Its running_var is negative ({lowest:.3g}).")
-    if lowest + state.eps <= 0:
-        raise Refusal("Its running_var and eps are both 0, so it divides by zero.")
-    affine = Affine.of_norm(mean, var, weight, bias, state.eps)
-    return Map(_on_cpu(affine.scale), _on_cpu(affine.shift))
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu()
 
 
 def _lower(sentence: str) -> str:

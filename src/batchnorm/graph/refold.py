@@ -9,8 +9,8 @@ from torch.nn import Identity, Module, Parameter
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.errors import StateError
+from batchnorm.graph.pairs import Pairs
 from batchnorm.graph.parameters import find_tensor
-from batchnorm.graph.unfold import Pairs
 from batchnorm.nn.bordered import bordered
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_module

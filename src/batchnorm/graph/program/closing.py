@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import Identity, Module
 
+from batchnorm.graph.pairs import digest
 from batchnorm.graph.program.emit import emit_layer
 from batchnorm.graph.program.opening import Opened, erase_unread
 from batchnorm.graph.program.sites import Site
@@ -106,7 +106,7 @@ class _NewStates:
     def of(self, change: _Change, key: str, value: Tensor) -> Node:
         """Return the node that holds a layer's parameter or buffer."""
         origin = _state_name(change.site, key) or _state_name(change.site, "weight")
-        same = (origin or change.name, f"{key} {_digest(value)}")
+        same = (origin or change.name, f"{key} {digest(value)}")
         if same not in self._known:
             self._known[same] = self._state.add(
                 self._free(_state_name(change.site, key), f"{change.name}.{key}"), value
@@ -123,11 +123,6 @@ class _NewStates:
             number += 1
             candidate = f"{own}_{number}"
         return candidate
-
-
-def _digest(value: Tensor) -> str:
-    data = value.detach().cpu().contiguous()
-    return hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest() + str(value.dtype)
 
 
 def close_modules(

@@ -14,10 +14,10 @@ from torch.nn import Module
 from batchnorm.errors import InputError, StateError, VerificationError
 from batchnorm.graph.fold_result import FoldResult
 from batchnorm.graph.outputs import difference
+from batchnorm.graph.pairs import Pairs
 from batchnorm.graph.program.closing import close_functions, close_modules
 from batchnorm.graph.program.opening import Opened, copy_program, open_program
 from batchnorm.graph.program.state import Attributes, Signature
-from batchnorm.graph.unfold import Pairs
 from batchnorm.graph.verify import run
 
 __all__ = ["Program", "fold_program"]

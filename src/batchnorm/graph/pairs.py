@@ -1,0 +1,231 @@
+"""What a model had before it was folded: in memory, or in a file beside the folded weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, SyncBatchNorm
+
+from batchnorm.errors import InputError, StateError
+from batchnorm.graph.own_weights import ties
+from batchnorm.graph.parameters import find_tensor
+from batchnorm.graph.stand_in import StandIn
+from batchnorm.graph.stand_in_data import from_data, to_data
+from batchnorm.nn.copying import copy_model
+from batchnorm.report import files
+
+if TYPE_CHECKING:
+    from batchnorm.graph.leftover import Leftover
+
+__all__ = ["Pairs", "digest"]
+
+_FORMAT = "batchnorm-pairs-1"
+_PLAIN: Mapping[str, type[Module]] = {
+    cls.__name__: cls for cls in (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+}
+"""Norms that are built from their settings; those of other classes need a model that has one."""
+_KEEP = "Keep the original model instead."
+_SETTINGS = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """What a model had before it was folded.
+
+    Attributes:
+        parameters: the parameters that have been folded into, by name, as they were; None where there was none.
+        norms: the modules that have gone, by every name that they were registered under: norms, and layers that
+            computed their weight, in whose place plain ones stand.
+        digests: of the parameters as folding left them in the model, by name: one that has others was trained since.
+        bordered: names of the convolutions that pad with other values than zeros since.
+        stays: what stands in the place of each of these modules, by the same names.
+        added: shapes of the parameters that there were none of.
+        ties: parameters that were another one, by name: its name.
+        moved: names of the activations that have become part of what took a norm's place, and the name of that.
+    """
+
+    parameters: Mapping[str, Tensor | None]
+    norms: Mapping[str, Module]
+    digests: Mapping[str, str]
+    bordered: tuple[str, ...]
+    stays: Mapping[str, StandIn]
+    added: Mapping[str, tuple[int, ...]]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    moved: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        model: Module,
+        parameters: Mapping[str, Parameter],
+        norms: Iterable[tuple[Module, StandIn]],
+        bordered: Iterable[str],
+    ) -> Pairs:
+        """Return what is about to be replaced in a model.
+
+        Args:
+            model: the model, not folded yet.
+            parameters: its new parameters, by name.
+            norms: the modules that go, and those that are replaced as a whole, each with what is to stand there.
+            bordered: names of the convolutions that are to pad with a border.
+        """
+        going = {id(norm): stays for norm, stays in norms}
+        convs = {id(model.get_submodule(name)) for name in bordered}
+        padded = tuple(name for name, m in model.named_modules(remove_duplicate=False) if id(m) in convs)
+        places = {name: m for name, m in model.named_modules(remove_duplicate=False) if id(m) in going}
+        stays = {name: going[id(module)] for name, module in places.items()}
+        of_plain = {name for name in parameters if _is_of(stays.get(name.rpartition(".")[0]), name)}
+        old = {name: find_tensor(model, name) for name in parameters if name not in of_plain}
+        # a norm that takes in another one and then goes itself leaves no parameter behind to be recognized by
+        staying = {n: p for n, p in parameters.items() if n in of_plain or n.rpartition(".")[0] not in places}
+        return cls(
+            old,
+            places,
+            {name: digest(new) for name, new in staying.items()},
+            padded,
+            stays,
+            {name: tuple(p.shape) for name, p in staying.items() if name in old and old[name] is None},
+            {name: other for name, other in ties(model).items() if {name, other} & old.keys()},
+        )
+
+    def with_leftovers(self, model: Module, leftovers: Iterable[Leftover]) -> Pairs:
+        """Return the same, and what is about to be replaced with multiply-adds.
+
+        Args:
+            model: the model, not folded yet.
+            leftovers: of its norms, those that are to become one.
+        """
+        digests, moved = dict(self.digests), dict(self.moved)
+        for item in leftovers:
+            built = item.build(model)
+            digests |= {f"{item.module}.{name}": digest(new) for name, new in built.named_parameters(recurse=False)}
+            if item.moved is not None:
+                own = model.get_submodule(item.moved)
+                names = (name for name, m in model.named_modules(remove_duplicate=False) if m is own)
+                moved |= dict.fromkeys(names, item.module)
+        return replace(self, digests=digests, moved=moved)
+
+    def of_submodule(self, name: str) -> Pairs:
+        """Return those of one submodule, with the names that it knows them by."""
+
+        def own(names: Iterable[str]) -> dict[str, str]:
+            return {n: n.removeprefix(f"{name}.") for n in names if n.startswith(f"{name}.")}
+
+        return Pairs(
+            {short: self.parameters[n] for n, short in own(self.parameters).items()},
+            {short: self.norms[n] for n, short in own(self.norms).items()},
+            {short: self.digests[n] for n, short in own(self.digests).items()},
+            tuple(own(self.bordered).values()),
+            {short: self.stays[n] for n, short in own(self.stays).items()},
+            {short: self.added[n] for n, short in own(self.added).items()},
+            {short: self.ties[n].removeprefix(f"{name}.") for n, short in own(self.ties).items()},
+            {short: self.moved[n].removeprefix(f"{name}.") for n, short in own(self.moved).items()},
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file, whole or not at all, and return its path."""
+        from safetensors.torch import save_file
+
+        tensors = {f"parameters/{name}": t for name, t in self.parameters.items() if t is not None}
+        first: dict[int, str] = {}
+        same = {name: first.setdefault(id(norm), name) for name, norm in self.norms.items()}
+        for name in first.values():
+            tensors |= {f"norms/{name}/{key}": t for key, t in self.norms[name].state_dict().items()}
+        about = {
+            "added": dict(self.added),
+            "norms": {name: _settings(self.norms[name]) for name in first.values()},
+            "stays": {name: to_data(self.stays[name]) for name in first.values()},
+            "same": same,
+            "digests": dict(self.digests),
+            "bordered": list(self.bordered),
+            "ties": dict(self.ties),
+            "moved": dict(self.moved),
+        }
+        path = Path(path)
+        with files.replacing(path) as fresh:
+            # clones: a file holds no tensor twice, and tied parameters are one
+            copies = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
+            save_file(copies, fresh, metadata={"format": _FORMAT, "about": json.dumps(about)})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, like: Module | None = None) -> Pairs:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            like: a model of the original architecture; where the norms are of a class that is not torch's, they are
+                copied from it.
+
+        Raises:
+            InputError: the file is another one.
+            StateError: a norm is of a class that is not torch's, and ``like`` has none in its place.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+        except SafetensorError as error:
+            raise InputError(
+                f"{path}: expected the pairs of a fold in a safetensors file; it is none ({error})."
+            ) from error
+        if metadata.get("format") != _FORMAT:
+            raise InputError(f"{path}: expected pairs that FoldResult.save_pairs wrote; the file holds something else.")
+        about = json.loads(metadata["about"])
+        parameters = {key.removeprefix("parameters/"): t for key, t in tensors.items() if key.startswith("parameters/")}
+        built = {name: _build(name, settings, tensors, like) for name, settings in about["norms"].items()}
+        norms = {name: built[first] for name, first in about["same"].items()}
+        stays = {name: from_data(parts) for name, parts in about["stays"].items()}
+        added = {name: tuple(shape) for name, shape in about["added"].items()}
+        return cls(
+            {**parameters, **dict.fromkeys(added)},
+            norms,
+            about["digests"],
+            tuple(about["bordered"]),
+            {name: stays[first] for name, first in about["same"].items()},
+            added,
+            about["ties"],
+            about["moved"],
+        )
+
+
+def _is_of(stays: StandIn | None, name: str) -> bool:
+    """Whether a parameter of that name is one of what stands in for a module."""
+    parts = () if stays is None else stays.parts
+    return any(isinstance(part, Module) and name.rpartition(".")[2] in part._parameters for part in parts)
+
+
+def digest(tensor: Tensor) -> str:
+    """Return what tells a tensor's values and type from all others."""
+    values = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes() + str(values.dtype).encode()).hexdigest()
+
+
+def _settings(norm: Module) -> dict[str, Any]:
+    known = {key: getattr(norm, key, None) for key in _SETTINGS}
+    return {"class": f"{type(norm).__module__}.{type(norm).__qualname__}", **known}
+
+
+def _build(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], like: Module | None) -> Module:
+    state = {key.removeprefix(f"norms/{name}/"): t for key, t in tensors.items() if key.startswith(f"norms/{name}/")}
+    kind = _PLAIN.get(settings["class"].rpartition(".")[2])
+    if kind is not None and settings["class"] == f"{kind.__module__}.{kind.__qualname__}":
+        norm = kind(**{key: settings[key] for key in _SETTINGS})
+    elif like is not None and name in dict(like.named_modules(remove_duplicate=False)):
+        norm = copy_model("unfold", like.get_submodule(name), _KEEP)
+    else:
+        raise StateError(
+            f"unfold: {name} was a {settings['class']}, which only its own code can build. Pass like=, a model of the "
+            "original architecture."
+        )
+    norm.load_state_dict(state, assign=True)  # in the types that they had
+    return norm
