@@ -176,12 +176,20 @@ def _is_state(call: Call, argument: str, name: str | None = None) -> bool:
 
 
 def _largest(tensor: Tensor) -> float:
+    """Return the largest finite magnitude."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 0.0
-    values = tensor.detach().abs()
-    return (
-        float(values[torch.isfinite(values)].max()) if not bool(torch.isfinite(values).all()) else float(values.max())
-    )
+    largest = _magnitude(tensor)
+    if math.isfinite(largest):
+        return largest
+    finite = tensor[torch.isfinite(tensor)]
+    return _magnitude(finite) if finite.numel() else 0.0
+
+
+def _magnitude(tensor: Tensor) -> float:
+    """Return the largest magnitude, NaN if there is one: in one reading, without a copy."""
+    low, high = (float(value) for value in torch.aminmax(tensor.detach()))
+    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
 
 
 def _error(old: Tensor, new: Tensor) -> float:
@@ -190,6 +198,9 @@ def _error(old: Tensor, new: Tensor) -> float:
         return float("inf")
     if not old.numel():
         return 0.0
+    error = _magnitude(old - new)
+    if math.isfinite(error):
+        return error
     finite = torch.isfinite(old)
     if not torch.equal(finite, torch.isfinite(new)):
         return float("inf")
