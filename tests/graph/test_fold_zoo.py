@@ -1106,3 +1106,36 @@ def test_the_input_is_not_overwritten_through_norms_that_are_gone(view):
     result.model(x)
     assert torch.equal(x, IMAGES)
     assert "b" not in [f.norm for f in result.folded]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_norm_called_twice_on_one_value_of_which_one_output_is_written_into(first):
+    """Without the norm both outputs would be that value, and so would what is written into one of them."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            if first:
+                a = self.bn(x).relu_()
+                return a, self.bn(x)
+            b = self.bn(x)
+            return self.bn(x).relu_(), b
+
+    expect(lively(Net()), randn(2, 3, 6, 6), [], {"bn": "relu_ would write into what is also read by batch_norm in bn"})
+
+
+def test_a_norm_called_twice_on_one_value_goes_where_nobody_writes():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.bn(x).relu(), self.bn(x).tanh()
+
+    expect(lively(Net()), randn(2, 3, 6, 6), ["bn→conv"])

@@ -37,7 +37,7 @@ def require_not_written_into(graph: Graph, use: NormUse, gone: Collection[Call])
         if not writers:
             continue
         for value, reader in _same_memory(call, gone):
-            others = graph.others_than(value, {id(reader), *(id(c) for c in use.calls)})
+            others = graph.others_than(value, {id(reader)})  # another call of the norm hands the same memory on
             if others or value.producer is None:
                 who = others[0] if others else "the caller of the model, whose input it is"
                 raise Refusal(f"{place(writers[0])} would write into what is also read by {who}.", calls=writers[:1])

@@ -236,8 +236,7 @@ def _go(
             raise Refusal("It follows itself.")
         found = take(forth, map(norm_input, use.calls))
         led_back |= {host.name for host in found if after is None}
-    if before is None or back.shared:
-        require_not_written_into(graph, use, gone)
+    require_not_written_into(graph, use, gone)
     in_order = sorted(hosts.values(), key=lambda host: host.calls[0].index)
     return _Ends(tuple(in_order), frozenset(crossed), frozenset(led_back))
 
