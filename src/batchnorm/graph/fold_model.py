@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from batchnorm.errors import StateError, VerificationError
+from batchnorm.errors import InputError, StateError, VerificationError
 from batchnorm.graph.account import tell
 from batchnorm.graph.cost import Cost
 from batchnorm.graph.dataflow import Graph, Value
@@ -77,11 +77,30 @@ def _with_own_weights(work: Module, example_inputs: Any) -> tuple[Graph, dict[st
     untie(work)
     weights = ComputedWeights()
     graph = trace(work, example_inputs, observer=weights.observe)
-    stored = weights.layers(graph)
+    stored = _bearable(work, example_inputs, weights.layers(graph))
     if not stored:
         return graph, {}
     Rewrite().replace(work, stored)
     return trace(work, example_inputs), {name: copy.deepcopy(layer) for name, layer in stored.items()}
+
+
+def _bearable(work: Module, example_inputs: Any, stored: dict[str, Module]) -> dict[str, Module]:
+    """Return the plain layers that the model runs with: its code may read what these lack, a parametrization, say."""
+    if not stored or _runs_with(work, example_inputs, stored):
+        return stored
+    return {name: layer for name, layer in stored.items() if _runs_with(work, example_inputs, {name: layer})}
+
+
+def _runs_with(work: Module, example_inputs: Any, stored: dict[str, Module]) -> bool:
+    rewrite = Rewrite()
+    rewrite.replace(work, stored)
+    try:
+        run(work, example_inputs)
+    except InputError:
+        return False
+    finally:
+        rewrite.roll_back()
+    return True
 
 
 # -- what is told ----------------------------------------------------------------------------------------------------

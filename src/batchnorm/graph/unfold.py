@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, SyncBatchNorm
+from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, ModuleList, Parameter, SyncBatchNorm
 
 from batchnorm.errors import InputError, StateError
 from batchnorm.graph.own_weights import ties
@@ -94,7 +94,11 @@ class Pairs:
             padded,
             stays,
             {name: tuple(p.shape) for name, p in staying.items() if name in old and old[name] is None},
-            {name: other for name, other in ties(model).items() if {name, other} & old.keys()},
+            {
+                name: other
+                for name, other in ties(model).items()
+                if any(n in old or _is_within(n, places) for n in (name, other))
+            },
         )
 
     def with_leftovers(self, model: Module, leftovers: Iterable[Leftover]) -> Pairs:
@@ -234,18 +238,18 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
     _require_folded(model, known)
     target = model if inplace else copy_model("unfold", model, "Unfold it in place: inplace=True.")
     activations = {name: target.get_submodule(f"{holder}.activation") for name, holder in known.moved.items()}
-    copies: dict[int, Module] = {}
-    device = _device_of(target, known)
+    norms = list({id(norm): norm for norm in known.norms.values()}.values())
+    # all in one: what they have in common stays one
+    together = copy_model("unfold", ModuleList(norms), _KEEP).to(_device_of(target, known))
+    copies = dict(zip(map(id, norms), together.children(), strict=True))
     for name, norm in known.norms.items():
-        old = target.get_submodule(name)
-        if id(norm) not in copies:
-            copies[id(norm)] = copy_model("unfold", norm, _KEEP).train(old.training).to(device)
+        copies[id(norm)].train(target.get_submodule(name).training)
         parent, _, leaf = name.rpartition(".")
         target.get_submodule(parent)._modules[leaf] = copies[id(norm)]
     for name, activation in activations.items():
         parent, _, leaf = name.rpartition(".")
         target.get_submodule(parent)._modules[leaf] = activation
-    convs = {name: target.get_submodule(name) for name in known.bordered}
+    convs = {name: target.get_submodule(name) for name in known.bordered if name not in known.norms}
     twins = {id(conv): plain(conv) for conv in convs.values()}
     for name, conv in convs.items():
         parent, _, leaf = name.rpartition(".")
@@ -283,6 +287,12 @@ def _require_folded(model: Module, pairs: Pairs) -> None:
                 f"unfold: {name} is not what folding made of it: it was trained, quantized or cast since, so that the "
                 "norms do not go with it. Unfold first, and train or cast then."
             )
+
+
+def _is_within(name: str, places: Collection[str]) -> bool:
+    """Whether a parameter belongs to one of the modules of these names."""
+    parts = name.split(".")
+    return any(".".join(parts[:n]) in places for n in range(1, len(parts)))
 
 
 def _is_of(stays: StandIn | None, name: str) -> bool:
