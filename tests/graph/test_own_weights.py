@@ -162,3 +162,29 @@ def test_raw_inputs_into_a_layer_that_computed_its_weight(tmp_path):
     deployed = refold(copy.deepcopy(net), tmp_path / "pairs.safetensors")
     deployed.load_state_dict(result.model.state_dict())
     torch.testing.assert_close(deployed(randn(3, 3, 5, 5)), result.model(randn(3, 3, 5, 5)), rtol=0, atol=0)
+
+
+class Counted(nn.Conv2d):
+    """Computes its weight of a number that somebody sets."""
+
+    number = 1.0
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * self.number, self.bias)
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_weight_that_is_computed_of_a_number_that_changes_is_not_stored(counts):
+    class Sets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = Counted(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            self.conv.number = self.conv.number + 1 if counts else float(x.abs().mean())
+            return self.bn(self.conv(x))
+
+    net, x = lively(Sets()), randn(2, 3, 5, 5, seed=1)
+    result = fold(net, randn(2, 3, 5, 5))
+    assert not result.folded
+    assert counts or torch.equal(result.model(x), net(x))
