@@ -336,7 +336,9 @@ def test_what_a_program_is_beside_its_graph_stays(net):
     assert result.model.note == "mine"
     same(result.model, program, randn(2, 3, 6, 6, seed=1))
     result.model.register_forward_hook(lambda _module, _inputs, output: output * 0)
+    result.model.register_buffer("table", torch.zeros(1), persistent=False)
     same(program, lambda x: net(x) + 1, randn(2, 3, 6, 6))
+    assert not program._non_persistent_buffers_set
 
 
 @pytest.mark.parametrize("kept", [("one",), ("conv", "one"), ("head",)])

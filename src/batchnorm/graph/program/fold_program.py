@@ -136,7 +136,7 @@ def _twin(program: GraphModule) -> GraphModule:
         if isinstance(value, MethodType) and value.__self__ is program:
             twin.__dict__[key] = MethodType(value.__func__, twin)
         else:
-            twin.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
+            twin.__dict__[key] = copy.copy(value) if isinstance(value, dict | list | set) else value
     return twin
 
 
