@@ -6,9 +6,9 @@ import pytest
 import torch
 from tests.graph.test_fold_zoo import Drawn, Standardized, lively, randn
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
-from batchnorm import fold, unfold
+from batchnorm import fold, refold, unfold
 from batchnorm.graph.own_weights import ComputedWeights, ties, untie
 from batchnorm.graph.trace import trace
 
@@ -102,3 +102,89 @@ def test_ties_come_back_from_a_file(tmp_path):
     for back in (result.unfold(), unfold(result.model, tmp_path / "pairs.safetensors")):
         assert back[0].weight is back[2].weight
         torch.testing.assert_close(back(randn(3, 4)), net(randn(3, 4)), rtol=0, atol=0)
+
+
+def test_a_layer_of_which_the_model_reads_more_than_the_output_stays():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.bn1 = parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)
+            self.two, self.bn2 = parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            x = torch.tanh(self.bn1(self.one(x.to(self.one.parametrizations.weight.original1.dtype))))
+            return self.bn2(self.two(x))
+
+    net = lively(Reads())
+    result = fold(net, randn(2, 3, 5, 5))
+    assert [norm.norm for norm in result.folded] == ["bn2"]
+    assert "_weight_norm" in result.left[0].reason
+    torch.testing.assert_close(result.model(randn(1, 3, 4, 4)), net(randn(1, 3, 4, 4)))
+
+
+def test_what_computed_layers_have_in_common_comes_back(tmp_path):
+    """One parametrization of two layers, and one parameter of a layer that is folded and one that is not."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, weight):
+            return weight * self.scale
+
+    net = nn.Sequential(*(nn.Linear(4, 4) if n % 2 == 0 else nn.BatchNorm1d(4) for n in range(4)), nn.Tanh())
+    net.append(nn.Linear(4, 4))
+    both = Scaled()
+    for layer, scaled in zip((net[0], net[2], net[5]), (both, both, Scaled()), strict=True):
+        parametrize.register_parametrization(layer, "weight", scaled)
+    net[5].parametrizations.weight[0].scale = both.scale
+    net = lively(net)
+    result = fold(net, randn(3, 4))
+    assert len(result.folded) == 2
+    back = result.unfold()
+    one, two, three = (back[n].parametrizations.weight[0] for n in (0, 2, 5))
+    assert one is two
+    assert one.scale is three.scale
+    result.save_pairs(tmp_path / "pairs.safetensors")
+    from_file = unfold(result.model, tmp_path / "pairs.safetensors", like=net)
+    assert from_file[0].parametrizations.weight[0].scale is from_file[5].parametrizations.weight[0].scale
+    for model in (back, from_file):
+        torch.testing.assert_close(model(randn(3, 4)), net(randn(3, 4)), rtol=0, atol=0)
+
+
+def test_raw_inputs_into_a_layer_that_computed_its_weight(tmp_path):
+    net = lively(nn.Sequential(Standardized(3, 4, 3, padding=1), nn.BatchNorm2d(4)))
+    result = fold(net, randn(2, 3, 5, 5), input_mean=[1.0, 2.0, 3.0], input_std=2.0)
+    result.save_pairs(tmp_path / "pairs.safetensors")
+    for back in (result.unfold(), unfold(result.model, tmp_path / "pairs.safetensors", like=net)):
+        torch.testing.assert_close(back(randn(3, 3, 5, 5)), net(randn(3, 3, 5, 5)), rtol=0, atol=0)
+    deployed = refold(copy.deepcopy(net), tmp_path / "pairs.safetensors")
+    deployed.load_state_dict(result.model.state_dict())
+    torch.testing.assert_close(deployed(randn(3, 3, 5, 5)), result.model(randn(3, 3, 5, 5)), rtol=0, atol=0)
+
+
+class Counted(nn.Conv2d):
+    """Computes its weight of a number that somebody sets."""
+
+    number = 1.0
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * self.number, self.bias)
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_weight_that_is_computed_of_a_number_that_changes_is_not_stored(counts):
+    class Sets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = Counted(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            self.conv.number = self.conv.number + 1 if counts else float(x.abs().mean())
+            return self.bn(self.conv(x))
+
+    net, x = lively(Sets()), randn(2, 3, 5, 5, seed=1)
+    result = fold(net, randn(2, 3, 5, 5))
+    assert not result.folded
+    assert counts or torch.equal(result.model(x), net(x))

@@ -169,3 +169,22 @@ def test_a_norm_that_is_a_multiply_add_now(tmp_path, dtype):
         assert torch.equal(deployed(x), result.model(x))
         back = batchnorm.unfold(deployed, pairs, like=build())
         assert [type(m) for m in back.modules()] == [type(m) for m in build().modules()]
+
+
+def test_weights_that_were_tied_are_apart(tmp_path):
+    """Folding made two of one: loaded into one again, the second would take the place of the first."""
+
+    def build():
+        table, head = nn.Embedding(7, 4), nn.Linear(4, 7)
+        head.weight = table.weight
+        return nn.Sequential(table, nn.BatchNorm1d(4), nn.Tanh(), head).eval()
+
+    model, tokens = build(), torch.tensor([1, 2, 3])
+    nn.init.normal_(model[1].weight)
+    result = batchnorm.fold(model, tokens)
+    assert len(result.folded) == 1
+    result.save_pairs(tmp_path / "pairs.safetensors")
+    for pairs in (result.pairs, tmp_path / "pairs.safetensors"):
+        deployed = batchnorm.refold(build(), pairs)
+        deployed.load_state_dict(result.model.state_dict())
+        assert torch.equal(deployed(tokens), result.model(tokens))

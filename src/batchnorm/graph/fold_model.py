@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from batchnorm.errors import StateError, VerificationError
+from batchnorm.errors import InputError, StateError, VerificationError
 from batchnorm.graph.account import tell
 from batchnorm.graph.cost import Cost
 from batchnorm.graph.dataflow import Graph, Value
 from batchnorm.graph.fold_result import Costs, FoldResult, Pictures
 from batchnorm.graph.input_norm import INNER, NORMALIZATION, WithNormalizedInput, outer_name
 from batchnorm.graph.norms import norm_uses
-from batchnorm.graph.own_weights import ComputedWeights, untie
+from batchnorm.graph.own_weights import ComputedWeights, same_weights, untie
 from batchnorm.graph.pairs import Pairs
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.pictures import draw_folded, draw_left, renamed
 from batchnorm.graph.plan import Plan
 from batchnorm.graph.quantization import FoldedWeight, folded_weights
+from batchnorm.graph.random_inputs import random_like
 from batchnorm.graph.ranges import lost_ranges
 from batchnorm.graph.rewrite import Rewrite, round_parameters
 from batchnorm.graph.settle import Options, Settled, copy_to_try, settle
@@ -77,11 +78,48 @@ def _with_own_weights(work: Module, example_inputs: Any) -> tuple[Graph, dict[st
     untie(work)
     weights = ComputedWeights()
     graph = trace(work, example_inputs, observer=weights.observe)
-    stored = weights.layers(graph)
+    stored = _steady(work, example_inputs, weights.layers(graph))
+    stored = _bearable(work, example_inputs, stored)
     if not stored:
         return graph, {}
     Rewrite().replace(work, stored)
     return trace(work, example_inputs), {name: copy.deepcopy(layer) for name, layer in stored.items()}
+
+
+def _steady(work: Module, example_inputs: Any, stored: dict[str, Module]) -> dict[str, Module]:
+    """Return the plain layers whose weights are the same on random inputs; all, if the model fails on those."""
+    if not stored:
+        return {}
+    weights = ComputedWeights()
+    try:
+        graph = trace(work, random_like(example_inputs), observer=weights.observe)
+    except InputError:
+        return stored
+    again, reached = weights.layers(graph), {run.name for run in graph.module_calls}
+    return {
+        name: layer
+        for name, layer in stored.items()
+        if name not in reached or (name in again and same_weights(layer, again[name]))
+    }
+
+
+def _bearable(work: Module, example_inputs: Any, stored: dict[str, Module]) -> dict[str, Module]:
+    """Return the plain layers that the model runs with: its code may read what these lack, a parametrization, say."""
+    if not stored or _runs_with(work, example_inputs, stored):
+        return stored
+    return {name: layer for name, layer in stored.items() if _runs_with(work, example_inputs, {name: layer})}
+
+
+def _runs_with(work: Module, example_inputs: Any, stored: dict[str, Module]) -> bool:
+    rewrite = Rewrite()
+    rewrite.replace(work, stored)
+    try:
+        run(work, example_inputs)
+    except InputError:
+        return False
+    finally:
+        rewrite.roll_back()
+    return True
 
 
 # -- what is told ----------------------------------------------------------------------------------------------------

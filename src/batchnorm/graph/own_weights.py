@@ -18,7 +18,7 @@ from batchnorm.graph.dataflow import Call, Graph, ModuleCall, Value
 from batchnorm.graph.plain_layers import plain_layer
 from batchnorm.graph.refusal import Refusal
 
-__all__ = ["ComputedWeights", "ties", "untie"]
+__all__ = ["ComputedWeights", "same_weights", "ties", "untie"]
 
 
 def ties(model: Module) -> dict[str, str]:
@@ -89,6 +89,12 @@ class ComputedWeights:
             return None
         trained = any(parameter.requires_grad for parameter in module.parameters())
         return layer.train(module.training).requires_grad_(trained)
+
+
+def same_weights(one: Module, two: Module) -> bool:
+    """Whether two layers have the same parameters, bit for bit."""
+    first, second = one.state_dict(), two.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def _only_computes(run: ModuleCall, call: Call) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,11 @@ class Pairs:
             padded,
             stays,
             {name: tuple(p.shape) for name, p in staying.items() if name in old and old[name] is None},
-            {name: other for name, other in ties(model).items() if {name, other} & old.keys()},
+            {
+                name: other
+                for name, other in ties(model).items()
+                if any(n in old or _is_within(n, places) for n in (name, other))
+            },
         )
 
     def with_leftovers(self, model: Module, leftovers: Iterable[Leftover]) -> Pairs:
@@ -196,6 +200,12 @@ class Pairs:
             about["ties"],
             about["moved"],
         )
+
+
+def _is_within(name: str, places: Collection[str]) -> bool:
+    """Whether a parameter belongs to one of the modules of these names."""
+    parts = name.split(".")
+    return any(".".join(parts[:n]) in places for n in range(1, len(parts)))
 
 
 def _is_of(stays: StandIn | None, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -60,6 +61,7 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
         module = target.get_submodule(place)
         like = next(p for p in module._parameters.values() if p is not None)
         module._parameters[slot] = Parameter(torch.zeros(shape).to(like), like.requires_grad)
+    _untie(target, known.ties)
     stand_ins: dict[int, Module] = {}
     for name, stays in known.stays.items():
         old = target.get_submodule(name)
@@ -70,11 +72,22 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
         layer.activation = activation
         stand_ins.setdefault(id(activation), Identity().train(activation.training))
     for name in known.bordered:
-        conv = target.get_submodule(name)
+        old = target.get_submodule(name)
+        conv = stand_ins.get(id(old), old)
         assert isinstance(conv, _ConvNd)
-        stand_ins.setdefault(id(conv), bordered(conv, torch.zeros(conv.in_channels)))
+        stand_ins[id(old)] = bordered(conv, torch.zeros(conv.in_channels))
     _replace(target, stand_ins)
     return target
+
+
+def _untie(model: Module, tied: Iterable[str]) -> None:
+    """Let parameters be apart that folding made different ones: loaded into one, the second would take its place."""
+    for name in tied:
+        place, _, slot = name.rpartition(".")
+        module = model.get_submodule(place)
+        old = module._parameters[slot]
+        if old is not None:
+            module._parameters[slot] = Parameter(old.detach().clone(), old.requires_grad)
 
 
 def _like(stand_in: Module, old: Module) -> Module:
@@ -109,7 +122,10 @@ def _require_original(model: Module, pairs: Pairs) -> None:
         _require(same, f"expected a {expected.__name__} at {name}; got a {there.__name__}")
     for name in pairs.bordered:
         conv = modules.get(name)
-        _require(isinstance(conv, _ConvNd), f"expected a convolution at {name}; got a {type(conv).__name__}")
+        _require(
+            name in pairs.norms or isinstance(conv, _ConvNd),
+            f"expected a convolution at {name}; got a {type(conv).__name__}",
+        )
     for name, tensor in pairs.parameters.items():
         place, _, slot = name.rpartition(".")
         present = place in modules and slot in modules[place]._parameters

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import Module, Parameter
+from torch.nn import Module, ModuleList, Parameter
 
 from batchnorm.errors import StateError
 from batchnorm.graph.pairs import Pairs, digest
@@ -67,18 +67,17 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
 
 
 def _put_modules_back(target: Module, known: Pairs) -> None:
-    device = _device_of(target, known)
     activations = {name: target.get_submodule(f"{holder}.activation") for name, holder in known.moved.items()}
-    copies: dict[int, Module] = {}
+    norms = list({id(norm): norm for norm in known.norms.values()}.values())
+    # all in one: what they have in common stays one
+    together = copy_model("unfold", ModuleList(norms), "Keep the original model instead.")
+    copies = dict(zip(map(id, norms), together.to(_device_of(target, known)).children(), strict=True))
     for name, norm in known.norms.items():
-        old = target.get_submodule(name)
-        if id(norm) not in copies:
-            copied = copy_model("unfold", norm, "Keep the original model instead.")
-            copies[id(norm)] = copied.train(old.training).to(device)
+        copies[id(norm)].train(target.get_submodule(name).training)
         _put(target, name, copies[id(norm)])
     for name, activation in activations.items():
         _put(target, name, activation)
-    convs = {name: target.get_submodule(name) for name in known.bordered}
+    convs = {name: target.get_submodule(name) for name in known.bordered if name not in known.norms}
     twins = {id(conv): plain(conv) for conv in convs.values()}
     for name, conv in convs.items():
         _put(target, name, twins[id(conv)])

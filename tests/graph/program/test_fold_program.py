@@ -276,3 +276,84 @@ def test_every_pattern_as_a_program(pattern):
         got = torch.utils._pytree.tree_leaves(result.model.module()(*other))
     for one, two in zip(expected, got, strict=True):
         torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-9)
+
+
+class Leaves(torch.fx.Tracer):
+    """Calls blocks as a whole."""
+
+    def is_leaf_module(self, module, name):
+        return isinstance(module, Block) or super().is_leaf_module(module, name)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+class Parts(nn.Module):
+    """A block, and parts of it called or read beside it."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.block, self.use = Block(), use
+
+    def forward(self, x):
+        conv = self.block.conv
+        if self.use == "call":
+            return self.block(torch.tanh(self.block(x))) + conv(x)
+        if self.use == "calls":
+            return self.block(x) + torch.tanh(conv(x)) * conv(x * 2)
+        return self.block(x) + F.conv2d(x, conv.weight)
+
+
+@pytest.mark.parametrize("use", ["call", "calls", "read"])
+@pytest.mark.parametrize("tracer", [torch.fx.Tracer, Leaves])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_module_that_is_also_called_or_read_as_it_was(use, tracer, inplace):
+    net = lively(Parts(use))
+    program = torch.fx.GraphModule(net, tracer().trace(net))
+    result = fold(program, randn(2, 3, 6, 6), inplace=inplace)
+    assert bool(result.folded) is not (use == "calls" and tracer is Leaves)  # there the block's own module runs thrice
+    same(result.model, net, randn(2, 3, 6, 6, seed=1))
+
+
+def test_what_a_program_is_beside_its_graph_stays(net):
+    class Special(torch.fx.GraphModule):
+        pass
+
+    traced = torch.fx.symbolic_trace(net)
+    program = Special(traced, traced.graph)
+    program.note = "mine"
+    program.register_forward_hook(lambda _module, _inputs, output: output + 1)
+    result = fold(program, randn(2, 3, 6, 6))
+    assert len(result.folded) == 3
+    assert isinstance(result.model, Special)
+    assert type(result.model).__name__ == type(program).__name__
+    assert result.model.note == "mine"
+    same(result.model, program, randn(2, 3, 6, 6, seed=1))
+    result.model.register_forward_hook(lambda _module, _inputs, output: output * 0)
+    result.model.register_buffer("table", torch.zeros(1), persistent=False)
+    same(program, lambda x: net(x) + 1, randn(2, 3, 6, 6))
+    assert not program._non_persistent_buffers_set
+
+
+@pytest.mark.parametrize("kept", [("one",), ("conv", "one"), ("head",)])
+def test_signatures_of_modules(net, kept):
+    program = export(net, (randn(2, 3, 6, 6),), preserve_module_call_signature=kept)
+    result = fold(program)
+    assert len(result.folded) == 3
+    same(torch.export.unflatten(result.model), net, randn(2, 3, 6, 6, seed=1))
+    same(torch.export.unflatten(program), net, randn(2, 3, 6, 6, seed=1))
+
+
+def test_positional_and_keyword_inputs_at_once_are_refused():
+    class Two(nn.Module):
+        def forward(self, x, *, y):
+            return x * y
+
+    with pytest.raises(InputError, match="1 of the former and with y"):
+        fold(export(Two(), (randn(2, 3),), {"y": randn(1)}))

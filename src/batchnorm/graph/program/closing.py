@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn import Identity, Module
 
 from batchnorm.graph.pairs import digest
 from batchnorm.graph.program.emit import emit_layer
-from batchnorm.graph.program.opening import Opened, erase_unread
+from batchnorm.graph.program.opening import Names, Opened, erase_unread, overlap
 from batchnorm.graph.program.sites import Site
 from batchnorm.graph.program.state import State, memory_of, put
 
@@ -143,17 +143,24 @@ def close_modules(
     """
     nodes = {node.name: node for node in program.graph.nodes}
     before = {str(node.target) for node in nodes.values() if node.op == "call_module"}
-    for name, node_name in opened.modules.items():
-        node = nodes[node_name]
-        if not is_changed(name):
-            continue
+    changed = {name: nodes[node_name] for name, node_name in opened.modules.items() if is_changed(name)}
+    # a module that another node calls, or reads a part of, as it was stays what it is
+    names = Names(_targets(program, set(nodes.values()) - set(changed.values())))
+    for name, node in changed.items():
         layer: Any = folded.get_submodule(name)
         if is_gone(name) and isinstance(layer, Identity) and len(node.all_input_nodes) == 1:
             node.replace_all_uses_with(node.all_input_nodes[0])
             program.graph.erase_node(node)
         else:
-            put(program, name, layer)
-            node.target = name
-    after = {str(node.target) for node in program.graph.nodes if node.op == "call_module"}
-    for target in before - after:
-        program.delete_submodule(target)
+            node.target = names.free(name)
+            put(program, node.target, layer)
+    after = _targets(program, set(program.graph.nodes))
+    for target in before:
+        if not any(overlap(target, other) for other in after):
+            program.delete_submodule(target)
+
+
+def _targets(program: GraphModule, nodes: Collection[Node]) -> list[str]:
+    """Return the modules and attributes that some of a program's nodes call or read."""
+    attributes = ("call_module", "get_attr")
+    return [str(node.target) for node in program.graph.nodes if node in nodes and node.op in attributes]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
+from types import MethodType
 from typing import Any, TypeAlias
 
 import torch
@@ -56,16 +58,21 @@ def fold_program(
             f"fold: written back into the program, what was folded differs by {error:.3g}; rounding explains at most "
             f"{result.bound:.3g}. The folded program is not returned, and the original is unchanged."
         )
-    if inplace:
-        closed = _moved(closed, module)
+    if isinstance(program, GraphModule):
+        closed = _moved(closed, program if inplace else _twin(program))
     return replace(result, model=closed, pairs=None, original=program, error=result.error + error)
 
 
 def _own_inputs(program: Program) -> Any:
     known = program.example_inputs if isinstance(program, ExportedProgram) else None
-    if known is None or (known[0] and known[1]):
+    if known is None:
         raise InputError("fold: the program holds no example inputs to run it on. Pass example_inputs.")
     args, kwargs = known
+    if args and kwargs:
+        raise InputError(
+            f"fold: expected a program with positional or with keyword arguments; this one was exported with "
+            f"{len(args)} of the former and with {', '.join(kwargs)}, and takes no others. Export it with one kind."
+        )
     return kwargs or args
 
 
@@ -93,6 +100,7 @@ def _closed(program: Program, opened: Opened, folded: Module, pairs: Pairs) -> P
         graph = copy_program(program.graph_module)
         state = Signature(program, graph)
         close_functions(state, opened, folded, is_changed)
+        state.forget_modules()
         return ExportedProgram(
             root=graph,
             graph=graph.graph,
@@ -118,6 +126,18 @@ def _difference(folded: Module, closed: Program, inputs: Any) -> float:
     with torch.inference_mode(False):
         before, after = run(folded, inputs), run(module, inputs)
     return max((difference(a.tensor, b.tensor).largest for a, b in zip(before, after, strict=True)), default=0.0)
+
+
+def _twin(program: GraphModule) -> GraphModule:
+    """Return a program of the same class, with the same hooks and attributes: torch's own copy has none of them."""
+    twin = GraphModule.__new__(type(program))
+    type(twin).__name__ = type(program).__name__
+    for key, value in vars(program).items():
+        if isinstance(value, MethodType) and value.__self__ is program:
+            twin.__dict__[key] = MethodType(value.__func__, twin)
+        else:
+            twin.__dict__[key] = copy.copy(value) if isinstance(value, dict | list | set) else value
+    return twin
 
 
 def _moved(closed: Program, target: GraphModule) -> GraphModule:

@@ -16,7 +16,7 @@ from batchnorm.graph.program.state import put
 from batchnorm.graph.trace import trace
 from batchnorm.nn.copying import copy_model
 
-__all__ = ["Opened", "copy_program", "erase_unread", "open_program"]
+__all__ = ["Names", "Opened", "copy_program", "erase_unread", "open_program", "overlap"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ def open_program(program: GraphModule, example_inputs: Any) -> Opened:
     rest = [n for n in work.graph.nodes if n.op in ("get_attr", "call_module") and n not in calls.values()]
     for node in rest:
         put(root, str(node.target), attribute(work, node.target))
-    names = _Names(str(node.target) for node in rest)
+    names = Names(str(node.target) for node in rest)
     for site, node in calls.items():
         node.target = names.of_site(site)
         put(root, node.target, site.layer)
@@ -122,7 +122,7 @@ def _is_check(program: GraphModule, node: Node) -> bool:
 _CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range"}
 
 
-def _one_for_each_call(root: Module, nodes: Iterable[Node], names: _Names) -> dict[str, str]:
+def _one_for_each_call(root: Module, nodes: Iterable[Node], names: Names) -> dict[str, str]:
     """Give every node a module of its own; return the nodes' names by those of the modules."""
     called: dict[str, str] = {}
     for node in nodes:
@@ -134,7 +134,7 @@ def _one_for_each_call(root: Module, nodes: Iterable[Node], names: _Names) -> di
     return called
 
 
-class _Names:
+class Names:
     """Names for modules that the program does not have, beside those that it has."""
 
     def __init__(self, taken: Iterable[str]) -> None:
@@ -151,7 +151,9 @@ class _Names:
         return self.free(site.node.name)
 
     def free(self, name: str) -> str:
-        """Return a name that nothing has: this one, or with a number."""
+        """Return a name that nothing has: this one, or with a number; not within a module that is called as a whole."""
+        if any(name.startswith(f"{t}.") for t in self._taken):
+            name = name.replace(".", "_")
         candidate, number = name, 0
         while not self._is_free(candidate):
             number += 1
@@ -160,4 +162,9 @@ class _Names:
         return candidate
 
     def _is_free(self, name: str) -> bool:
-        return not any(f"{name}.".startswith(f"{t}.") or f"{t}.".startswith(f"{name}.") for t in self._taken)
+        return not any(overlap(name, taken) for taken in self._taken)
+
+
+def overlap(name: str, other: str) -> bool:
+    """Whether two qualified names are one, or one is that of a part of the other."""
+    return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")

@@ -145,6 +145,7 @@ class Signature(State):
         self.values = dict(program.state_dict)
         self.constants = dict(program.constants)
         self.module_calls = copy.deepcopy(program.module_call_graph)
+        self._modules = _modules_of(program.graph)
 
     def nodes(self) -> Mapping[Node, str]:
         """Return the nodes that hold state, and what it is called."""
@@ -197,5 +198,18 @@ class Signature(State):
             if entry.signature is not None:
                 entry.signature.replace_all_uses_with(old, new)
 
+    def forget_modules(self) -> None:
+        """Keep no signature of a module of which nothing is left: nobody could build it again."""
+        gone = self._modules - _modules_of(self.graph)
+        for entry in self.module_calls:
+            if entry.fqn in gone:
+                entry.signature = None
+
     def _placeholders(self) -> list[Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+
+def _modules_of(graph: Graph) -> set[str]:
+    """Return the names of the modules that an exported program's nodes come from."""
+    stacks = [node.meta.get("nn_module_stack") or {} for node in graph.nodes]
+    return {path for stack in stacks for path, _ in stack.values()}
