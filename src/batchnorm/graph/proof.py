@@ -179,9 +179,7 @@ def _largest(tensor: Tensor) -> float:
     if not tensor.numel() or not tensor.is_floating_point():
         return 0.0
     values = tensor.detach().abs()
-    return (
-        float(values[torch.isfinite(values)].max()) if not bool(torch.isfinite(values).all()) else float(values.max())
-    )
+    return float(torch.where(torch.isfinite(values), values, 0.0).max())
 
 
 def _error(old: Tensor, new: Tensor) -> float:
