@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from batchnorm.cli.load import load_model
 from batchnorm.graph.fold import fold
@@ -180,6 +181,13 @@ def test_measure_adds_times_and_memory_where_something_was_folded(command: Calla
     assert json.loads(command("fold", "-m", "left:build", "-i", SHAPE, "--measure", "--json").out)["measured"] is None
 
 
+def test_a_program_is_measured_on_the_inputs_that_it_holds(command: Callable[..., Any], here: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    torch.export.save(torch.export.export(net, (torch.randn(2, 3, 8, 8),)), here / "program.pt2")
+    done = command("fold", "-m", "program.pt2", "--measure", "--json")
+    assert json.loads(done.out)["measured"]["rounds"] >= 7
+
+
 def test_what_the_users_code_prints_does_not_spoil_the_json(command: Callable[..., Any], here: Path) -> None:
     done = command("fold", "-m", "net:chatty", "-i", SHAPE, "--json")
     assert json.loads(done.out)["folded"]
@@ -276,3 +284,4 @@ def test_fuse_makes_multiply_adds_of_what_is_left(command: Callable[..., Any], h
     assert [item["becomes"] for item in json.loads(command(*words).out)["left"]] == [None]
     became = json.loads(command(*words, "--fuse").out)["left"][0]["becomes"]
     assert became.startswith("one multiply-add per channel")
+    assert json.loads(command(*words, "--fuse", "--measure").out)["measured"]["rounds"] >= 7

@@ -164,7 +164,7 @@ def fold(
         has_own = model.endswith(".pt2") and not inputs and data is None
         example = None if has_own else load_example(network, inputs, data, batch_size=batch_size, seed=seed)
         result = _run(network, example, options)
-        if measure and result.folded:
+        if measure and result.changed:
             result = result.measure(example)
         with page(result, html):
             _write(result, example, output, pairs)

@@ -11,10 +11,11 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.nn import Module
 
-from batchnorm.errors import InputError, StateError, VerificationError
+from batchnorm.errors import StateError, VerificationError
 from batchnorm.graph.fold_result import FoldResult
 from batchnorm.graph.outputs import difference
 from batchnorm.graph.program.closing import close_functions, close_modules
+from batchnorm.graph.program.inputs import own_inputs
 from batchnorm.graph.program.opening import Opened, copy_program, open_program
 from batchnorm.graph.program.state import Attributes, Signature
 from batchnorm.graph.unfold import Pairs
@@ -41,7 +42,7 @@ def fold_program(
         StateError: it cannot be copied, or an exported program is to be changed in place.
         VerificationError: the outputs differ by more than rounding explains.
     """
-    inputs = example_inputs if example_inputs is not None else _own_inputs(program)
+    inputs = example_inputs if example_inputs is not None else own_inputs(program)
     if inplace and isinstance(program, ExportedProgram):
         raise StateError("fold: an exported program cannot be changed in place. Take result.model, the folded one.")
     module = _module_of(program) if isinstance(program, ExportedProgram) else program
@@ -59,14 +60,6 @@ def fold_program(
     if inplace:
         closed = _moved(closed, module)
     return replace(result, model=closed, pairs=None, original=program, error=result.error + error)
-
-
-def _own_inputs(program: Program) -> Any:
-    known = program.example_inputs if isinstance(program, ExportedProgram) else None
-    if known is None or (known[0] and known[1]):
-        raise InputError("fold: the program holds no example inputs to run it on. Pass example_inputs.")
-    args, kwargs = known
-    return kwargs or args
 
 
 def _module_of(program: ExportedProgram) -> GraphModule:
