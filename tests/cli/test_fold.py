@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,18 @@ def test_pairs_are_not_left_behind_when_the_model_cannot_be_written(command: Cal
     words = ["fold", "-m", "odd:build", "-i", SHAPE, "--pairs", "pairs.safetensors", "-o", "folded.pt2"]
     assert "torch.export cannot export Odd" in command(*words).sentence
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no ulimit")
+@pytest.mark.parametrize(("option", "name"), [("-o", "f.pt2"), ("--pairs", "p.safetensors")])
+def test_a_disk_that_is_full_is_one_sentence(here: Path, option: str, name: str) -> None:
+    words = ["-m", "batchnorm", "fold", "-m", "net:build", "-i", SHAPE, option, name]
+    limited = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh", sys.executable, *words]
+    done = subprocess.run(limited, cwd=here, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --")
+    assert "cannot be written" in done.stderr
+    assert not [path for path in here.iterdir() if path.suffix in (".pt2", ".safetensors")]
 
 
 def test_measure_adds_times_and_memory_where_something_was_folded(command: Callable[..., Any], here: Path) -> None:

@@ -209,13 +209,14 @@ def _run(network: Module | ExportedProgram, example: Any, options: dict[str, Any
 
 def _write(result: FoldResult, example: Any, output: Path | None, pairs: Path | None) -> None:
     """Write the model and its pairs: both or neither."""
-    from batchnorm.cli.output import replacing
+    from batchnorm.cli.output import replacing, telling
     from batchnorm.cli.save import save_model
 
     beside = replacing("--pairs", pairs) if pairs is not None and result.pairs is not None else nullcontext()
     with beside as fresh:
-        if fresh is not None:
-            result.save_pairs(fresh)
+        if fresh is not None and pairs is not None:
+            with telling("--pairs", pairs):
+                result.save_pairs(fresh)
         if output is not None:
             save_model(result.model, output, example)
 
