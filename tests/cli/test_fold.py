@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from batchnorm.cli.load import load_model
 from batchnorm.graph.fold import fold
@@ -171,6 +174,18 @@ def test_pairs_are_not_left_behind_when_the_model_cannot_be_written(command: Cal
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no ulimit")
+@pytest.mark.parametrize(("option", "name"), [("-o", "f.pt2"), ("--pairs", "p.safetensors")])
+def test_a_disk_that_is_full_is_one_sentence(here: Path, option: str, name: str) -> None:
+    words = ["-m", "batchnorm", "fold", "-m", "net:build", "-i", SHAPE, option, name]
+    limited = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh", sys.executable, *words]
+    done = subprocess.run(limited, cwd=here, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --")
+    assert "cannot be written" in done.stderr
+    assert not [path for path in here.iterdir() if path.suffix in (".pt2", ".safetensors")]
+
+
 def test_measure_adds_times_and_memory_where_something_was_folded(command: Callable[..., Any], here: Path) -> None:
     (here / "left.py").write_text(LEFT)
     done = command("fold", "-m", "net:build", "-i", SHAPE, "--measure", "--json")
@@ -178,6 +193,13 @@ def test_measure_adds_times_and_memory_where_something_was_folded(command: Calla
     assert done.err == ""
     assert json.loads(command("fold", "-m", "net:build", "-i", SHAPE, "--json").out)["measured"] is None
     assert json.loads(command("fold", "-m", "left:build", "-i", SHAPE, "--measure", "--json").out)["measured"] is None
+
+
+def test_a_program_is_measured_on_the_inputs_that_it_holds(command: Callable[..., Any], here: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    torch.export.save(torch.export.export(net, (torch.randn(2, 3, 8, 8),)), here / "program.pt2")
+    done = command("fold", "-m", "program.pt2", "--measure", "--json")
+    assert json.loads(done.out)["measured"]["rounds"] >= 7
 
 
 def test_what_the_users_code_prints_does_not_spoil_the_json(command: Callable[..., Any], here: Path) -> None:
@@ -276,3 +298,4 @@ def test_fuse_makes_multiply_adds_of_what_is_left(command: Callable[..., Any], h
     assert [item["becomes"] for item in json.loads(command(*words).out)["left"]] == [None]
     became = json.loads(command(*words, "--fuse").out)["left"][0]["becomes"]
     assert became.startswith("one multiply-add per channel")
+    assert json.loads(command(*words, "--fuse", "--measure").out)["measured"]["rounds"] >= 7

@@ -241,6 +241,25 @@ def test_output_without_a_finite_number_is_refused():
         fold(net, X)
 
 
+def test_in_autocast_the_way_out_is_told():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), X)
+    assert result.left[0].reason.startswith(
+        "The weight of conv2d is not a parameter of the model, but a cast of torch.autocast; fold outside of it."
+    )
+
+
+@pytest.mark.parametrize("place", ["inputs", "statistics"])
+def test_values_that_are_all_nan_on_the_way_are_told_of(place):
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval(), X
+    if place == "inputs":
+        x = torch.full_like(X, float("nan"))
+    else:
+        net[1].running_mean[:] = float("nan")
+    with pytest.raises(VerificationError, match="look for NaN in its parameters and statistics"):
+        fold(net, x)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_wrong_algebra_or_an_interruption_leaves_the_model_bit_identical(monkeypatch, inplace, error):

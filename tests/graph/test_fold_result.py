@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import batchnorm
-from batchnorm.errors import StateError
+from batchnorm.errors import InputError, StateError
 from batchnorm.graph.fold_report import in_bytes, large
 from batchnorm.graph.fold_result import FoldResult
 
@@ -34,9 +34,31 @@ def test_the_text_says_what_became_of_each_norm_and_what_it_saves(result: FoldRe
     )  # 2 × 4 × 6 × 6 of those, two norms, and 27 times as many
     assert "operators in a pass 5 → 4" in text
     assert "memory traffic of activations saved 2.25 KiB" in text
-    assert "[picture: conv2d → batch_norm → tanh]" in text
-    assert "[picture: tanh → batch_norm → sigmoid]" in text
+    assert "It reads the output of tanh in 2, which is no linear operator." in text
     assert "Measured" not in text
+
+
+def test_in_a_terminal_many_norms_are_a_few_rows_and_the_page_has_each(tmp_path) -> None:
+    def unit() -> list[nn.Module]:
+        return [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Tanh(), nn.BatchNorm2d(3), nn.Sigmoid()]
+
+    net = nn.Sequential(*(layer for _ in range(10) for layer in unit())).eval()
+    for norm in net[1::5]:
+        norm.running_mean.fill_(1.0)
+    result = batchnorm.fold(net, X)
+    text, page = str(result), result.to_html(tmp_path / "fold.html").read_text()
+    assert len(text.splitlines()) < 40
+    assert "1, and 9 likewise" in text
+    assert "Its scale and shift go back into the convolution 0." in text
+    assert "3.84 k" in text  # ten times 2 × 3 × 8 × 8
+    assert "3, and 9 likewise" in text
+    assert "result.left has each" in text
+    for words in ("What a pass takes", "[picture", "[plot"):
+        assert words not in text
+    for number in range(0, 50, 5):
+        assert f"go back into the convolution {number}." in page
+    assert "What a pass takes" in page
+    assert "likewise" not in page
 
 
 def test_the_data_holds_the_same_and_goes_through_json(result: FoldResult) -> None:
@@ -74,6 +96,11 @@ def test_measuring_gives_another_result_and_costs_nothing_unasked(result: FoldRe
     assert "latency, median" in text
     assert f"{measured.measured.rounds} rounds in which both ran in turn" in text
     assert "memory, peak" in text
+
+
+def test_what_cannot_be_run_cannot_be_measured(result: FoldResult) -> None:
+    with pytest.raises(InputError, match=r"the model fails on the inputs: RuntimeError: .*expected input"):
+        result.measure(torch.randn(2, 5, 8, 8), seconds=0.01)
 
 
 def test_where_nothing_was_folded_there_is_nothing_to_measure() -> None:

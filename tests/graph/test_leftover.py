@@ -100,7 +100,7 @@ def test_a_dense_block():
     assert type(block.relu) is nn.Identity
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert str(result.left[0]).startswith(f"a.norm: left, as {WITH_RELU}. ")
-    assert result.summary.startswith("1 of 4 norms folded, 3 multiply-adds; ")
+    assert result.summary.startswith("1 of 4 norms folded, 3 made multiply-adds; ")
     assert result.to_dict()["left"][0]["becomes"] == WITH_RELU
 
 

@@ -40,3 +40,9 @@ def test_everything_is_there_and_nothing_is_taken_for_markup() -> None:
 def test_stays_within_the_width() -> None:
     long = Document("t", "word " * 60, [Section("s", [Table(["a" * 30, "b"], [["x" * 90, "y " * 90]])])])
     assert max(map(len, to_text(long, width=60).splitlines())) <= 60
+
+
+def test_a_section_may_be_brief_in_a_terminal_or_not_there() -> None:
+    long = [Paragraph("all of it")]
+    text = to_text(Document("t", "", [Section("One", long, brief=[Paragraph("in short")]), Section("Two", long, [])]))
+    assert text.split() == ["t", "One", "in", "short"]

@@ -164,7 +164,7 @@ def fold(
         has_own = model.endswith(".pt2") and not inputs and data is None
         example = None if has_own else load_example(network, inputs, data, batch_size=batch_size, seed=seed)
         result = _run(network, example, options)
-        if measure and result.folded:
+        if measure and result.changed:
             result = result.measure(example)
         with page(result, html):
             _write(result, example, output, pairs)
@@ -209,13 +209,14 @@ def _run(network: Module | ExportedProgram, example: Any, options: dict[str, Any
 
 def _write(result: FoldResult, example: Any, output: Path | None, pairs: Path | None) -> None:
     """Write the model and its pairs: both or neither."""
-    from batchnorm.cli.output import replacing
+    from batchnorm.cli.output import replacing, telling
     from batchnorm.cli.save import save_model
 
     beside = replacing("--pairs", pairs) if pairs is not None and result.pairs is not None else nullcontext()
     with beside as fresh:
-        if fresh is not None:
-            result.save_pairs(fresh)
+        if fresh is not None and pairs is not None:
+            with telling("--pairs", pairs):
+                result.save_pairs(fresh)
         if output is not None:
             save_model(result.model, output, example)
 

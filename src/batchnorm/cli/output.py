@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from batchnorm.cli.errors import CommandError
+from batchnorm.cli.errors import CommandError, reason
 from batchnorm.report import files
 from batchnorm.report.result import Result, finite_or_none
 
@@ -25,6 +25,7 @@ __all__ = [
     "print_result",
     "publish",
     "replacing",
+    "telling",
 ]
 
 STATE_SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -95,6 +96,21 @@ def replacing(option: str, path: Path) -> Iterator[Path]:
             yield fresh
     except OSError as error:
         raise CommandError(f"{option} {path}: cannot be written ({error.strerror or error}).") from error
+
+
+@contextlib.contextmanager
+def telling(option: str, path: Path) -> Iterator[None]:
+    """Say of an error in the body that the file cannot be written: C++ and Rust have their own for a full disk.
+
+    Raises:
+        CommandError: in its place.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise CommandError(f"{option} {path}: cannot be written ({reason(error)}).") from error
 
 
 def publish(

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.nn import Module
 
 from batchnorm.cli.errors import CommandError, reason
-from batchnorm.cli.output import note, replacing
+from batchnorm.cli.output import note, replacing, telling
 
 __all__ = ["save_model"]
 
@@ -33,10 +33,10 @@ def save_model(
         CommandError: the file cannot be written, or the model cannot be exported.
     """
     if isinstance(model, ExportedProgram):
-        _write(path, lambda fresh: torch.export.save(model, fresh))
+        _write(path, lambda fresh: _write_program(model, fresh))
     elif path.suffix == ".pt2":
         program = _export(model, example)
-        _write(path, lambda fresh: torch.export.save(program, fresh))
+        _write(path, lambda fresh: _write_program(program, fresh))
     elif path.suffix == ".safetensors":
         from safetensors.torch import save_file
 
@@ -48,13 +48,14 @@ def save_model(
 
 
 def _write(path: Path, writer: Callable[[Path], object]) -> None:
-    with replacing("--output", path) as fresh:
-        try:
-            writer(fresh)
-        except OSError:
-            raise
-        except Exception as error:  # what C++ and Rust make of a disk that is full
-            raise CommandError(f"--output {path}: cannot be written ({reason(error)}).") from error
+    with replacing("--output", path) as fresh, telling("--output", path):
+        writer(fresh)
+
+
+def _write_program(program: ExportedProgram, path: Path) -> None:
+    memory = io.BytesIO()  # C++ writes the archive, and ends the process where it meets a full disk
+    torch.export.save(program, memory)
+    path.write_bytes(memory.getbuffer())
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

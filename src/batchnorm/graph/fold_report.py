@@ -2,50 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
+from torch.nn import Module
+
+from batchnorm.graph.alike import alike
 from batchnorm.graph.measure import Measured, Spread
 from batchnorm.graph.quantization import section as range_section
 from batchnorm.report import Diagrams, Facts, Paragraph, Section, Table
 from batchnorm.report.document import Block, Cell
 
 if TYPE_CHECKING:
-    from batchnorm.graph.fold_result import Costs, FoldResult
+    from batchnorm.graph.fold_result import Costs, FoldedNorm, FoldResult, LeftNorm
 
 __all__ = ["sections"]
 
+Told = TypeVar("Told", "FoldedNorm", "LeftNorm")
+
+_FEW = 8  # norms have a row each in a terminal, too
+
 
 def sections(result: FoldResult) -> list[Section]:
-    """Return the sections of the report."""
+    """Return the sections of the report; those that need the room of a page are brief in a terminal."""
     found: list[Section] = []
+    names = _names(result)
     if result.folded:
-        rows = [(item.norm, item.sentence, _count(item.saving.multiply_adds)) for item in result.folded]
-        table = Table(("norm", "what became of it", "multiply-adds saved"), rows)
-        pictures = _pictures(result.pictures.folded if result.pictures is not None else None)
-        found.append(Section("Folded", [_facts(result), *pictures, table]))
+        facts, pictures = _facts(result), _pictures(result.pictures.folded if result.pictures is not None else None)
+        brief = _folded(_groups(result.folded, lambda item: item.sentence, names))
+        found.append(Section("Folded", [facts, *pictures, _folded([[item] for item in result.folded])], [facts, brief]))
         if result.costs is not None:
-            found.append(Section("What a pass takes", [_costs(result.costs)]))
+            found.append(Section("What a pass takes", [_costs(result.costs)], brief=[]))
     if result.lost:
         remedy = "fold(..., keep_range=True) leaves those norms."
         lines = [Paragraph(line, "bad") for line in result.warnings]
         found.append(Section("Lost range", [*lines, Paragraph(remedy)]))
     if result.measured is not None:
         found.append(Section("Measured", [_measured(result.measured)]))
-    became = [(item.norm, item.becomes, item.reason) for item in result.left if item.becomes is not None]
+    became = [item for item in result.left if item.becomes is not None]
     if became:
-        found.append(Section("Left, in another form", [Table(("norm", "is now", "why"), became)]))
+        brief = _became(_groups(became, lambda item: f"{item.becomes}: {item.reason}", names))
+        found.append(Section("Left, in another form", [_became([[item] for item in became])], [brief]))
     kept = [item for item in result.left if item.becomes is None]
     if kept:
-        left = Table(("norm", "after", "why"), [(item.norm, item.into, item.reason) for item in kept])
-        found.append(
-            Section(
-                "Left as they are", [*_pictures(result.pictures.left if result.pictures is not None else None), left]
-            )
-        )
+        pictures = _pictures(result.pictures.left if result.pictures is not None else None)
+        brief = _kept(_groups(kept, lambda item: item.reason, names))
+        found.append(Section("Left as they are", [*pictures, _kept([[item] for item in kept])], [brief]))
     if (ranges := range_section(result.ranges)) is not None:
         found.append(ranges)
     return found or [Section("", [Paragraph("Nothing to do.")])]
+
+
+# -- the tables of norms, a row for each group ------------------------------------------------------------------------
+
+
+def _groups(items: Sequence[Told], says: Callable[[Told], str], names: Collection[str]) -> list[list[Told]]:
+    """Return the norms that a terminal shows as one row: none where they are few."""
+    return [[item] for item in items] if len(items) <= _FEW else alike(items, says, names)
+
+
+def _names(result: FoldResult) -> set[str]:
+    """Return the names that may stand in a sentence."""
+    modules = result.model.named_modules() if isinstance(result.model, Module) else ()
+    norms: list[FoldedNorm | LeftNorm] = [*result.folded, *result.left]
+    into = {name for norm in norms if norm.into for name in norm.into.split(", ")}
+    return {norm.norm for norm in norms} | into | {name for name, _ in modules}
+
+
+def _called(group: Sequence[FoldedNorm] | Sequence[LeftNorm]) -> str:
+    return group[0].norm + (f", and {len(group) - 1} likewise" if len(group) > 1 else "")
+
+
+def _caption(groups: Sequence[Sequence[object]], where: str) -> str:
+    several = any(len(group) > 1 for group in groups)
+    return f"A row for all of which the same is told, with the names of the first; {where} has each." if several else ""
+
+
+def _folded(groups: Sequence[Sequence[FoldedNorm]]) -> Table:
+    saved = [sum(item.saving.multiply_adds for item in group) for group in groups]
+    rows = [(_called(group), group[0].sentence, _count(number)) for group, number in zip(groups, saved, strict=True)]
+    return Table(("norm", "what became of it", "multiply-adds saved"), rows, caption=_caption(groups, "result.folded"))
+
+
+def _became(groups: Sequence[Sequence[LeftNorm]]) -> Table:
+    rows = [(_called(group), group[0].becomes, group[0].reason) for group in groups]
+    return Table(("norm", "is now", "why"), rows, caption=_caption(groups, "result.left"))
+
+
+def _kept(groups: Sequence[Sequence[LeftNorm]]) -> Table:
+    caption = _caption(groups, "result.left")
+    if all(group[0].into is None for group in groups):  # a column of dashes
+        return Table(("norm", "why"), [(_called(group), group[0].reason) for group in groups], caption=caption)
+    rows = [(_called(group), group[0].into, group[0].reason) for group in groups]
+    return Table(("norm", "after", "why"), rows, caption=caption)
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
 
 
 def large(number: int) -> str:

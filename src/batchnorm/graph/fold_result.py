@@ -15,6 +15,7 @@ from batchnorm.graph.cost import Cost, Saving
 from batchnorm.graph.fold_report import sections
 from batchnorm.graph.measure import Measured, measure
 from batchnorm.graph.pairs import Pairs
+from batchnorm.graph.program.inputs import own_inputs
 from batchnorm.graph.quantization import ChannelRanges, FoldedWeight
 from batchnorm.graph.ranges import LostRange
 from batchnorm.graph.threads import one_thread
@@ -143,6 +144,11 @@ class FoldResult(Result):
         with one_thread():
             return [weight.ranges() for weight in self.weights]
 
+    @property
+    def changed(self) -> bool:
+        """Whether the model is another one than it was."""
+        return bool(self.folded) or any(item.becomes is not None for item in self.left)
+
     def unfold(self) -> Any:
         """Return a copy of the model with the norms and parameters that it had, as :func:`batchnorm.unfold` does.
 
@@ -164,23 +170,26 @@ class FoldResult(Result):
             raise StateError("FoldResult.save_pairs: nothing was folded, so there is nothing to take back.")
         return self.pairs.save(path)
 
-    def measure(self, example_inputs: Any, *, seconds: float = 2.0) -> FoldResult:
+    def measure(self, example_inputs: Any = None, *, seconds: float = 2.0) -> FoldResult:
         """Return the result with latency and memory of a pass, of the model as it was and of the folded one, in turn.
 
         The model as it was is what :meth:`unfold` returns. See :func:`batchnorm.graph.measure.measure` for what is
         measured, and how.
 
         Args:
-            example_inputs: on which to measure: a tensor, a tuple of positional or a dict of keyword arguments.
+            example_inputs: on which to measure: a tensor, a tuple of positional or a dict of keyword arguments. An
+                exported program has its own.
             seconds: how long, roughly.
 
         Raises:
             StateError: nothing was folded, so there is nothing to compare.
+            InputError: a model fails on the inputs.
         """
-        if self.pairs is None and self.original is None:
+        if not self.changed:
             raise StateError("FoldResult.measure: nothing was folded, so the model is as fast as it was.")
+        inputs = own_inputs(self.original) if example_inputs is None else example_inputs
         before, after = (_runnable(model) for model in (self.unfold(), self.model))
-        return replace(self, measured=measure(before, after, example_inputs, seconds=seconds))
+        return replace(self, measured=measure(before, after, inputs, seconds=seconds))
 
     @property
     def summary(self) -> str:
@@ -190,9 +199,8 @@ class FoldResult(Result):
             return "The model has no batch norm."
         became = sum(item.becomes is not None for item in self.left)
         count = f"{len(self.folded)} of {total} norms folded"
-        count += f", {became} multiply-adds" if became else ""
-        changed = self.folded or became
-        return f"{count}; output error {self.error:.2g}, bound {self.bound:.2g}" if changed else count
+        count += f", {became} made multiply-adds" if became else ""
+        return f"{count}; output error {self.error:.2g}, bound {self.bound:.2g}" if self.changed else count
 
     def document(self) -> Document:
         """Return the report as data."""

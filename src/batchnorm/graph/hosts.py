@@ -81,7 +81,8 @@ def _parameter_slot(model: Module, call: Call, key: str) -> tuple[str, str]:
     value = call.args[key]
     if value.kind != "state":
         by = f"computed by {value.producer.name}" if value.producer is not None else "not a parameter of the model"
-        raise Refusal(f"The {key} of {call.name} is {by}.")
+        cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))  # below what a pass shows
+        raise Refusal(f"The {key} of {call.name} is {by}{', but a cast of torch.autocast; fold outside of it' * cast}.")
     name, _, slot = value.names[0].rpartition(".")
     module = model.get_submodule(name)
     if type(module._parameters.get(slot)) is not Parameter:

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 
+from batchnorm.errors import InputError
 from batchnorm.graph.trace import fresh_inputs
 from batchnorm.nn.calling import call_on_example
 from batchnorm.nn.snapshot import untouched
@@ -87,6 +88,9 @@ def measure(before: Module, after: Module, example_inputs: Any, *, seconds: floa
         after: another one, which takes the same inputs.
         example_inputs: as both take them; they get copies.
         seconds: how long to measure, roughly; at least 7 rounds are done however long they take.
+
+    Raises:
+        InputError: a model fails on the inputs.
     """
     device = _device(before, example_inputs)
     with untouched(before), untouched(after), torch.no_grad():
@@ -123,9 +127,16 @@ def _timer(run: Callable[[], None]) -> Timer:
 
 
 def _how_often(runs: Sequence[Callable[[], None]], seconds: float) -> tuple[int, int]:
-    """Return how many calls make a round, and how many rounds fill the time; both models are warm after that."""
+    """Return how many calls make a round, and how many rounds fill the time; both models are warm after that.
+
+    Raises:
+        InputError: a model fails on the inputs.
+    """
     for run in runs:
-        run()
+        try:
+            run()
+        except Exception as error:
+            raise InputError(f"measure: the model fails on the inputs: {type(error).__name__}: {error}") from error
     start = time.perf_counter()
     for run in runs:
         _timer(run).timeit(1)

@@ -178,7 +178,8 @@ def section(ranges: Sequence[ChannelRanges]) -> Section | None:
     several = sorted((r for r in ranges if len(r.after.largest) > 1), key=lambda r: -r.after.per_tensor.typical_error)
     if not several:
         return None
-    return Section("Channel ranges, for int8", [_told(several[0]), _table(several), _plot(several[0])])
+    told = _told(several[0])
+    return Section("Channel ranges, for int8", [told, _table(several), _plot(several[0])], brief=[told])
 
 
 def _told(worst: ChannelRanges) -> Paragraph:

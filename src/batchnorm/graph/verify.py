@@ -229,6 +229,6 @@ def _compare(before: list[NamedTensor], after: list[NamedTensor], bounds: Sequen
     if not compared:
         raise VerificationError(
             f"The model returns no finite number on the example inputs{where}, so that nothing can be verified. Give "
-            "inputs on which it does. The original is unchanged."
+            "inputs on which it does, and look for NaN in its parameters and statistics. The original is unchanged."
         )
     return worst

@@ -156,10 +156,15 @@ Block: TypeAlias = Paragraph | Facts | Table | Plot | Plots | HeatMap | Diagrams
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with the blocks under it."""
+    """A heading with the blocks under it.
+
+    ``brief`` is what a terminal shows instead of all these blocks, where they would drown the rest; with nothing in it,
+    the whole section is left out there.
+    """
 
     title: str
     blocks: Sequence[Block]
+    brief: Sequence[Block] | None = None
 
 
 @dataclass(frozen=True)

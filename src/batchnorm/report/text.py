@@ -55,9 +55,11 @@ def render(document: Document) -> RenderableType:
     if document.summary:
         parts.append(Text(document.summary, style=_STYLE[document.tone]))
     for section in document.sections:
+        if section.brief is not None and not section.brief:
+            continue
         if section.title:
             parts.append(Text(f"\n{section.title}", style="bold"))
-        parts.extend(_block(block) for block in section.blocks)
+        parts.extend(_block(block) for block in (section.blocks if section.brief is None else section.brief))
     return Group(*parts)
 
 

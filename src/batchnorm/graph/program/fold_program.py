@@ -13,11 +13,12 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.nn import Module
 
-from batchnorm.errors import InputError, StateError, VerificationError
+from batchnorm.errors import StateError, VerificationError
 from batchnorm.graph.fold_result import FoldResult
 from batchnorm.graph.outputs import difference
 from batchnorm.graph.pairs import Pairs
 from batchnorm.graph.program.closing import close_functions, close_modules
+from batchnorm.graph.program.inputs import own_inputs
 from batchnorm.graph.program.opening import Opened, copy_program, open_program
 from batchnorm.graph.program.state import Attributes, Signature
 from batchnorm.graph.verify import run
@@ -43,7 +44,7 @@ def fold_program(
         StateError: it cannot be copied, or an exported program is to be changed in place.
         VerificationError: the outputs differ by more than rounding explains.
     """
-    inputs = example_inputs if example_inputs is not None else _own_inputs(program)
+    inputs = example_inputs if example_inputs is not None else own_inputs(program)
     if inplace and isinstance(program, ExportedProgram):
         raise StateError("fold: an exported program cannot be changed in place. Take result.model, the folded one.")
     module = _module_of(program) if isinstance(program, ExportedProgram) else program
@@ -61,19 +62,6 @@ def fold_program(
     if isinstance(program, GraphModule):
         closed = _moved(closed, program if inplace else _twin(program))
     return replace(result, model=closed, pairs=None, original=program, error=result.error + error)
-
-
-def _own_inputs(program: Program) -> Any:
-    known = program.example_inputs if isinstance(program, ExportedProgram) else None
-    if known is None:
-        raise InputError("fold: the program holds no example inputs to run it on. Pass example_inputs.")
-    args, kwargs = known
-    if args and kwargs:
-        raise InputError(
-            f"fold: expected a program with positional or with keyword arguments; this one was exported with "
-            f"{len(args)} of the former and with {', '.join(kwargs)}, and takes no others. Export it with one kind."
-        )
-    return kwargs or args
 
 
 def _module_of(program: ExportedProgram) -> GraphModule:
