@@ -98,8 +98,11 @@ def test_json_alone_is_on_stdout_and_without_an_output_nothing_is_written(
     ("change", "said"),
     [
         ({"--pairs": "none.safetensors"}, "--pairs none.safetensors: no such file."),
-        ({"--pairs": "folded.safetensors"}, "--pairs folded.safetensors: expected pairs that FoldResult.save_pairs"),
-        ({"--pairs": "net.py"}, "--pairs net.py: expected the pairs of a fold in a safetensors file"),
+        (
+            {"--pairs": "folded.safetensors"},
+            "--pairs folded.safetensors: expected the pairs of a fold",
+        ),
+        ({"--pairs": "net.py"}, "--pairs net.py: expected the pairs of a fold"),
         ({"-w": "net.pt"}, "net.pt does not fit Net: 1 entry of the model not in the file, first 'down.bias'"),
         ({"-w": "trained.pt"}, "conv.weight is not what folding made of it"),
         ({"-m": "custom:build"}, "pairs.safetensors does not fit --model custom:build: the model has no module bn"),

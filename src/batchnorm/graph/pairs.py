@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, SyncBatchNorm
 
-from batchnorm.errors import InputError, StateError
+from batchnorm.errors import StateError
 from batchnorm.graph.own_weights import ties
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.stand_in_data import from_data, to_data
 from batchnorm.nn.copying import copy_model
-from batchnorm.report import files
+from batchnorm.report.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from batchnorm.graph.leftover import Leftover
@@ -135,8 +135,6 @@ class Pairs:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all, and return its path."""
-        from safetensors.torch import save_file
-
         tensors = {f"parameters/{name}": t for name, t in self.parameters.items() if t is not None}
         first: dict[int, str] = {}
         same = {name: first.setdefault(id(norm), name) for name, norm in self.norms.items()}
@@ -152,12 +150,8 @@ class Pairs:
             "ties": dict(self.ties),
             "moved": dict(self.moved),
         }
-        path = Path(path)
-        with files.replacing(path) as fresh:
-            # clones: a file holds no tensor twice, and tied parameters are one
-            copies = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
-            save_file(copies, fresh, metadata={"format": _FORMAT, "about": json.dumps(about)})
-        return path
+        write_tensors(Path(path), _FORMAT, tensors, json.dumps(about))
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path, like: Module | None = None) -> Pairs:
@@ -169,22 +163,11 @@ class Pairs:
                 copied from it.
 
         Raises:
-            InputError: the file is another one.
+            InputError: the file is another one, or damaged.
             StateError: a norm is of a class that is not torch's, and ``like`` has none in its place.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-        except SafetensorError as error:
-            raise InputError(
-                f"{path}: expected the pairs of a fold in a safetensors file; it is none ({error})."
-            ) from error
-        if metadata.get("format") != _FORMAT:
-            raise InputError(f"{path}: expected pairs that FoldResult.save_pairs wrote; the file holds something else.")
-        about = json.loads(metadata["about"])
+        tensors, text = read_tensors(path, _FORMAT, "the pairs of a fold, which FoldResult.save_pairs writes")
+        about = json.loads(text)
         parameters = {key.removeprefix("parameters/"): t for key, t in tensors.items() if key.startswith("parameters/")}
         built = {name: _build(name, settings, tensors, like) for name, settings in about["norms"].items()}
         norms = {name: built[first] for name, first in about["same"].items()}

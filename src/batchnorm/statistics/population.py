@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from batchnorm.errors import InputError
 from batchnorm.moments import Moments
-from batchnorm.report import files
+from batchnorm.report.tensor_file import read_tensors, write_tensors
 
 __all__ = ["LayerPopulation", "Population"]
 
@@ -78,38 +77,22 @@ class Population:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all, and return its path."""
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             parts = (*layer.moments.state_dict().values(), layer.mean_error, layer.variance_error)
-            tensors |= {f"{name}/{part}": t.cpu().contiguous() for part, t in zip(_PARTS, parts, strict=True)}
+            tensors |= {f"{name}/{part}": t for part, t in zip(_PARTS, parts, strict=True)}
             tensors[f"{name}/batches"] = torch.tensor(layer.batches)
-        path = Path(path)
-        with files.replacing(path) as fresh:
-            save_file(tensors, fresh, metadata={"format": _FORMAT})
-        return path
+        write_tensors(Path(path), _FORMAT, tensors)
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Population:
         """Read what :meth:`save` wrote.
 
         Raises:
-            InputError: the file is another one.
+            InputError: the file is another one, or damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                known = (file.metadata() or {}).get("format") == _FORMAT
-                tensors = {key: file.get_tensor(key) for key in list(file.keys())} if known else {}
-        except SafetensorError as error:
-            raise InputError(f"{path}: expected a population in a safetensors file; it is none ({error}).") from error
-        if not known:
-            raise InputError(
-                f"{path}: expected a population that Population.save wrote; the file holds something else. Weights are "
-                "loaded with model.load_state_dict."
-            )
+        tensors, _ = read_tensors(path, _FORMAT, "a population that Population.save wrote")
         names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
         return cls({name: _layer(name, tensors) for name in names})
 
