@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.nn import Module
 from torch.nn.modules.module import (
     _global_forward_hooks_with_kwargs,
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.errors import BatchNormError, InputError
+from batchnorm.graph.branches import EITHER, run_both
 from batchnorm.graph.dataflow import Call, Graph, ModuleCall, Value
 from batchnorm.nn.calling import below_autograd, call_on_example
 from batchnorm.nn.operators import named_arguments
@@ -75,6 +77,8 @@ def trace(model: Module, example_inputs: Any, *, observer: Observer | None = Non
 class _Tracer(TorchDispatchMode):
     """Records every operator call, and which module's forward it happened in."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: Module, observer: Observer | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
@@ -102,21 +106,33 @@ class _Tracer(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            result, branches = run_both(self, func, args, kwargs)
+            leaves = [leaf for leaf in tree_leaves(branches) if isinstance(leaf, Tensor)]
+            call = self._new_call(EITHER, {"branches": [self.value_of(leaf) for leaf in leaves]})
+            self._note(call, args, kwargs, result)
+            return result
         given = named_arguments(func._schema, args, kwargs)
         read = {name: tree_map(self._as_value, value) for name, value in given.items()}
         result = func(*args, **kwargs)
         if func.namespace in ("prim", "profiler"):  # a question about a tensor, or a time mark: no computation
             return result
-        call = Call(len(self.calls), func, read, (), self._running[-1].name if self._running else "")
+        call = self._new_call(func, read)
         for tensor in _written(func._schema, given):
             self._renew(tensor, call)
+        self._note(call, args, kwargs, result)
+        return result
+
+    def _new_call(self, func: Any, read: dict[str, Any]) -> Call:
+        return Call(len(self.calls), func, read, (), self._running[-1].name if self._running else "")
+
+    def _note(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         call.outputs = tuple(self._new_value(leaf, call) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         self.calls.append(call)
         for running in self._running:
             running.calls.append(call)
         if self._observer is not None:
             self._observer(call, args, kwargs, result)
-        return result
 
     def value_of(self, tensor: Tensor, kind: Any = "constant") -> Value:
         """Return the value that ``tensor`` holds now; one never seen before is new, of the given kind."""
