@@ -132,3 +132,27 @@ def test_whether_random_inputs_were_compared_is_told():
     assert fold(lively(Zeros()), zeros).on_random_inputs is True
     assert fold(lively(Two()), zeros).on_random_inputs is False
     assert fold(nn.Linear(3, 3), torch.randn(2, 3)).on_random_inputs is None
+
+
+class Caching(nn.Module):
+    """Computes something in its first call, and keeps it until its types change."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.bias = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Parameter(torch.randn(3))
+        self.kept = None
+
+    def _apply(self, *args, **kwargs):
+        self.kept = None
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = (self.bias * 2).detach().view(-1, 1, 1)
+        return self.bn(self.conv(x + self.kept))
+
+
+def test_what_a_model_keeps_from_its_first_call_is_computed_before_the_values_are_compared():
+    result = fold(lively(Caching()), torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert [norm.norm for norm in result.folded] == ["bn"]
+    assert result.on_random_inputs is True

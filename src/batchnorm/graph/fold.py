@@ -50,8 +50,8 @@ def fold(
     The model is run on copies, as it is: in the modes, dtypes and on the devices it is in. What is folded is what the
     pass shows, so the inputs must take the way through the model that matters. Where a norm that they do not reach
     stands beside one that they do (``bns.0`` and ``bns.1``), neither is folded: other inputs may take the other. Every
-    value is compared in float64 with what it was, and the folded model with the original end to end (about fifteen
-    forward passes in all, six of them in float64).
+    value is compared in float64 with what it was, and the folded model with the original end to end (about sixteen
+    forward passes in all, seven of them in float64).
 
     Args:
         model: any model that runs; call ``model.eval()`` first. Or a program, ``torch.fx.GraphModule`` or

@@ -104,11 +104,11 @@ def _problems(
     """Return the norms that must stay, after a look at every value of runs in float64; and if on random inputs too."""
     wide, inputs = copy_to_try(model).double(), as_float64(example_inputs)
     try:
-        proofs = [(inputs, _first_run(wide, plan, inputs))]
+        run(wide, inputs)  # what a model keeps from its first call, a copy may have to compute once more
     except InputError:  # a model that does not run in float64 is looked at in its own types
         wide, inputs = copy_to_try(model), example_inputs
-        proofs = [(inputs, _first_run(wide, plan, inputs))]
-    proofs += _on_random_inputs(wide, plan, inputs)
+        run(wide, inputs)
+    proofs = [(inputs, _first_run(wide, plan, inputs)), *_on_random_inputs(wide, plan, inputs)]
     Rewrite().apply(wide, plan, round_parameters(wide, plan.parameters))
     for these, proof in proofs:
         try:
