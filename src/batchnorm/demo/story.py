@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -209,7 +210,7 @@ def _fold(tour: DemoResult) -> Section:
     return Section(
         "Fold and verify",
         [
-            *_blocks(tour.folded.document()),
+            *_blocks(_without(tour.folded.document(), "Channel ranges, for int8")),
             Table(
                 ["model", "time of a forward over 60 pictures, µs", "test accuracy"],
                 [
@@ -276,6 +277,11 @@ def _watch(tour: DemoResult) -> Section:
             ),
         ],
     )
+
+
+def _without(document: Document, title: str) -> Document:
+    """Return a report without one of its sections."""
+    return replace(document, sections=[section for section in document.sections if section.title != title])
 
 
 def _blocks(document: Document) -> list[Block]:
