@@ -17,17 +17,27 @@ __all__ = ["EAGER", "measure", "pictures", "timed"]
 EAGER = "eager"
 NETWORKS = (Network("torchvision", "resnet18", 224), Network("torchvision", "mobilenet_v2", 224))
 BATCHES = (1, 8)
+MORE = (  # at a batch of 1
+    Network("torchvision", "resnext50_32x4d", 224),
+    Network("torchvision", "densenet121", 224),
+    Network("torchvision", "mobilenet_v3_small", 224),
+    Network("torchvision", "efficientnet_b0", 224),
+    Network("torchvision", "shufflenet_v2_x1_0", 224),
+    Network("torchvision", "regnet_y_400mf", 224),
+    Network("timm", "res2net50_14w_8s", 224),
+    Network("timm", "levit_128s", 224),
+)
 _WARM_UP, _SECONDS = 3, 0.2  # calls before the first round; how long a round of one subject lasts at least
 
 
 def measure(tools: Sequence[Tool], quick: bool, rounds: int) -> Iterator[dict[str, Any]]:
     """Yield a row a network, batch and tool: seconds a call, and the ratio to eager of the same round."""
-    for network in NETWORKS[: 1 if quick else None]:
+    wanted = [(network, batch) for network in NETWORKS for batch in BATCHES] + [(network, 1) for network in MORE]
+    for network, batch in wanted[: 1 if quick else None]:
         if reason := network.missing():
             print(f"{network.name}: left out; {reason}")
             continue
-        for batch in BATCHES[: 1 if quick else None]:
-            yield from _latencies(network, batch, tools, 2 if quick else rounds)
+        yield from _latencies(network, batch, tools, 2 if quick else rounds)
 
 
 def _latencies(network: Network, batch: int, tools: Sequence[Tool], rounds: int) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, TypeAlias
 
 from benchmarks.fold.measure import verdict
+from benchmarks.fold.tools import OURS, OURS_EXPORTED
 from benchmarks.train_step.tables import markdown
 
 __all__ = [
@@ -94,10 +95,19 @@ def patterns(rows: Sequence[Row], titles: Titles) -> str:
 
 
 def networks(rows: Sequence[Row], titles: Titles) -> str:
-    """Return a row a network: its norms, and what each tool left."""
+    """Return a row a network: its norms, what each tool left, and the larger error of our own two."""
     if not rows:
         return ""
-    return _left(rows, titles, ["norms"], lambda row: [str(row["norms"])])
+    errors: dict[str, float] = {}
+    for row in rows:
+        if row["tool"] in (OURS, OURS_EXPORTED) and row["error"] is not None:
+            errors[_subject(row)] = max(errors.get(_subject(row), 0.0), row["error"])
+
+    def columns(row: Row) -> list[str]:
+        error = errors.get(_subject(row))
+        return [str(row["norms"]), _NOTHING if error is None else f"{error:.0e}"]
+
+    return _left(rows, titles, ["norms", "our error"], columns)
 
 
 def _left(rows: Sequence[Row], titles: Titles, header: Sequence[str], columns: Any) -> str:
