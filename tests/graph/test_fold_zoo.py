@@ -1112,11 +1112,7 @@ def test_the_input_is_not_overwritten_through_norms_that_are_gone(view):
 def test_a_norm_called_twice_on_one_value_of_which_one_output_is_written_into(first):
     """Without the norm both outputs would be that value, and so would what is written into one of them."""
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
+    class Net(TwoReaders):
         def forward(self, x):
             x = self.conv(x)
             if first:
@@ -1129,11 +1125,7 @@ def test_a_norm_called_twice_on_one_value_of_which_one_output_is_written_into(fi
 
 
 def test_a_norm_called_twice_on_one_value_goes_where_nobody_writes():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
+    class Net(TwoReaders):
         def forward(self, x):
             x = self.conv(x)
             return self.bn(x).relu(), self.bn(x).tanh()

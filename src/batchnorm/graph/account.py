@@ -16,7 +16,7 @@ from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.plan import Plan, Step
 from batchnorm.graph.refusal import listed
 
-__all__ = ["crossed_calls", "tell", "told_of"]
+__all__ = ["crossed_calls", "tell"]
 
 _MOST_NAMED = 4
 
@@ -28,7 +28,7 @@ def tell(plan: Plan) -> list[FoldedNorm]:
     for step in plan.steps:  # in the order in which they were absorbed: the first to need a bias, or a border, made it
         new = {key for host in step.into for key in _made_for(host, step, plan)} - seen
         seen |= new
-        told[step.name] = told_of(step, plan, new)
+        told[step.name] = _told_of(step, plan, new)
     return [told[name] for name in sorted(told, key=plan.order.__getitem__)]
 
 
@@ -40,7 +40,7 @@ def _made_for(host: Host, step: Step, plan: Plan) -> list[str]:
     return [f"bias of {host.name}"] * bias + [f"border of {host.name}"] * border
 
 
-def told_of(step: Step, plan: Plan, new: Collection[str]) -> FoldedNorm:
+def _told_of(step: Step, plan: Plan, new: Collection[str]) -> FoldedNorm:
     """Return what becomes of one norm.
 
     Args:

@@ -52,29 +52,16 @@ class Affine:
 
 
 def _rows(scale: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Lay out a factor per output channel over a weight (Cout, Cin/g, …): along its first axis."""
+    """Lay out a factor per row over a weight: per output channel, or per input channel of a transposed convolution."""
     del groups
     return scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
-def _inner_columns(scale: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Lay out a factor per input channel over a weight (Cout, Cin/g, …).
-
-    The rows of group j, which are Cout/g output channels, read the input channels j·Cin/g … (j+1)·Cin/g − 1.
-    """
-    per_group = scale.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
-    return per_group.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.dim() - 2))
-
-
-def _inner_rows(scale: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Lay out a factor per input channel over a weight (Cin, Cout/g, …) of a transposed convolution."""
-    return _rows(scale, weight, groups)
-
-
 def _columns_of_each_group(scale: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Lay out a factor per output channel over a weight (Cin, Cout/g, …) of a transposed convolution.
+    """Lay out a factor per column over a weight whose rows come in groups, each with columns of its own.
 
-    The rows of group j, which are Cin/g input channels, feed the output channels j·Cout/g … (j+1)·Cout/g − 1.
+    Of a transposed convolution, (Cin, Cout/g, …), the rows of group j feed the output channels j·Cout/g …
+    (j+1)·Cout/g − 1; of any other, (Cout, Cin/g, …), they read the input channels j·Cin/g … (j+1)·Cin/g − 1.
     """
     per_group = scale.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
     return per_group.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.dim() - 2))
@@ -147,11 +134,11 @@ class LinearOperator:
 
 
 def _convolutions() -> Mapping[str, LinearOperator]:
-    table = {"linear": LinearOperator("linear", 0, _rows, _inner_columns, _each_row)}
+    table = {"linear": LinearOperator("linear", 0, _rows, _columns_of_each_group, _each_row)}
     for n in (1, 2, 3):
-        table[f"conv{n}d"] = LinearOperator("convolution", n, _rows, _inner_columns, _each_row)
+        table[f"conv{n}d"] = LinearOperator("convolution", n, _rows, _columns_of_each_group, _each_row)
         table[f"conv_transpose{n}d"] = LinearOperator(
-            "transposed convolution", n, _columns_of_each_group, _inner_rows, _each_column_of_each_group
+            "transposed convolution", n, _columns_of_each_group, _rows, _each_column_of_each_group
         )
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from batchnorm.graph.rounding import to_float64
 
-__all__ = ["Difference", "NamedTensor", "difference", "named_tensors", "scale_of"]
+__all__ = ["Difference", "NamedTensor", "difference", "magnitude", "named_tensors", "scale_of"]
 
 
 @dataclass(frozen=True)
@@ -81,5 +82,18 @@ def difference(a: Tensor, b: Tensor) -> Difference:
 
 def scale_of(tensor: Tensor) -> float:
     """Return the greatest finite magnitude in a tensor, 0 if there is none."""
-    finite = tensor[torch.isfinite(tensor)].abs()
-    return float(finite.max()) if finite.numel() else 0.0
+    if tensor.is_complex():
+        tensor = tensor.abs()
+    if not tensor.numel():
+        return 0.0
+    largest = magnitude(tensor)
+    if math.isfinite(largest):
+        return largest
+    finite = tensor[torch.isfinite(tensor)]
+    return magnitude(finite) if finite.numel() else 0.0
+
+
+def magnitude(tensor: Tensor) -> float:
+    """Return the greatest magnitude of real numbers, NaN if one is NaN: in one reading, without a copy."""
+    low, high = (float(value) for value in torch.aminmax(tensor.detach()))
+    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)

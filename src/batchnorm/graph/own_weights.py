@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from batchnorm.graph.affine import LINEAR_OPERATORS
 from batchnorm.graph.dataflow import Call, Graph, ModuleCall, Value
+from batchnorm.graph.parameters import find_tensor, put_parameter
 from batchnorm.graph.plain_layers import plain_layer
 from batchnorm.graph.refusal import Refusal
 
@@ -36,14 +37,15 @@ def ties(model: Module) -> dict[str, str]:
     return found
 
 
-def untie(model: Module) -> None:
-    """Give every module copies of the parameters that others have too. The model computes what it did."""
-    for name in ties(model):
-        holder, _, slot = name.rpartition(".")
-        module = model.get_submodule(holder)
-        old = module._parameters[slot]
+def untie(model: Module, names: Iterable[str] | None = None) -> None:
+    """Give modules copies of parameters that others have too: of all, or of those of these names.
+
+    The model computes what it did.
+    """
+    for name in ties(model) if names is None else names:
+        module, old = model.get_submodule(name.rpartition(".")[0]), find_tensor(model, name)
         if type(old) is Parameter and not isinstance(module, ScriptModule):
-            module._parameters[slot] = Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            put_parameter(model, name, Parameter(old.detach().clone(), requires_grad=old.requires_grad))
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from batchnorm.errors import StateError
 from batchnorm.graph.affine import LINEAR_OPERATORS, Affine
@@ -19,7 +19,7 @@ from batchnorm.graph.travel.route import Route
 from batchnorm.graph.travel.rules import Absorbed, Side
 from batchnorm.nn.bordered import bordered
 
-__all__ = ["Parameters", "find_tensor"]
+__all__ = ["Parameters", "find_tensor", "put_parameter"]
 
 
 def find_tensor(model: Module, name: str | None) -> Tensor | None:
@@ -29,6 +29,12 @@ def find_tensor(model: Module, name: str | None) -> Tensor | None:
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     return module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+
+
+def put_parameter(model: Module, name: str, parameter: Parameter | None) -> None:
+    """Put a parameter, or an empty place for one, under a qualified name."""
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent)._parameters[leaf] = parameter
 
 
 @dataclass(eq=False)

@@ -88,11 +88,6 @@ class Plan:
         return bool(self.steps or self.leftovers)
 
     @property
-    def replaced(self) -> list[str]:
-        """The names of the norms' modules in whose place something else comes."""
-        return [*(step.module for step in self.steps), *(item.module for item in self.leftovers)]
-
-    @property
     def gone(self) -> set[Call]:
         """The calls of the norms that go."""
         return {call for step in self.steps for call in step.use.calls}

@@ -30,6 +30,7 @@ from batchnorm.graph.dataflow import Call, Value
 from batchnorm.graph.families import family
 from batchnorm.graph.leftover import Leftover
 from batchnorm.graph.norms import is_norm
+from batchnorm.graph.outputs import magnitude, scale_of
 from batchnorm.graph.plan import Plan, Step
 from batchnorm.graph.travel.rules import place
 
@@ -109,7 +110,7 @@ class Proof:
         tensor = next((leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)), None)
         if tensor is not None and tensor.is_floating_point():
             read = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-            magnitude = max((_largest(leaf) for leaf in [*read, tensor]), default=0.0)
+            magnitude = max(scale_of(leaf) for leaf in [*read, tensor] if leaf.is_floating_point())
             self._kept[key] = _Kept(tensor.detach().clone(), magnitude, step)
 
     def after(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -137,7 +138,7 @@ class Proof:
 
     def _compare(self, call: Call, kept: _Kept, tensor: Tensor) -> None:
         error = _error(kept.tensor, tensor)
-        if not error <= _bound(kept.tensor.dtype) * max(kept.magnitude, _largest(tensor)):
+        if not error <= _bound(kept.tensor.dtype) * max(kept.magnitude, scale_of(tensor)):
             name = "" if kept.step is None else kept.step.name
             self._problems[name] = f"Folded, {place(call)} errs by {error:.3g}, more than float64 explains."
 
@@ -175,30 +176,13 @@ def _is_state(call: Call, argument: str, name: str | None = None) -> bool:
     return isinstance(value, Value) and bool(value.names) and (name is None or name in value.names)
 
 
-def _largest(tensor: Tensor) -> float:
-    """Return the largest finite magnitude."""
-    if not tensor.numel() or not tensor.is_floating_point():
-        return 0.0
-    largest = _magnitude(tensor)
-    if math.isfinite(largest):
-        return largest
-    finite = tensor[torch.isfinite(tensor)]
-    return _magnitude(finite) if finite.numel() else 0.0
-
-
-def _magnitude(tensor: Tensor) -> float:
-    """Return the largest magnitude, NaN if there is one: in one reading, without a copy."""
-    low, high = (float(value) for value in torch.aminmax(tensor.detach()))
-    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
-
-
 def _error(old: Tensor, new: Tensor) -> float:
     """Return the largest difference where both are finite; infinity if one is and the other is not."""
     if old.shape != new.shape:
         return float("inf")
     if not old.numel():
         return 0.0
-    error = _magnitude(old - new)
+    error = magnitude(old - new)
     if math.isfinite(error):
         return error
     finite = torch.isfinite(old)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,8 +9,10 @@ from torch.nn import Identity, Module, Parameter
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.errors import StateError
+from batchnorm.graph.own_weights import untie
 from batchnorm.graph.pairs import Pairs
-from batchnorm.graph.parameters import find_tensor
+from batchnorm.graph.parameters import find_tensor, put_parameter
+from batchnorm.graph.rewrite import Rewrite
 from batchnorm.nn.bordered import bordered
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_module
@@ -57,11 +58,10 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
     _require_original(model, known)
     target = model if inplace else copy_model("refold", model, "Change it in place: inplace=True.")
     for name, shape in known.added.items():
-        place, _, slot = name.rpartition(".")
-        module = target.get_submodule(place)
+        module = target.get_submodule(name.rpartition(".")[0])
         like = next(p for p in module._parameters.values() if p is not None)
-        module._parameters[slot] = Parameter(torch.zeros(shape).to(like), like.requires_grad)
-    _untie(target, known.ties)
+        put_parameter(target, name, Parameter(torch.zeros(shape).to(like), like.requires_grad))
+    untie(target, known.ties)
     stand_ins: dict[int, Module] = {}
     for name, stays in known.stays.items():
         old = target.get_submodule(name)
@@ -76,18 +76,8 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
         conv = stand_ins.get(id(old), old)
         assert isinstance(conv, _ConvNd)
         stand_ins[id(old)] = bordered(conv, torch.zeros(conv.in_channels))
-    _replace(target, stand_ins)
+    Rewrite().replace_by_id(target, stand_ins)
     return target
-
-
-def _untie(model: Module, tied: Iterable[str]) -> None:
-    """Let parameters be apart that folding made different ones: loaded into one, the second would take its place."""
-    for name in tied:
-        place, _, slot = name.rpartition(".")
-        module = model.get_submodule(place)
-        old = module._parameters[slot]
-        if old is not None:
-            module._parameters[slot] = Parameter(old.detach().clone(), old.requires_grad)
 
 
 def _like(stand_in: Module, old: Module) -> Module:
@@ -98,13 +88,6 @@ def _like(stand_in: Module, old: Module) -> Module:
     copied = copy_model("refold", stand_in, "")
     # beside half-precision data its parameters are of float32
     return copied.to(like.device) if isinstance(copied, ScaleShift) else copied.to(like)
-
-
-def _replace(model: Module, stand_ins: dict[int, Module]) -> None:
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if id(child) in stand_ins:
-                module._modules[name] = stand_ins[id(child)]
 
 
 def _require_original(model: Module, pairs: Pairs) -> None:

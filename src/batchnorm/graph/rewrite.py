@@ -87,7 +87,10 @@ class Rewrite:
 
     def replace(self, model: Module, modules: Mapping[str, Module]) -> None:
         """Replace the modules of these names, wherever they stand."""
-        new = {id(model.get_submodule(name)): module for name, module in modules.items()}
+        self.replace_by_id(model, {id(model.get_submodule(name)): module for name, module in modules.items()})
+
+    def replace_by_id(self, model: Module, new: Mapping[int, Module]) -> None:
+        """Replace modules, wherever they stand, with those that are given by their ids."""
         for module in list(model.modules()):  # as they stand now: a stand-in may hold what another stands in for
             for name, child in list(module._modules.items()):
                 if id(child) in new:

@@ -11,7 +11,7 @@ from torch.nn import Module, ModuleList, Parameter
 
 from batchnorm.errors import StateError
 from batchnorm.graph.pairs import Pairs, digest
-from batchnorm.graph.parameters import find_tensor
+from batchnorm.graph.parameters import find_tensor, put_parameter
 from batchnorm.nn.bordered import plain
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_module
@@ -57,11 +57,10 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
     target = model if inplace else copy_model("unfold", model, "Unfold it in place: inplace=True.")
     _put_modules_back(target, known)
     for name, tensor in known.parameters.items():
-        parent, _, leaf = name.rpartition(".")
         now = find_tensor(target, name)
         assert now is not None
         new = None if tensor is None else Parameter(tensor.detach().to(now).clone(), now.requires_grad)
-        target.get_submodule(parent)._parameters[leaf] = new
+        put_parameter(target, name, new)
     _tie(target, known.ties)
     return target
 
@@ -92,9 +91,8 @@ def _tie(model: Module, tied: Mapping[str, str]) -> None:
     """Make parameters one again that were one, unless they have become different since."""
     for name, other in tied.items():
         one, two = find_tensor(model, name), find_tensor(model, other)
-        if one is not None and two is not None and torch.equal(one, two):
-            parent, _, leaf = name.rpartition(".")
-            model.get_submodule(parent)._parameters[leaf] = two  # type: ignore[assignment]
+        if isinstance(one, Parameter) and isinstance(two, Parameter) and torch.equal(one, two):
+            put_parameter(model, name, two)
 
 
 def _require_folded(model: Module, pairs: Pairs) -> None:
