@@ -10,6 +10,7 @@ from torch.nn import Module, Parameter
 
 from batchnorm.graph.affine import LINEAR_OPERATORS
 from batchnorm.graph.dataflow import Call, Graph, Value
+from batchnorm.graph.hooks import hooks_of
 from batchnorm.graph.refusal import Refusal, listed
 
 __all__ = ["Host", "find_host"]
@@ -102,13 +103,8 @@ def _require_plain_module(module: Module, name: str) -> None:
         raise Refusal(f"{name} is part of a scripted module, which cannot be edited.")
     if hasattr(module, "parametrizations"):
         raise Refusal(f"{name} is parametrized: its weight is computed anew from others.")
-    hooks = {
-        "forward": (module._forward_hooks, module._forward_pre_hooks),
-        "backward": (module._backward_hooks, module._backward_pre_hooks),
-    }
-    for kind, registries in hooks.items():
-        if any(registries):
-            raise Refusal(f"{name or 'The module'} has a {kind} hook, which would meet other values.")
+    for kind in hooks_of(module):
+        raise Refusal(f"{name or 'The module'} has a {kind} hook, which would meet other values.")
 
 
 def _require_run_by_itself(model: Module, calls: tuple[Call, ...], module: Module, name: str) -> None:

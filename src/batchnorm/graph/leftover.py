@@ -16,6 +16,7 @@ from torch.nn import Identity, Module, Parameter
 
 from batchnorm.graph.dataflow import Call, Graph, ModuleCall
 from batchnorm.graph.families import fusible_activation
+from batchnorm.graph.hooks import hooks_of
 from batchnorm.graph.norms import NormState, NormUse, check_norm, norm_uses, require_no_alternative, unreached_norms
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.plan import Plan
@@ -157,15 +158,9 @@ def _run_of(graph: Graph, reader: Call) -> ModuleCall | None:
     """Return the run of one of torch's activations that consists of this operator and of nothing else."""
     for run in graph.module_calls:
         own = run.calls == [reader] and run.plain and run.outputs == (reader.output,)
-        if own and type(run.module).__module__ == "torch.nn.modules.activation" and not _is_hooked(run.module):
+        if own and type(run.module).__module__ == "torch.nn.modules.activation" and not hooks_of(run.module):
             return run
     return None
-
-
-def _is_hooked(module: Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _with_activations_of_their_own(graph: Graph, found: Sequence[Leftover]) -> list[Leftover]:

@@ -10,6 +10,7 @@ from torch.nn import Linear, Module
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.graph.dataflow import Call, Graph
+from batchnorm.graph.hooks import hooks_of
 from batchnorm.graph.refusal import Refusal
 from batchnorm.graph.stand_in import StandIn, find_stand_in
 from batchnorm.nn.operators import NORM_OPERATORS
@@ -170,19 +171,14 @@ def _require_fixed_statistics(use: NormUse) -> None:
 
 
 def _require_no_hooks(owner: Module) -> None:
-    kinds = {
-        "forward": (owner._forward_hooks, owner._forward_pre_hooks),
-        "backward": (owner._backward_hooks, owner._backward_pre_hooks),
-        "state-dict": (
-            owner._state_dict_hooks,
-            owner._state_dict_pre_hooks,
-            owner._load_state_dict_pre_hooks,
-            owner._load_state_dict_post_hooks,
-        ),
-    }
-    for kind, registries in kinds.items():
-        if any(registries):
-            raise Refusal(f"It has a {kind} hook, which would be lost with it.")
+    of_state = (
+        owner._state_dict_hooks,
+        owner._state_dict_pre_hooks,
+        owner._load_state_dict_pre_hooks,
+        owner._load_state_dict_post_hooks,
+    )
+    for kind in (*hooks_of(owner), *(["state-dict"] if any(of_state) else [])):
+        raise Refusal(f"It has a {kind} hook, which would be lost with it.")
 
 
 def _state_of(use: NormUse) -> NormState:
