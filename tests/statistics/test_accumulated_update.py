@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -200,3 +202,62 @@ def test_a_write_that_fails_takes_the_others_back():
         model[1].running_var = torch.ones(1).expand(3)
     assert torch.equal(model[0].running_mean, before)
     assert model[0].num_batches_tracked == 0
+
+
+def test_a_second_thread_is_refused_and_changes_nothing() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2))
+    refused: list[str] = []
+
+    def enter() -> None:
+        try:
+            with batchnorm.accumulated_update(model, "1"):
+                pass
+        except StateError as error:
+            refused.append(str(error))
+
+    with batchnorm.accumulated_update(model):
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+        model(torch.randn(8, 2))
+        with batchnorm.accumulated_update(model):  # the same thread may; the innermost decides
+            model(torch.randn(8, 2))
+    assert len(refused) == 1
+    assert "another thread is in such a block" in refused[0]
+    assert [norm.num_batches_tracked.item() for norm in model] == [2, 2]
+    assert all("forward" not in norm.__dict__ for norm in model)
+    enter()
+    assert len(refused) == 1
+
+
+def test_calls_of_many_threads_are_one_step() -> None:
+    torch.manual_seed(0)
+    norm, x = torch.nn.BatchNorm1d(3, momentum=1.0), torch.randn(64, 16, 3, dtype=torch.float64)
+    norm.double()
+    with batchnorm.accumulated_update(norm), ThreadPoolExecutor(8) as pool:
+        list(pool.map(norm, x))
+    torch.testing.assert_close(norm.running_mean, x.flatten(0, 1).mean(0))
+    torch.testing.assert_close(norm.running_var, x.flatten(0, 1).var(0))
+    assert norm.num_batches_tracked == 1
+
+
+def test_a_call_that_outlives_the_block_takes_no_part() -> None:
+    class Slow(torch.nn.BatchNorm1d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output = super().forward(x)
+            if threading.current_thread() is not threading.main_thread():
+                inside.set()
+                assert over.wait(60)
+            return output
+
+    inside, over = threading.Event(), threading.Event()
+    norm = Slow(1, momentum=1.0)
+    with ThreadPoolExecutor(1) as pool:
+        with batchnorm.accumulated_update(norm):
+            norm(torch.tensor([[0.0], [2.0]]))
+            late = pool.submit(norm, torch.tensor([[100.0], [200.0]]))
+            assert inside.wait(60)
+        over.set()
+        late.result()
+    assert norm.running_mean.tolist() == [1.0]
+    assert norm.num_batches_tracked == 1

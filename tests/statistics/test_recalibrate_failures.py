@@ -233,7 +233,7 @@ def test_a_model_that_is_being_recalibrated_is_refused() -> None:
     model = network()
     before = bits(model)
     hook = model[0].register_forward_hook(lambda *_: recalibrate(model, [batch()]) and None)
-    with pytest.raises(BatchError, match=r"StateError: .*is being recalibrated already"):
+    with pytest.raises(BatchError, match=r"StateError: .*is being worked on by recalibrate already"):
         recalibrate(model, [batch()])
     hook.remove()
     assert bits(model) == before

@@ -14,11 +14,13 @@ from batchnorm.checks.rule import Finding, Rule
 from batchnorm.checks.sarif import sarif_log
 from batchnorm.checks.selection import find, select_rules
 from batchnorm.nn.require import require_readable
+from batchnorm.nn.transaction import transaction
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 
 __all__ = ["CheckResult", "check"]
 
 
+@transaction("check")
 def check(
     model: Module,
     example_inputs: Any,
@@ -78,6 +80,7 @@ class CheckResult(Result):
     _model: Module = field(repr=False)
     _inputs: Any = field(repr=False)
 
+    @transaction("check().fix", lambda result: result._model.modules())
     def fix(self, *, unsafe: bool = False) -> FixResult:
         """Mend what can be mended, in a copy of the model.
 

@@ -19,6 +19,7 @@ from batchnorm.diagnosis.trial import try_cure
 from batchnorm.nn.calling import Forward, call_on_batch
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
+from batchnorm.nn.transaction import transaction
 from batchnorm.report.progress import progress_bar
 from batchnorm.statistics.unsynchronized import unsynchronized
 
@@ -27,6 +28,7 @@ __all__ = ["diagnose"]
 _ORDER: dict[Severity, int] = {"fatal": 0, "wrong": 1, "doubtful": 2}
 
 
+@transaction("diagnose")
 def diagnose(
     model: Module,
     batches: Iterable[Any],

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from batchnorm.diagnosis.held import batch_size, rows
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.nn.calling import below_autograd
+from batchnorm.nn.transaction import on_failure
 
 __all__ = ["Leak", "find_leak", "order_of"]
 
@@ -130,6 +131,8 @@ def order_of(passes: Passes) -> dict[str, int]:
 def _hooks(enter: Any, leave: Any) -> Iterator[None]:
     """Hooks on all modules there are, so that nothing is written into the model."""
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    for handle in handles:
+        on_failure(handle.remove)
     try:
         yield
     finally:

@@ -16,10 +16,12 @@ from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_module, require_readable
 from batchnorm.nn.select import named_norms
 from batchnorm.nn.swap import OURS, TORCHS, cannot_revert, norms_put_back, swap
+from batchnorm.nn.transaction import transaction
 
 __all__ = ["convert", "revert"]
 
 
+@transaction("convert")
 def convert(model: Module, example_inputs: Any = None, *, fuse: bool = False, inplace: bool = False) -> ConvertResult:
     r"""Turn every ``torch.nn.BatchNorm1d/2d/3d`` of a model into this library's layer of the same name.
 
@@ -95,6 +97,7 @@ def convert(model: Module, example_inputs: Any = None, *, fuse: bool = False, in
     return ConvertResult(target, converted, left, "convert", fused, unfused)
 
 
+@transaction("revert")
 def revert(model: Module, *, inplace: bool = False) -> ConvertResult:
     """Turn this library's layers into torch's own again: class and attributes are as if they had never been others.
 

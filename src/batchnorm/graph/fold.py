@@ -17,10 +17,12 @@ from batchnorm.graph.fold_result import FoldResult
 from batchnorm.graph.input_norm import WithNormalizedInput
 from batchnorm.graph.program.fold_program import fold_program
 from batchnorm.nn.require import require_readable
+from batchnorm.nn.transaction import transaction
 
 __all__ = ["fold"]
 
 
+@transaction("fold")
 def fold(
     model: Module | ExportedProgram,
     example_inputs: Any = None,

@@ -33,6 +33,7 @@ from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.threads import threads_for_float64
 from batchnorm.graph.trace import trace
 from batchnorm.graph.verify import Agreement, Reference, run, spacing, verify, verify_float64
+from batchnorm.nn.transaction import on_failure
 
 __all__ = ["Options", "fold_model", "fold_with_normalization"]
 
@@ -215,6 +216,7 @@ def _change(target: Module, settled: Settled, stored: dict[str, Module]) -> tupl
 @contextmanager
 def _all_or_nothing() -> Iterator[Rewrite]:
     rewrite = Rewrite()
+    on_failure(rewrite.roll_back)
     try:
         yield rewrite
     except BaseException:

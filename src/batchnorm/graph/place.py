@@ -18,11 +18,13 @@ from batchnorm.graph.placement import Site, find_sites, obstacle
 from batchnorm.graph.trace import trace
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_readable
+from batchnorm.nn.transaction import on_failure, transaction
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 
 __all__ = ["LeftSite", "PlaceResult", "PlacedNorm", "place"]
 
 
+@transaction("place")
 def place(model: Module, example_inputs: Any, *, inplace: bool = False) -> PlaceResult:
     r"""Insert a norm between each convolution or linear layer and the activation that reads it.
 
@@ -75,12 +77,9 @@ def place(model: Module, example_inputs: Any, *, inplace: bool = False) -> Place
     before = trace(work, example_inputs)
     todo, left = _survey(work, before)
     editor = _Editor(work, example_inputs, before)
-    try:
-        failed = editor.insert_all([insertion for insertion, _ in todo])
-        note = editor.training_note()
-    except BaseException:
-        editor.undo_all()
-        raise
+    on_failure(editor.undo_all)
+    failed = editor.insert_all([insertion for insertion, _ in todo])
+    note = editor.training_note()
     for insertion, site in todo:
         if insertion.layer in failed:
             left.append(_left(work, site, failed[insertion.layer]))

@@ -17,10 +17,13 @@ from batchnorm.nn.bordered import bordered
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_module
 from batchnorm.nn.scale_shift import ScaleShift
+from batchnorm.nn.snapshot import Structure
+from batchnorm.nn.transaction import on_failure, transaction
 
 __all__ = ["refold"]
 
 
+@transaction("refold")
 def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -> Module:
     """Give a model as its code builds it the shape of the folded one, to load the folded weights into it.
 
@@ -57,6 +60,7 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
     known = pairs if isinstance(pairs, Pairs) else Pairs.load(pairs, like=model)
     _require_original(model, known)
     target = model if inplace else copy_model("refold", model, "Change it in place: inplace=True.")
+    on_failure(Structure(target).restore)
     for name, shape in known.added.items():
         module = target.get_submodule(name.rpartition(".")[0])
         like = next(p for p in module._parameters.values() if p is not None)

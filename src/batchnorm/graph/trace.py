@@ -33,6 +33,7 @@ from batchnorm.graph.dataflow import Call, Graph, ModuleCall, Value
 from batchnorm.nn.calling import below_autograd, call_on_example
 from batchnorm.nn.operators import named_arguments
 from batchnorm.nn.snapshot import untouched
+from batchnorm.nn.transaction import on_failure
 
 __all__ = ["Observer", "fresh_inputs", "trace"]
 
@@ -170,13 +171,18 @@ class _Tracer(TorchDispatchMode):
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, with_kwargs=True),
         ]
-        try:
-            yield
-        finally:
+
+        def unhook() -> None:
             for handle in handles:
                 handle.remove()
                 # torch's handle leaves the mark of with_kwargs behind, which torch.compile takes for a hook
                 _global_forward_hooks_with_kwargs.pop(handle.id, None)
+
+        on_failure(unhook)
+        try:
+            yield
+        finally:
+            unhook()
 
     def _enter(self, module: Module, args: Any) -> None:
         if id(module) not in self._names or threading.get_ident() != self._thread:

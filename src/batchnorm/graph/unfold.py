@@ -15,6 +15,8 @@ from batchnorm.graph.parameters import find_tensor, put_parameter
 from batchnorm.nn.bordered import plain
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_module
+from batchnorm.nn.snapshot import Structure
+from batchnorm.nn.transaction import on_failure, transaction
 
 if TYPE_CHECKING:
     pass
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["unfold"]
 
 
+@transaction("unfold")
 def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = None, inplace: bool = False) -> Module:
     """Give a folded model the norms, statistics and weights back that it had, to go on training it.
 
@@ -55,6 +58,7 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
     known = pairs if isinstance(pairs, Pairs) else Pairs.load(pairs, like)
     _require_folded(model, known)
     target = model if inplace else copy_model("unfold", model, "Unfold it in place: inplace=True.")
+    on_failure(Structure(target).restore)
     _put_modules_back(target, known)
     for name, tensor in known.parameters.items():
         now = find_tensor(target, name)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -61,29 +62,52 @@ def below_autograd() -> Iterator[None]:
 class _EagerStance:
     """``torch.compiler.set_stance("force_eager")`` for several threads at once.
 
-    The stance is one for the whole process: of overlapping uses the first sets it and the last takes it back.
+    The stance is one for the whole process: of overlapping uses the first sets it and the last takes it back. Who uses
+    it is counted by thread, so that a thread whose ``with`` block was interrupted can be taken out
+    (:meth:`leave_to`), and one that has ended counts no more.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._users = 0
-        self._set = False
-        self._stance = ExitStack()
+        self._depths: MutableMapping[threading.Thread, int] = WeakKeyDictionary()
+        self._eager: Any = None  # the stance that is set; made when it is first needed
+        self._before: Any = None  # the stance to go back to
 
     def __enter__(self) -> None:
-        with self._lock:
-            # what is not imported has compiled nothing, and takes a second to import
-            if not self._set and "torch._dynamo" in sys.modules:
-                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-                self._set = True
-            self._users += 1
+        depth = self.depth()
+        try:
+            self.leave_to(depth + 1)
+        except BaseException:
+            self._depths[threading.current_thread()] = depth
+            raise
 
     def __exit__(self, *exception: object) -> None:
+        self.leave_to(max(0, self.depth() - 1))
+
+    def depth(self) -> int:
+        """Return how many uses this thread is in."""
+        return self._depths.get(threading.current_thread(), 0)
+
+    def leave_to(self, depth: int) -> None:
+        """Let this thread be in so many uses, and set the stance that all threads together ask for.
+
+        Raises:
+            RuntimeError: this runs in code that is being compiled, or was.
+        """
         with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._stance.close()
-                self._set = False
+            self._depths[threading.current_thread()] = depth
+            if "torch._dynamo" not in sys.modules:
+                return  # what is not imported has compiled nothing, and takes a second to import
+            from torch._dynamo import eval_frame
+
+            # The stance itself says whether it is ours: an interrupt between two lines leaves nothing contradictory.
+            wanted, now = any(self._depths.values()), eval_frame._stance
+            if wanted and now is not self._eager:
+                self._before = now
+                self._eager = self._eager or eval_frame.DynamoStance("force_eager")
+                eval_frame._set_stance(self._eager)
+            elif not wanted and now is self._eager:
+                eval_frame._set_stance(self._before)
 
 
 compiled_modules_eager = _EagerStance()

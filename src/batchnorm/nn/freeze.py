@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from torch.nn import Module
@@ -13,6 +14,7 @@ from batchnorm.errors import StateError
 from batchnorm.nn.frozen import THAWED, Exact, State, move, state_of, thawed_class
 from batchnorm.nn.require import lazy_names, require_module
 from batchnorm.nn.select import NormModule, named_norms, select_norms
+from batchnorm.nn.transaction import on_failure, transaction
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 
 __all__ = ["FreezeResult", "FrozenLayer", "freeze", "is_frozen", "unfreeze"]
@@ -32,6 +34,7 @@ def is_frozen(module: Module) -> bool:
     return state_of(module).statistics
 
 
+@transaction("freeze")
 def freeze(
     model: Module, names: str | Sequence[str] | None = None, *, stats: bool = True, affine: bool = True
 ) -> FreezeResult:
@@ -100,6 +103,7 @@ def freeze(
     return _change("freeze", model, norms, target)
 
 
+@transaction("unfreeze")
 def unfreeze(model: Module, names: str | Sequence[str] | None = None) -> FreezeResult:
     """Take :func:`freeze` back: class, attributes and ``requires_grad`` flags are what they were before it.
 
@@ -184,14 +188,12 @@ def _change(verb: str, model: Module, norms: Mapping[str, NormModule], target: M
     _require_no_split(model, norms, target)
     before = [state_of(norm) for norm in norms.values()]
     exact = Exact(norms.values())
-    try:
-        move(norms.values(), target.values())
-    except BaseException:
-        exact.restore()
-        raise
+    on_failure(exact.restore)
+    move(norms.values(), target.values())
     dropped = exact.dropped_gradients()
 
     def take_back() -> None:
+        on_failure(Exact(norms.values()).restore)
         move(norms.values(), before)
         for parameter, grad in dropped:
             parameter.grad = grad
@@ -236,6 +238,7 @@ class FreezeResult(Result):
         self._after: Sequence[tuple[Module, type]] | None = after
         self._take_back = take_back
 
+    @transaction("undo", lambda result: result._norms())
     def undo(self) -> None:
         """Take the call back: classes, flags and waiting gradients; the modes are those last asked for.
 
@@ -250,8 +253,12 @@ class FreezeResult(Result):
                     f"undo: {layer.name} was frozen, unfrozen or rewritten since this {self.verb}. Take the later "
                     "change back first."
                 )
+        on_failure(partial(setattr, self, "_after", self._after))
         self._take_back()
         self._after = None
+
+    def _norms(self) -> Iterator[Module]:
+        return (norm for norm, _ in self._after or ())
 
     def document(self) -> Document:
         """Return one row a norm."""

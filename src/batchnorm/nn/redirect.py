@@ -42,6 +42,9 @@ class Rule(Protocol):
     def axis(self) -> str:
         """One of ``AXES``."""
 
+    def require(self, others: Sequence[Rule]) -> None:
+        """Refuse to be opened within the rules of other blocks; :class:`StateError` says why."""
+
     def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
         """Change the stand-in before it is called; return what is to be done once it has returned, or None.
 
@@ -144,6 +147,7 @@ def _add(norm: NormModule, rule: Rule) -> None:
         if not isinstance(current, _Redirect):
             # __dict__, for some classes watch what is set on them
             current = norm.__dict__["forward"] = _Redirect(norm, None if current is None else current.__func__)
+        rule.require(current.rules)
         current.rules = (*current.rules, rule)
 
 
@@ -179,7 +183,7 @@ class _Redirect:
             return self._forward_of(norm)(*args, **kwargs)
         stand_in = object.__new__(type(norm))
         stand_in.__dict__.update(norm.__dict__)
-        del stand_in.__dict__["forward"]
+        stand_in.__dict__.pop("forward", None)  # a block may have ended in another thread meanwhile
         inputs = {**dict(zip(("input", "residual", "mask"), args, strict=False)), **kwargs}
         afterwards = []
         for axis in AXES:

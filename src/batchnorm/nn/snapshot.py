@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Snapshot", "untouched"]
+from batchnorm.nn.transaction import on_failure
+
+__all__ = ["Snapshot", "Structure", "untouched"]
 
 
 class Snapshot:
@@ -53,6 +55,29 @@ class Snapshot:
                     tensor.copy_(value)
 
 
+class Structure:
+    """The class and the attributes of every module, and which modules, parameters and buffers stand where."""
+
+    def __init__(self, model: Module) -> None:
+        # a scripted module keeps them in C++, where they cannot change
+        plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        self._modules = [(module, type(module), dict(module.__dict__)) for module in plain]
+        self._slots = [
+            (slots, dict(slots)) for module in plain for slots in (module._parameters, module._buffers, module._modules)
+        ]
+
+    def restore(self) -> None:
+        """Put all of it back, as often as need be."""
+        for module, cls, attributes in self._modules:
+            module.__class__ = cls
+            for added in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[added]
+            module.__dict__.update(attributes)
+        for slots, tensors in self._slots:
+            slots.clear()
+            slots.update(tensors)  # type: ignore[arg-type]
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors of one shape and dtype hold the same bits: NaN equals itself, −0 is not 0."""
     if a.is_meta:
@@ -67,6 +92,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def untouched(model: Module) -> Iterator[None]:
     """Leave the model and the random generators as they were, whatever the body does, however it ends."""
     snapshot = Snapshot(model)
+    on_failure(snapshot.restore)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:

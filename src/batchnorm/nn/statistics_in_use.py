@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from batchnorm.errors import StateError, UnknownNameError, closest
 from batchnorm.nn.frozen import state_of
-from batchnorm.nn.redirect import norms_for, redirected, set_aside
+from batchnorm.nn.redirect import Rule, norms_for, redirected, set_aside
 from batchnorm.nn.select import NormModule
 
 __all__ = ["no_update", "updates", "use"]
@@ -128,6 +128,9 @@ def use(statistics: str, model: Module, names: str | Sequence[str] | None = None
 class _NoUpdate:
     axis: str = "update"
 
+    def require(self, others: Sequence[Rule]) -> None:
+        """Go with all others."""
+
     def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
         if stand_in.training:
             set_aside(stand_in)
@@ -138,6 +141,9 @@ class _NoUpdate:
 class _Use:
     statistics: str
     axis: str = "statistics"
+
+    def require(self, others: Sequence[Rule]) -> None:
+        """Go with all others."""
 
     def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
         if state_of(norm).statistics:

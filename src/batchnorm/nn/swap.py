@@ -13,6 +13,7 @@ from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.frozen import THAWED, state_of
 from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import NormModule, named_norms
+from batchnorm.nn.transaction import on_failure
 
 __all__ = ["OURS", "TORCHS", "cannot_revert", "class_name", "norms_put_back", "swap", "why_left"]
 
@@ -32,13 +33,19 @@ _EXTRA_ATTRIBUTES = ("activation", "inplace", "fused", "layer_name", "_refused")
 def norms_put_back(model: Module) -> Iterator[None]:
     """Give every norm its class and attributes back if the body raises."""
     before = [(norm, type(norm), dict(norm.__dict__)) for norm in named_norms(model).values()]
+
+    def put_back() -> None:
+        for norm, cls, attributes in before:
+            norm.__class__ = cls
+            for added in norm.__dict__.keys() - attributes.keys():
+                del norm.__dict__[added]
+            norm.__dict__.update(attributes)
+
+    on_failure(put_back)
     try:
         yield
     except BaseException:
-        for norm, cls, attributes in before:
-            norm.__class__ = cls
-            norm.__dict__.clear()
-            norm.__dict__.update(attributes)
+        put_back()
         raise
 
 

@@ -15,7 +15,7 @@ from batchnorm.errors import StateError
 from batchnorm.functional.running_statistics import Counters, take_step
 from batchnorm.moments import Moments, expand_mask
 from batchnorm.nn.recomputation import recomputing
-from batchnorm.nn.redirect import norms_for, redirected, set_aside
+from batchnorm.nn.redirect import Rule, norms_for, redirected, set_aside
 from batchnorm.nn.select import NormModule
 from batchnorm.nn.statistics_in_use import updates
 from batchnorm.statistics.buffers import write_all
@@ -40,7 +40,8 @@ def accumulated_update(model: Module, names: str | Sequence[str] | None = None) 
     The moments are those that the norms compute anyway, rounded to the dtype of their buffers, and merge in float64
     (:class:`~batchnorm.moments.Moments`); nothing waits for the device. A channel's part in a micro-batch that is not
     finite does not enter. A micro-batch run again by a checkpoint is not counted twice. If the block raises, the
-    statistics are what they were.
+    statistics are what they were. Calls in all threads count; a call that ends after the block has does not. One thread
+    at a time can be in a block for a norm.
 
     It works on torch's norms and this library's, with masks too, and on subclasses that normalize once a call. Norms in
     eval mode, frozen ones and those without running statistics go on as they are. Nesting, threads, compiled modules
@@ -53,7 +54,7 @@ def accumulated_update(model: Module, names: str | Sequence[str] | None = None) 
     Raises:
         ArgumentTypeError: ``model`` is no module.
         StateError: the model holds no norm, or scripted ones, or is ``DataParallel``; or a ``SyncBatchNorm``
-            synchronizes several processes, whose counts are not known here.
+            synchronizes several processes, whose counts are not known here; or another thread is in such a block.
         UnknownNameError: a name means no norm.
 
     Example:
@@ -93,6 +94,19 @@ class _Accumulation:
     def __init__(self) -> None:
         self._met: dict[NormModule, Moments] = {}
         self._lock = threading.Lock()
+        self._thread = threading.current_thread()
+
+    def require(self, others: Sequence[Rule]) -> None:
+        """Refuse a second block in another thread: each would take in a part of the other's micro-batches.
+
+        Raises:
+            StateError: there is one.
+        """
+        if any(isinstance(other, _Accumulation) and other._thread is not self._thread for other in others):
+            raise StateError(
+                "accumulated_update: another thread is in such a block for this model, and takes in what all threads "
+                "call the model on. Open one block around the threads' work, or one after the other."
+            )
 
     def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
         """Let the call write its moments where they can be fetched from: a step of momentum 1 takes all of a batch."""
@@ -122,7 +136,9 @@ class _Accumulation:
     def commit(self) -> None:
         """Take the step, in all norms or in none."""
         changes: list[tuple[Tensor, Tensor]] = []
-        for norm, moments in self._met.items():
+        with self._lock:  # a thread that is still in a call may be about to add to it
+            met = dict(self._met)
+        for norm, moments in met.items():
             buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
             device = moments.count.device
             mean, var, batches = (None if b is None else b.detach().to(device, copy=True) for b in buffers)

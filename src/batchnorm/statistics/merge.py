@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.nn import Module
 from batchnorm.errors import ArgumentTypeError, NonFiniteError, ShapeError, StateError
 from batchnorm.moments import Moments
 from batchnorm.nn.copying import copy_model
+from batchnorm.nn.transaction import transaction
 from batchnorm.statistics.buffers import write_all
 from batchnorm.statistics.merge_result import MergedStatistics, MergeResult
 from batchnorm.statistics.merge_sources import Entry, Source, StatisticsPair, entries_of, source_of, statistics_of
@@ -20,6 +22,7 @@ from batchnorm.statistics.merge_sources import Entry, Source, StatisticsPair, en
 __all__ = ["merge"]
 
 
+@transaction("merge", lambda models: _modules_of(models))
 def merge(
     models: Iterable[Module | Mapping[str, Tensor]],
     weights: Iterable[float] | None = None,
@@ -111,6 +114,13 @@ def merge(
 
 
 # -- what was given --------------------------------------------------------------------------------------------------
+
+
+def _modules_of(models: Any) -> Iterator[Module]:
+    """Yield the modules of the models, without walking through an iterator that can be walked once."""
+    for model in models if isinstance(models, list | tuple) else ():
+        if isinstance(model, Module):
+            yield from model.modules()
 
 
 def _listed(models: Iterable[Module | Mapping[str, Tensor]]) -> list[Module | Mapping[str, Tensor]]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakKeyDictionary
 
 from torch.nn import Module
 
-from batchnorm.errors import ShapeError, StateError, UnknownNameError, closest
+from batchnorm.errors import ShapeError, UnknownNameError, closest
 from batchnorm.nn.calling import Forward, call_on_batch
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
+from batchnorm.nn.transaction import transaction
 from batchnorm.report.progress import progress_bar
 from batchnorm.statistics.estimators import ESTIMATORS
 from batchnorm.statistics.finish import finish
@@ -34,10 +33,8 @@ __all__ = ["plan_of", "recalibrate"]
 
 ORDERS = ["sequential", "parallel"]
 
-_at_work: MutableMapping[Module, object] = WeakKeyDictionary()
-"""The models that are being recalibrated, by which call."""
 
-
+@transaction("recalibrate")
 def recalibrate(
     model: Module,
     batches: Iterable[Any],
@@ -126,7 +123,7 @@ def recalibrate(
         EmptyStreamError: there was no batch.
         NonFiniteError: a norm met NaN or infinity, or a variance does not fit into a half-precision buffer.
         ShapeError: a norm met fewer than two values per channel in the whole stream.
-        StateError: the model holds nothing to recalibrate, or is being recalibrated already; or the stream does not fit
+        StateError: the model holds nothing to recalibrate, or another call is at work on it; or the stream does not fit
             into memory and gives other data when it is walked through again; or gives every batch in the same memory;
             or the model gives another result on the same batch.
         UnknownNameError: a name means no norm, or the order or the estimator is unknown.
@@ -156,7 +153,6 @@ def recalibrate(
     total = length_of(batches) if order == "parallel" else len(sites.known)
     with ranks.failing_together():
         with (
-            _once_at_a_time(model),
             untouched(model),
             unsynchronized(model),
             progress_bar("Recalibrating", total, progress) as advance,
@@ -190,26 +186,6 @@ def plan_of(order: Any, estimator: Any, tolerance: Any) -> Plan:
             "standard deviations that will do."
         )
     return Plan(order, estimator, tolerance, 1)
-
-
-@contextmanager
-def _once_at_a_time(model: Module) -> Iterator[None]:
-    """Refuse a model that is being recalibrated: each call would take the modes set by the other for the user's.
-
-    Raises:
-        StateError: it is, in another thread, or by the call that this one comes from.
-    """
-    mine = object()
-    try:
-        if _at_work.setdefault(model, mine) is not mine:
-            raise StateError(
-                f"recalibrate: {type(model).__name__} is being recalibrated already, in another thread or by the call "
-                "that runs this hook. Wait until that is done, or recalibrate a copy: copy.deepcopy(model)."
-            )
-        yield
-    finally:
-        if _at_work.get(model) is mine:
-            del _at_work[model]
 
 
 def _set_eval(model: Module) -> None:

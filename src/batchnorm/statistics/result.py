@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from batchnorm.errors import StateError
+from batchnorm.nn.transaction import on_failure, transaction
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 from batchnorm.report.document import Block
 from batchnorm.report.result import finite_or_none
@@ -158,6 +160,7 @@ class RecalibrateResult(Result):
         """Return the layers whose statistics are the least certain, the worst first."""
         return tuple(sorted(self.layers, key=lambda layer: layer.overall_uncertainty, reverse=True)[:number])
 
+    @transaction("undo", lambda result: (item.owner for item in result._written or ()))
     def undo(self) -> None:
         """Give every buffer that was written the value it had before, bit for bit, whatever happened to it since.
 
@@ -178,6 +181,7 @@ class RecalibrateResult(Result):
                     "now; the layer was rebuilt since. Load the statistics from a checkpoint instead."
                 )
             changes.append((buffer, item.before))
+        on_failure(partial(setattr, self, "_written", self._written))
         write_all(changes)
         self._written = None
 
