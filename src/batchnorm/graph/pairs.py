@@ -19,7 +19,7 @@ from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.stand_in_data import from_data, to_data
 from batchnorm.nn.copying import copy_model
-from batchnorm.report.tensor_file import read_tensors, write_tensors
+from batchnorm.files.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from batchnorm.graph.leftover import Leftover

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from batchnorm.report.diagrams import mark, to_svg
 from batchnorm.report.document import Block, Cell, Document, Plot, Table
-from batchnorm.report.files import replacing
+from batchnorm.files.replace import replacing
 from batchnorm.report.heatmap import strip
 from batchnorm.report.text import format_cell, is_numeric
 

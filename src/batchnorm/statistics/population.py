@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
-from batchnorm.report.tensor_file import read_tensors, write_tensors
+from batchnorm.files.tensor_file import read_tensors, write_tensors
 
 __all__ = ["LayerPopulation", "Population"]
 
