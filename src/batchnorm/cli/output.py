@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.cli.errors import CommandError, reason
-from batchnorm.report import files
+from batchnorm.files.replace import replacing as _replacing
 from batchnorm.report.result import Result, finite_or_none
 
 __all__ = [
@@ -86,13 +86,13 @@ def _check_file(option: str, path: Path, suffixes: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def replacing(option: str, path: Path) -> Iterator[Path]:
-    """Yield the path of a file to write in the place of ``path``; see :func:`batchnorm.report.files.replacing`.
+    """Yield the path of a file to write in the place of ``path``; see :func:`batchnorm.files.replace.replacing`.
 
     Raises:
         CommandError: the disk is full, or the system refuses otherwise.
     """
     try:
-        with files.replacing(path) as fresh:
+        with _replacing(path) as fresh:
             yield fresh
     except OSError as error:
         raise CommandError(f"{option} {path}: cannot be written ({error.strerror or error}).") from error

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, SyncBatchNorm
 
 from batchnorm.errors import StateError
+from batchnorm.files.tensor_file import read_tensors, write_tensors
 from batchnorm.graph.own_weights import ties
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.stand_in_data import from_data, to_data
 from batchnorm.nn.copying import copy_model
-from batchnorm.report.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from batchnorm.graph.leftover import Leftover

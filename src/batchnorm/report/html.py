@@ -11,9 +11,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from batchnorm.files.replace import replacing
 from batchnorm.report.diagrams import mark, to_svg
 from batchnorm.report.document import Block, Cell, Document, Plot, Table
-from batchnorm.report.files import replacing
 from batchnorm.report.heatmap import strip
 from batchnorm.report.text import format_cell, is_numeric
 

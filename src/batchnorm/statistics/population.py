@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from batchnorm.files.tensor_file import read_tensors, write_tensors
 from batchnorm.moments import Moments
-from batchnorm.report.tensor_file import read_tensors, write_tensors
 
 __all__ = ["LayerPopulation", "Population"]
 

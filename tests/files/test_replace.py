@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.report.files import replacing
+from batchnorm.files.replace import replacing
 
 
 def test_two_writers_at_once_each_write_a_whole_file(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError
-from batchnorm.report import files
+from batchnorm.files.replace import replacing
 
 __all__ = ["read_tensors", "write_tensors"]
 
@@ -32,7 +32,7 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], about: s
 
     # clones: the format holds no memory twice
     copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    with files.replacing(path) as fresh:
+    with replacing(path) as fresh:
         try:
             save_file(copies, fresh, {"format": kind, "about": about, "checksum": _checksum(copies, about)})
         except SafetensorError as error:  # what Rust makes of a disk that is full

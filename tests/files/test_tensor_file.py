@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from batchnorm.errors import InputError
-from batchnorm.report.tensor_file import read_tensors, write_tensors
+from batchnorm.files.tensor_file import read_tensors, write_tensors
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
