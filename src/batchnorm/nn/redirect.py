@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
@@ -22,7 +23,7 @@ from torch.nn import Module
 from batchnorm.errors import StateError
 from batchnorm.nn.calling import compiled_modules_eager
 from batchnorm.nn.require import require_module
-from batchnorm.nn.select import NormModule, select_norms
+from batchnorm.nn.select import NormModule, listed, meant_by, named_norms, select_norms
 
 __all__ = ["AXES", "Rule", "norms_for", "redirected", "set_aside", "shallow_copy"]
 
@@ -56,27 +57,41 @@ class Rule(Protocol):
 
 
 _COMPILED = (
-    "this block cannot be entered in compiled code. Enter it around the call of what is compiled, which runs eagerly "
-    "in it."
+    "this block cannot be entered in compiled code, where it would change what the norms do. Enter it around the call "
+    "of what is compiled, which runs eagerly in it; in eval mode no_update, accumulated_update and use('running') may "
+    "stand in the code."
 )
 
 
-def norms_for(verb: str, model: Module, names: str | Sequence[str] | None) -> dict[str, NormModule]:
+def norms_for(
+    verb: str, model: Module, names: str | Sequence[str] | None, as_asked: Callable[[NormModule], bool]
+) -> dict[str, NormModule]:
     """Return the norms that ``names`` means, for a block that redirects their calls.
+
+    A forward may open such blocks itself, and goes on to do so when its model is folded or compiled. So there may be no
+    norm left; and in code that is being compiled, a block that changes nothing is open for no norm.
+
+    Args:
+        verb: the name of the block.
+        model: what it is opened for.
+        names: as the user gave them.
+        as_asked: whether a norm does in its present mode what the block asks of it.
 
     Raises:
         ArgumentTypeError: ``model`` is no module, or a name no text.
-        StateError: there is no norm, or one whose calls cannot be redirected; or the code is being compiled.
+        StateError: the calls of a norm cannot be redirected; or the code is being compiled, and the block would change
+            something.
         UnknownNameError: a name means no norm.
     """
-    if torch.compiler.is_compiling():
-        raise StateError(_COMPILED)
     require_module(verb, model)
     for name, module in model.named_modules():
         _require_reachable(verb, name or type(module).__name__, module)
-    norms = select_norms(model, names)
-    if not norms:
-        raise StateError(f"{verb}: {type(model).__name__} holds no batch norm. Pass the model that does.")
+    if torch.compiler.is_compiling():
+        # all of them: what finds names is more than torch.compile can follow
+        if not all(as_asked(norm) for norm in named_norms(model).values()):
+            raise StateError(_COMPILED)
+        return {}
+    norms = _named(verb, model, names)
     for name, norm in norms.items():
         own = norm.__dict__.get("forward")
         if own is not None and not isinstance(own, _Redirect) and getattr(own, "__self__", None) is not norm:
@@ -85,6 +100,29 @@ def norms_for(verb: str, model: Module, names: str | Sequence[str] | None) -> di
                 "cannot be called for another norm. Remove what wraps it first, or name other norms."
             )
     return norms
+
+
+def _named(verb: str, model: Module, names: str | Sequence[str] | None) -> dict[str, NormModule]:
+    if not named_norms(model):
+        if model.training:
+            # the caller of the block is three frames above: its generator, contextlib, the with statement
+            warnings.warn(
+                f"{verb}: {type(model).__name__} holds no batch norm, so that the block does nothing. Pass the model "
+                "that does, if there is one.",
+                stacklevel=5,
+            )
+        return {}
+    if names is not None and not model.training:  # a folded model has other modules in the place of some norms
+        modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        norms = {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, NormModule)}
+        names = [
+            name
+            for name in listed(names)
+            if any(meant_by(name, n) for n in norms) or not any(meant_by(name, n) for n in modules)
+        ]
+        if not names:
+            return {}
+    return select_norms(model, names)
 
 
 def _require_reachable(verb: str, name: str, module: Module) -> None:
@@ -107,6 +145,9 @@ def redirected(rules: Mapping[NormModule, Rule]) -> Iterator[None]:
     Raises:
         StateError: the block is in code that is being compiled, or was.
     """
+    if not rules:
+        yield
+        return
     with ExitStack() as stack:
         try:
             stack.enter_context(compiled_modules_eager)  # what is compiled already would not notice

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.nn import Module
 
 from batchnorm.errors import StateError, UnknownNameError, closest
@@ -41,13 +42,17 @@ def no_update(model: Module, names: str | Sequence[str] | None = None) -> Iterat
     decides. It holds for all threads that call the model, those of autograd included, which run checkpointed blocks
     again. Compiled modules run eagerly in the block. Copies of the model that are made in it are ordinary models.
 
+    A forward may enter it too: in eval mode, where nothing is updated anyway, the model is exported, compiled and
+    folded as it is without. For a model without a norm, as a folded one is, it does nothing; in train mode it warns.
+
     Args:
         model: any model, or a norm itself.
         names: which norms, as for :func:`batchnorm.freeze`; None for all.
 
     Raises:
         ArgumentTypeError: ``model`` is no module.
-        StateError: the model holds no norm, or scripted ones, or is ``DataParallel``.
+        StateError: the model holds scripted norms, or is ``DataParallel``; or the block is entered in compiled code
+            while a norm is in train mode.
         UnknownNameError: a name means no norm.
 
     Example:
@@ -60,7 +65,7 @@ def no_update(model: Module, names: str | Sequence[str] | None = None) -> Iterat
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 1: only the moving averages are left out.
     """
-    norms = norms_for("no_update", model, names)
+    norms = norms_for("no_update", model, names, lambda norm: not norm.training)
     with redirected(dict.fromkeys(norms.values(), _NoUpdate())):
         yield
 
@@ -82,8 +87,8 @@ def use(statistics: str, model: Module, names: str | Sequence[str] | None = None
     always do, to dropout for instance.
 
     A norm whose statistics are frozen (:func:`batchnorm.freeze`) is an affine map that no mode reaches, and this does
-    not reach it either: it stays on its running statistics. Nesting, threads, compiled modules and copies are as for
-    :func:`no_update`; of two ``use`` for a norm the innermost decides.
+    not reach it either: it stays on its running statistics. Nesting, threads, compiled code, models without
+    norms and copies are as for :func:`no_update`; of two ``use`` for a norm the innermost decides.
 
     Args:
         statistics: ``"batch"`` or ``"running"``.
@@ -93,8 +98,8 @@ def use(statistics: str, model: Module, names: str | Sequence[str] | None = None
     Raises:
         UnknownNameError: ``statistics`` is something else; or a name means no norm.
         ArgumentTypeError: ``model`` is no module.
-        StateError: the model holds no norm, or scripted ones, or is ``DataParallel``; or ``"running"`` is asked of a
-            norm that keeps no running statistics.
+        StateError: the model holds scripted norms, or is ``DataParallel``; or ``"running"`` is asked of a norm that
+            keeps no running statistics; or the block is entered in compiled code, where it would change something.
 
     Example:
         >>> import batchnorm, torch
@@ -112,7 +117,8 @@ def use(statistics: str, model: Module, names: str | Sequence[str] | None = None
             f'use: statistics {statistics!r} are unknown; there are "batch" and "running"'
             f"{closest(str(statistics), ('batch', 'running')) or '.'}"
         )
-    norms = norms_for("use", model, names)
+    rule = _Use(statistics)
+    norms = norms_for("use", model, names, rule.holds_for)
     if statistics == "running":
         for name, norm in norms.items():
             if norm.running_mean is None or norm.running_var is None:
@@ -120,7 +126,7 @@ def use(statistics: str, model: Module, names: str | Sequence[str] | None = None
                     f"use: {name or type(norm).__name__} keeps no running statistics (track_running_stats=False) to "
                     "normalize by. Name other norms."
                 )
-    with redirected(dict.fromkeys(norms.values(), _Use(statistics))):
+    with redirected(dict.fromkeys(norms.values(), rule)):
         yield
 
 
@@ -145,10 +151,16 @@ class _Use:
     def require(self, others: Sequence[Rule]) -> None:
         """Go with all others."""
 
+    def holds_for(self, norm: NormModule) -> bool:
+        """Whether the norm normalizes so in its present mode."""
+        return state_of(norm).statistics or norm.training == (self.statistics == "batch")
+
     def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
         if state_of(norm).statistics:
             return None
         stand_in.__dict__["training"] = self.statistics == "batch"
+        if not stand_in.training and not torch.is_grad_enabled():
+            return None  # by the very buffers: nothing writes into them, and nothing is kept for a backward pass
         if not updates(norm, stand_in):
             # In eval mode nothing is taken in. And torch's kernel keeps what it normalizes by for its backward pass,
             # which is to find it as it is now.

@@ -44,8 +44,8 @@ def accumulated_update(model: Module, names: str | Sequence[str] | None = None) 
     at a time can be in a block for a norm.
 
     It works on torch's norms and this library's, with masks too, and on subclasses that normalize once a call. Norms in
-    eval mode, frozen ones and those without running statistics go on as they are. Nesting, threads, compiled modules
-    and copies are as for :func:`batchnorm.no_update`; of the two the innermost decides.
+    eval mode, frozen ones and those without running statistics go on as they are. Nesting, threads, compiled code,
+    models without norms and copies are as for :func:`batchnorm.no_update`; of the two the innermost decides.
 
     Args:
         model: any model, or a norm itself.
@@ -53,8 +53,9 @@ def accumulated_update(model: Module, names: str | Sequence[str] | None = None) 
 
     Raises:
         ArgumentTypeError: ``model`` is no module.
-        StateError: the model holds no norm, or scripted ones, or is ``DataParallel``; or a ``SyncBatchNorm``
-            synchronizes several processes, whose counts are not known here; or another thread is in such a block.
+        StateError: the model holds scripted norms, or is ``DataParallel``; or the block is entered in compiled code
+            while a norm is in train mode; or a ``SyncBatchNorm`` synchronizes several processes, whose counts are not
+            known here; or another thread is in such a block.
         UnknownNameError: a name means no norm.
 
     Example:
@@ -68,7 +69,10 @@ def accumulated_update(model: Module, names: str | Sequence[str] | None = None) 
 
     Source: Chan, Golub & LeVeque 1979, eq. 2.1; Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 2, step 10.
     """
-    norms = norms_for("accumulated_update", model, names)
+    norms = norms_for("accumulated_update", model, names, lambda norm: not norm.training)
+    if not norms:
+        yield
+        return
     for name, norm in norms.items():
         _require_one_process(name, norm)
     rule = _Accumulation()
