@@ -16,6 +16,7 @@ from batchnorm.nn.calling import Forward, call_on_batch
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
 from batchnorm.report.progress import progress_bar
+from batchnorm.statistics.agreement import agree
 from batchnorm.statistics.estimators import ESTIMATORS
 from batchnorm.statistics.finish import finish
 from batchnorm.statistics.memory import limit_of
@@ -145,22 +146,24 @@ def recalibrate(
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 2, for ``"within"``; Wu & Johnson 2021, arXiv 2105.07576,
     section 3, for the pooled estimate and the number of samples; Chan, Golub & LeVeque 1979 for the sums.
     """
-    require_module("recalibrate", model)
-    plan = plan_of(order, estimator, tolerance)
-    require_stream("recalibrate", batches)
     ranks = ranks_of(process_group)
-    limit = limit_of(memory, model)
-    sites = Sites(model, names)
-    call = call_on_batch if forward is None else forward
-    plan = replace(plan, processes=ranks.size)
-    total = length_of(batches) if order == "parallel" else len(sites.known)
-    with ranks.failing_together():
+    with ranks.failing_together():  # from here on: whatever one process refuses, the others must not wait for
+        require_module("recalibrate", model)
+        plan = replace(plan_of(order, estimator, tolerance), processes=ranks.size)
+        require_stream("recalibrate", batches)
+        limit = limit_of(memory, model)
+        sites = Sites(model, names, may_be_none=True)
+        borrowed = agree(ranks, model, sites, _compared(plan, memory, limit, cache))
+        sites.require_some()
+        call = call_on_batch if forward is None else forward
+        total = length_of(batches) if order == "parallel" else len(sites.known)
         with (
             _once_at_a_time(model),
             untouched(model),
             unsynchronized(model),
             progress_bar("Recalibrating", total, progress) as advance,
         ):
+            borrowed.write()
             _set_eval(model)
             chosen = ESTIMATORS[estimator]
             if order == "parallel":
@@ -168,7 +171,7 @@ def recalibrate(
             else:
                 measuring = Sequential(model, call, sites, chosen, ranks, limit=limit, cache=cache)
                 outcome = measuring.measure(batches, tolerance, advance)
-        return finish(plan, sites, outcome, ranks)
+        return finish(plan, sites, outcome, ranks, borrowed)
 
 
 def plan_of(order: Any, estimator: Any, tolerance: Any) -> Plan:
@@ -190,6 +193,12 @@ def plan_of(order: Any, estimator: Any, tolerance: Any) -> Plan:
             "standard deviations that will do."
         )
     return Plan(order, estimator, tolerance, 1)
+
+
+def _compared(plan: Plan, memory: Any, limit: float, cache: Any) -> dict[str, Any]:
+    """Return the arguments that must be the same in all processes; the folder of a cache is each one's own."""
+    about = {"order": plan.order, "estimator": plan.estimator, "tolerance": plan.tolerance}
+    return {**about, "memory": None if memory is None else limit, "cache": None if cache is None else "a folder"}
 
 
 @contextmanager
