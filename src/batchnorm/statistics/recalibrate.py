@@ -91,6 +91,9 @@ def recalibrate(
 
     **Several processes.** With a ``process_group`` each process feeds its part of the stream, of any length, none
     included; what they met is merged, and all end with the same bits. If one fails, all raise, and none is changed.
+    Before they work they compare what they are about to do: arguments, modules, the norms that are measured, the bits
+    of the parameters and of the buffers that are not measured. What differs is an error in all. Only inside a
+    ``DistributedDataParallel`` that broadcasts its buffers, where rank 0's count, those that differ become rank 0's.
 
     **What is left alone.** Norms that keep no statistics, that the pass never calls (or only in threads that the model
     starts itself, where they are not seen) and, unless ``names`` means them, those that the user froze: by ``freeze``,
@@ -114,7 +117,7 @@ def recalibrate(
         memory: how many bytes the waiting batches may take, or a text such as ``"4GB"``; None for half of what is free.
         cache: a folder to put them in beyond that.
         process_group: the processes that measure together, such as ``torch.distributed.group.WORLD``; None for this one
-            alone.
+            alone, with a warning where torch.distributed runs several.
         progress: show a progress bar on standard error; None shows it where that is a terminal.
 
     Returns:
@@ -129,7 +132,7 @@ def recalibrate(
         ShapeError: a norm met fewer than two values per channel in the whole stream.
         StateError: the model holds nothing to recalibrate, or is being recalibrated already; or the stream does not fit
             into memory and gives other data when it is walked through again; or gives every batch in the same memory;
-            or the model gives another result on the same batch.
+            or the model gives another result on the same batch; or the processes differ in what they measure.
         UnknownNameError: a name means no norm, or the order or the estimator is unknown.
 
     Example:
