@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from tests.statistics.processes import run
+from torch import Tensor, distributed, nn
 
 from batchnorm.errors import ArgumentTypeError, EmptyStreamError, StateError
 from batchnorm.statistics import recalibrate
@@ -102,30 +101,6 @@ def not_a_member(rank: int) -> str:
     except StateError as error:
         return str(error)
     return "no error"
-
-
-def _worker(rank: int, size: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
-    try:
-        answer = work(rank, *args)
-    except BaseException:
-        answer = {"traceback": traceback.format_exc()}
-    torch.save(answer, Path(folder) / f"{rank}.pt")
-
-
-def run(folder: Path, size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """Return what each process answered; None from one that was killed."""
-    context = multiprocessing.get_context("forkserver")  # it imports torch once, and has no threads yet when it forks
-    context.set_forkserver_preload(["batchnorm.statistics"])
-    processes = [context.Process(target=_worker, args=(r, size, str(folder), work, args)) for r in range(size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode is not None, "it hangs"
-    files = [folder / f"{rank}.pt" for rank in range(size)]
-    return [torch.load(f, weights_only=False) if f.exists() else None for f in files]
 
 
 @pytest.mark.parametrize("order", ["sequential", "parallel"])

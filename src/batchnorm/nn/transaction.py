@@ -23,7 +23,7 @@ from torch.nn import Module
 from batchnorm.errors import StateError
 from batchnorm.nn.process_state import ProcessState
 
-__all__ = ["on_failure", "transaction"]
+__all__ = ["claim", "on_failure", "transaction"]
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -77,6 +77,16 @@ def transaction(
         return call
 
     return decorate
+
+
+def claim(model: Module) -> None:
+    """Have a model's modules to the verb that runs in this thread, until it returns.
+
+    Raises:
+        StateError: another call is at work on one of them.
+    """
+    if _current.call is not None:
+        _current.call.claim(model.modules())
 
 
 def on_failure(undo: Callable[[], None]) -> None:

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from batchnorm.errors import StateError
+from batchnorm.statistics.agreement import Borrowed
 from batchnorm.statistics.buffers import write_all
 from batchnorm.statistics.outcome import Outcome
 from batchnorm.statistics.population import LayerPopulation, Population
 from batchnorm.statistics.ranks import Ranks
 from batchnorm.statistics.result import LayerStatistics, Plan, RecalibrateResult, Written
-from batchnorm.statistics.sites import Left, Site, Sites
+from batchnorm.statistics.sites import Left, NothingToMeasure, Site, Sites
 from batchnorm.statistics.tally import Tally
 from batchnorm.statistics.values import new_values
 
 __all__ = ["finish"]
 
 
-def finish(plan: Plan, sites: Sites, outcome: Outcome, ranks: Ranks) -> RecalibrateResult:
+def finish(plan: Plan, sites: Sites, outcome: Outcome, ranks: Ranks, borrowed: Borrowed) -> RecalibrateResult:
     """Write what was measured into the buffers, in all processes or in none, and report it."""
     tallies = outcome.tallies
-    left = list(sites.left.values())
-    left += [Left(site.name, "never called during the pass") for site in sites.known if site not in tallies]
-    if sites.unknown_calls:
-        left.append(Left("(functional)", "its running statistics are not buffers of the model"))
-    if not tallies and not sites.known and not sites.left:
-        raise StateError(
+    replies = ranks.agree((list(sites.left.values()), sites.unknown_calls))  # a functional norm is met where it runs
+    left = list(dict.fromkeys(one for found, _ in replies for one in found))
+    if not (tallies or left or sites.known):
+        raise NothingToMeasure(
             "recalibrate: the model called no batch norm with running statistics, so there is nothing to recalibrate."
         )
+    left += [Left(site.name, "never called during the pass") for site in sites.known if site not in tallies]
+    if any(calls for _, calls in replies):
+        left.append(Left("(functional)", "its running statistics are not buffers of the model"))
     layers: list[LayerStatistics] = []
     changes: list[tuple[Tensor, Tensor]] = []
     written: list[Written] = []
@@ -37,11 +40,30 @@ def finish(plan: Plan, sites: Sites, outcome: Outcome, ranks: Ranks) -> Recalibr
         changes += [(getattr(site.owner, key), value) for key, value in new.items()]
         written += [Written(f"{site.name}.{key}".lstrip("."), site.owner, key, value) for key, value in old.items()]
         layers.append(_layer(site, tally, old, new))
+    kept = borrowed.to_keep((item.owner, item.key) for item in written)
+    changes += [(getattr(owner, key), value) for _, owner, key, value in kept]
+    written += [Written(name, owner, key, getattr(owner, key).detach().clone()) for name, owner, key, _ in kept]
+    if kept:
+        outcome = replace(outcome, notes=(*outcome.notes, borrowed.note([name for name, *_ in kept])))
     population = Population({site.name: _population(tally) for site, tally in tallies.items()})
     result = RecalibrateResult(plan, outcome, layers, left, written, population)
     ranks.agree("ready to write")
-    write_all(changes)  # the last that happens: an interrupt after it would leave the new values
+    _write(changes, ranks)  # the last that happens: an interrupt after it would leave the new values
     return result
+
+
+def _write(changes: list[tuple[Tensor, Tensor]], ranks: Ranks) -> None:
+    """Write all changes; take them back if another process cannot write its own."""
+    if ranks.size == 1:
+        write_all(changes)
+        return
+    before = [(buffer, buffer.detach().clone()) for buffer, _ in changes]
+    write_all(changes)
+    try:
+        ranks.agree("written")
+    except BaseException:
+        write_all(before)
+        raise
 
 
 def _layer(site: Site, tally: Tally, old: dict[str, Tensor], new: dict[str, Tensor]) -> LayerStatistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
@@ -106,10 +107,17 @@ def ranks_of(process_group: ProcessGroup | None) -> Ranks:
         StateError: torch.distributed is not there, or this process is not part of the group.
         ArgumentTypeError: it is no process group.
     """
-    if process_group is None:
-        return Alone()
     from torch import distributed
 
+    if process_group is None:
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            warnings.warn(
+                f"recalibrate: torch.distributed runs {distributed.get_world_size()} processes, and this one measures "
+                "by itself. If each has a part of the data, or of it a shuffled order, they end with different "
+                "statistics: pass process_group=torch.distributed.group.WORLD, in all of them.",
+                stacklevel=3,
+            )
+        return Alone()
     if not distributed.is_available() or not distributed.is_initialized():
         raise StateError(
             "recalibrate: process_group is given, but torch.distributed is not initialized. Call "

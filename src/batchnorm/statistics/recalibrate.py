@@ -13,8 +13,9 @@ from batchnorm.errors import ShapeError, UnknownNameError, closest
 from batchnorm.nn.calling import Forward, call_on_batch
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
-from batchnorm.nn.transaction import transaction
+from batchnorm.nn.transaction import claim, transaction
 from batchnorm.report.progress import progress_bar
+from batchnorm.statistics.agreement import agree
 from batchnorm.statistics.estimators import ESTIMATORS
 from batchnorm.statistics.finish import finish
 from batchnorm.statistics.memory import limit_of
@@ -34,7 +35,7 @@ __all__ = ["plan_of", "recalibrate"]
 ORDERS = ["sequential", "parallel"]
 
 
-@transaction("recalibrate")
+@transaction("recalibrate", lambda _: ())  # it claims the model when what it raises reaches all processes
 def recalibrate(
     model: Module,
     batches: Iterable[Any],
@@ -87,6 +88,9 @@ def recalibrate(
 
     **Several processes.** With a ``process_group`` each process feeds its part of the stream, of any length, none
     included; what they met is merged, and all end with the same bits. If one fails, all raise, and none is changed.
+    Before they work they compare what they are about to do: arguments, modules, the norms that are measured, the bits
+    of the parameters and of the buffers that are not measured. What differs is an error in all. Only inside a
+    ``DistributedDataParallel`` that broadcasts its buffers, where rank 0's count, those that differ become rank 0's.
 
     **What is left alone.** Norms that keep no statistics, that the pass never calls (or only in threads that the model
     starts itself, where they are not seen) and, unless ``names`` means them, those that the user froze: by ``freeze``,
@@ -110,7 +114,7 @@ def recalibrate(
         memory: how many bytes the waiting batches may take, or a text such as ``"4GB"``; None for half of what is free.
         cache: a folder to put them in beyond that.
         process_group: the processes that measure together, such as ``torch.distributed.group.WORLD``; None for this one
-            alone.
+            alone, with a warning where torch.distributed runs several.
         progress: show a progress bar on standard error; None shows it where that is a terminal.
 
     Returns:
@@ -125,7 +129,7 @@ def recalibrate(
         ShapeError: a norm met fewer than two values per channel in the whole stream.
         StateError: the model holds nothing to recalibrate, or another call is at work on it; or the stream does not fit
             into memory and gives other data when it is walked through again; or gives every batch in the same memory;
-            or the model gives another result on the same batch.
+            or the model gives another result on the same batch; or the processes differ in what they measure.
         UnknownNameError: a name means no norm, or the order or the estimator is unknown.
 
     Example:
@@ -142,21 +146,24 @@ def recalibrate(
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 2, for ``"within"``; Wu & Johnson 2021, arXiv 2105.07576,
     section 3, for the pooled estimate and the number of samples; Chan, Golub & LeVeque 1979 for the sums.
     """
-    require_module("recalibrate", model)
-    plan = plan_of(order, estimator, tolerance)
-    require_stream("recalibrate", batches)
     ranks = ranks_of(process_group)
-    limit = limit_of(memory, model)
-    sites = Sites(model, names)
-    call = call_on_batch if forward is None else forward
-    plan = replace(plan, processes=ranks.size)
-    total = length_of(batches) if order == "parallel" else len(sites.known)
-    with ranks.failing_together():
+    with ranks.failing_together():  # from here on: whatever one process refuses, the others must not wait for
+        require_module("recalibrate", model)
+        claim(model)
+        plan = replace(plan_of(order, estimator, tolerance), processes=ranks.size)
+        require_stream("recalibrate", batches)
+        limit = limit_of(memory, model)
+        sites = Sites(model, names, may_be_none=True)
+        borrowed = agree(ranks, model, sites, _compared(plan, memory, limit, cache))
+        sites.require_some()
+        call = call_on_batch if forward is None else forward
+        total = length_of(batches) if order == "parallel" else len(sites.known)
         with (
             untouched(model),
             unsynchronized(model),
             progress_bar("Recalibrating", total, progress) as advance,
         ):
+            borrowed.write()
             _set_eval(model)
             chosen = ESTIMATORS[estimator]
             if order == "parallel":
@@ -164,7 +171,7 @@ def recalibrate(
             else:
                 measuring = Sequential(model, call, sites, chosen, ranks, limit=limit, cache=cache)
                 outcome = measuring.measure(batches, tolerance, advance)
-        return finish(plan, sites, outcome, ranks)
+        return finish(plan, sites, outcome, ranks, borrowed)
 
 
 def plan_of(order: Any, estimator: Any, tolerance: Any) -> Plan:
@@ -186,6 +193,12 @@ def plan_of(order: Any, estimator: Any, tolerance: Any) -> Plan:
             "standard deviations that will do."
         )
     return Plan(order, estimator, tolerance, 1)
+
+
+def _compared(plan: Plan, memory: Any, limit: float, cache: Any) -> dict[str, Any]:
+    """Return the arguments that must be the same in all processes; the folder of a cache is each one's own."""
+    about = {"order": plan.order, "estimator": plan.estimator, "tolerance": plan.tolerance}
+    return {**about, "memory": None if memory is None else limit, "cache": None if cache is None else "a folder"}
 
 
 def _set_eval(model: Module) -> None:

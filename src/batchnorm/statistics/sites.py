@@ -17,12 +17,16 @@ from batchnorm.nn.freeze import is_frozen
 from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import listed, meant_by, select_norms
 
-__all__ = ["Address", "Left", "Site", "Sites", "has_loose_pair"]
+__all__ = ["Address", "Left", "NothingToMeasure", "Site", "Sites", "has_loose_pair"]
 
 MEAN, VARIANCE, BATCHES = "running_mean", "running_var", "num_batches_tracked"
 
 
 Address: TypeAlias = tuple[str, str, tuple[str, str, "str | None"]]
+
+
+class NothingToMeasure(StateError):  # noqa: N818
+    """A model has no norm that could be measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,13 +98,14 @@ class Sites:
     Args:
         model: any model, in the modes that its user left it in.
         names: None for all that the user did not freeze; else names, as for :func:`batchnorm.nn.select.select_norms`.
+        may_be_none: whether it is no error that there are none; :meth:`require_some` asks for them later.
 
     Raises:
-        StateError: there is nothing to recalibrate.
+        NothingToMeasure: there is nothing to recalibrate.
         UnknownNameError: a name means nothing.
     """
 
-    def __init__(self, model: Module, names: str | Sequence[str] | None) -> None:
+    def __init__(self, model: Module, names: str | Sequence[str] | None, *, may_be_none: bool = False) -> None:
         self.left: dict[str, Left] = {}
         self.unknown_calls = 0
         self._model = model
@@ -112,7 +117,9 @@ class Sites:
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm):
                 self._add_norm(name, module, chosen=name in norms, spare_frozen=everything)
-        self._require_something(bool(norms))
+        self._any_norm = bool(norms)
+        if not may_be_none:
+            self.require_some()
 
     def _add_norm(self, name: str, norm: _BatchNorm, *, chosen: bool, spare_frozen: bool) -> None:
         mean, variance = norm.running_mean, norm.running_var
@@ -135,21 +142,39 @@ class Sites:
                 "the model once, then recalibrate."
             )
 
-    def _require_something(self, any_norm: bool) -> None:
+    def require_some(self) -> None:
+        """Refuse a model without anything to measure.
+
+        Raises:
+            NothingToMeasure: there is nothing.
+        """
         wanted = self._loose_names is None or bool(self._loose_names)
         if self.known or (wanted and _any_pair(self._buffers)):
             return
         model = type(self._model).__name__
-        if not any_norm:
-            raise StateError(
+        if not self._any_norm:
+            raise NothingToMeasure(
                 f"recalibrate: {model} holds no batch norm with running statistics, so there is nothing to recalibrate."
             )
         reasons = "; ".join(f"{left.name or model}: {left.reason}" for left in list(self.left.values())[:3])
         more = "; ..." if len(self.left) > 3 else ""
-        raise StateError(
+        raise NothingToMeasure(
             f"recalibrate: none of the norms can be recalibrated ({reasons}{more}). Name those that are frozen "
             "to measure them all the same: names=[...]."
         )
+
+    def is_loose(self, buffer: Tensor) -> bool:
+        """Return whether a buffer is measured if a functional norm turns out to be given it."""
+        found = self._buffers.get(_key(buffer))
+        if found is None:
+            return False
+        if self._loose_names is None:
+            return found.frozen is None
+        return found.site_name in self._loose_names
+
+    def names_of_loose(self) -> list[str]:
+        """Return the names of such buffers, as in the model."""
+        return [f"{b.prefix}{b.key}" for b in self._buffers.values() if self.is_loose(getattr(b.owner, b.key))]
 
     @property
     def known(self) -> list[Site]:

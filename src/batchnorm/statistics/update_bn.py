@@ -11,12 +11,12 @@ from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map
 
-from batchnorm.errors import StateError
 from batchnorm.nn.calling import Forward
 from batchnorm.nn.require import require_module
 from batchnorm.nn.select import named_norms
 from batchnorm.statistics.recalibrate import recalibrate
 from batchnorm.statistics.result import Plan, RecalibrateResult
+from batchnorm.statistics.sites import NothingToMeasure
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -111,7 +111,7 @@ def update_bn(
             process_group=process_group,
             progress=progress,
         )
-    except StateError:
+    except NothingToMeasure:
         if named_norms(measured) or names is not None:
             raise
         return RecalibrateResult.of_nothing(Plan(order, estimator, tolerance, processes=1))
