@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError
 from batchnorm.files.replace import replacing
+from batchnorm.files.tensor_memory import bytes_of
 
 __all__ = ["read_tensors", "write_tensors"]
 
@@ -73,5 +73,5 @@ def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
     known = hashlib.sha256(about.encode())
     for key, tensor in sorted(tensors.items()):
         known.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        known.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        known.update(bytes_of(tensor).numpy().tobytes())
     return known.hexdigest()

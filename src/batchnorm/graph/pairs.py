@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, SyncBatchNorm
 
 from batchnorm.errors import StateError
 from batchnorm.files.tensor_file import read_tensors, write_tensors
+from batchnorm.files.tensor_memory import bytes_of
 from batchnorm.graph.own_weights import ties
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.stand_in import StandIn
@@ -199,8 +199,7 @@ def _is_of(stays: StandIn | None, name: str) -> bool:
 
 def digest(tensor: Tensor) -> str:
     """Return what tells a tensor's values and type from all others."""
-    values = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes() + str(values.dtype).encode()).hexdigest()
+    return hashlib.sha256(bytes_of(tensor).cpu().numpy().tobytes() + str(tensor.dtype).encode()).hexdigest()
 
 
 def _settings(norm: Module) -> dict[str, Any]:

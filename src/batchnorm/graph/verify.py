@@ -34,6 +34,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_map
 
 from batchnorm.errors import InputError, VerificationError
+from batchnorm.files.tensor_memory import without_repeats
 from batchnorm.graph.outputs import NamedTensor, difference, named_tensors, scale_of
 from batchnorm.graph.trace import fresh_inputs
 from batchnorm.nn.calling import call_on_example, compiled_modules_eager
@@ -139,7 +140,8 @@ _SPACING_OF = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 @contextmanager
 def _nudged(tensors: Sequence[Tensor], generator: torch.Generator) -> Iterator[None]:
     """Multiply every element by 1 − ε, 1 or 1 + ε at random, ε the spacing of its type at 1; put all back after."""
-    kept = [tensor.detach().clone() for tensor in tensors]
+    tensors = [without_repeats(tensor.detach()) for tensor in tensors]
+    kept = [tensor.clone() for tensor in tensors]
     with torch.no_grad():
         try:
             for tensor in tensors:

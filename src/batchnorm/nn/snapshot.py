@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
+from batchnorm.files.tensor_memory import bytes_of, without_repeats
 from batchnorm.nn.transaction import on_failure
 
 __all__ = ["Snapshot", "Structure", "untouched"]
@@ -35,10 +36,11 @@ class Snapshot:
         self._values: list[tuple[Tensor, Tensor]] = []
         tensors = list(model.buffers()) + (list(model.parameters()) if parameters else [])
         for tensor in tensors:
-            # Lazy modules hold tensors without a value until their first forward; an expanded tensor (one element seen
-            # many times) cannot be written in place, by us or by a forward pass.
-            if not is_lazy(tensor) and torch._debug_has_internal_overlap(tensor) != 1:
-                self._values.append((tensor, tensor.detach().clone()))
+            if is_lazy(tensor):  # without a value until the first forward
+                continue
+            # an expanded tensor (one element seen many times) is written only through what it was expanded from
+            own = without_repeats(tensor.detach()) if tensor.layout == torch.strided else tensor
+            self._values.append((own, own.detach().clone()))
 
     def restore(self) -> None:
         """Put every mode and value back."""
@@ -84,8 +86,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
         return True
     if a.layout != torch.strided or a.is_quantized:
         return False
-    flat, other = (t.detach().resolve_conj().resolve_neg().reshape(-1) for t in (a, b))
-    return flat.numel() == 0 or torch.equal(flat.view(torch.uint8), other.view(torch.uint8))
+    return torch.equal(bytes_of(a), bytes_of(b))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.errors import StateError
+from batchnorm.files.tensor_memory import bytes_of
 from batchnorm.statistics.stream import numbered
 
 __all__ = ["Inputs", "tensors_of"]
@@ -163,8 +164,7 @@ def _mark(batch: Any) -> int:
     for t in tensors_of(batch):
         if t.is_meta or t.is_quantized or is_traceable_wrapper_subclass(t):
             continue  # without bytes of their own that could be read
-        plain = t.detach().resolve_conj().resolve_neg()
-        data = memoryview(plain.cpu().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        data = memoryview(bytes_of(t).cpu().numpy())  # type: ignore[arg-type]
         mark = zlib.crc32(repr((t.shape, t.dtype)).encode(), mark)
         mark = zlib.crc32(data, mark)
     return mark
