@@ -93,13 +93,14 @@ def check(
     The model is run once on the example input, in the modes that it comes in.
     Exits with 1 when there are findings, after --fix when any are left.
     """
-    from batchnorm.cli.output import check_destinations, only_result_on_stdout, page
+    from batchnorm.cli.output import check_apart, check_destinations, only_result_on_stdout, writing
 
     if fix != (output is not None):
         raise CommandError("--fix and --output go together: the mended model has to be written somewhere.")
     if unsafe_fixes and not fix:
         raise CommandError("--unsafe-fixes: give --fix too.")
     check_destinations(output, html)
+    check_apart({"--output": output, "--html": html})
     with only_result_on_stdout():
         from batchnorm.checks import check as run
         from batchnorm.cli.load import load_example, load_model
@@ -114,9 +115,10 @@ def check(
         if output is not None:
             fixed = found.fix(unsafe=unsafe_fixes)
             found = run(fixed.model, example, select=_split(select), ignore=_split(ignore))
-        with page(fixed or found, html):
-            if fixed is not None and output is not None:
-                save_model(fixed.model, output)
+        with writing(weights) as files:
+            files.write("--html", html, (fixed or found).to_html)
+            if fixed is not None:
+                save_model(fixed.model, output, files=files)
     _publish(found, fixed, "json" if json_ else format_, html, output, _source(model))
     return 1 if found.findings else 0
 

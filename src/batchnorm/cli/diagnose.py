@@ -67,7 +67,7 @@ def diagnose(
     the modes in which the function leaves it. Nothing is written. Exits with 1
     when something is wrong.
     """
-    from batchnorm.cli.output import check_destinations, only_result_on_stdout, page, publish
+    from batchnorm.cli.output import check_destinations, only_result_on_stdout, publish, writing
 
     check_destinations(None, html)
     with only_result_on_stdout():
@@ -79,8 +79,8 @@ def diagnose(
         home = None if training_data is None else load_batches(training_data, network, batch_size=batch_size)
         measure = None if metric is None else _function(metric)
         result = run(network, batches, measure, training_batches=home, names=names or None)
-        with page(result, html):
-            pass
+        with writing() as files:
+            files.write("--html", html, result.to_html)
     publish(result, json_=json_, html=html)
     return 0 if result.healthy else 1
 

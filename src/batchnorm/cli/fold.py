@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,15 +138,23 @@ def fold(
     compared with the original: a fold that differs by more than its stated
     bound is an error. Each norm that is left comes with the reason.
     """
-    from batchnorm.cli.output import STATE_SUFFIXES, check_destinations, only_result_on_stdout, page, publish
+    from batchnorm.cli.output import (
+        STATE_SUFFIXES,
+        check_apart,
+        check_destinations,
+        only_result_on_stdout,
+        publish,
+        writing,
+    )
 
     check_destinations(output, html, (*STATE_SUFFIXES, ".pt2"))
     check_destinations(pairs, None, (".safetensors",), option="--pairs")
+    check_apart({"--output": output, "--pairs": pairs, "--html": html}, {"--weights": weights})
     with only_result_on_stdout():
         from batchnorm.cli.load import load_example, load_model, load_program
         from batchnorm.cli.load.numbers import read_numbers
+        from batchnorm.cli.save import save_model
 
-        _require_two_files(output, pairs)
         options: dict[str, Any] = {
             "input_mean": read_numbers("--input-mean", input_mean),
             "input_std": read_numbers("--input-std", input_std),
@@ -166,19 +173,14 @@ def fold(
         result = _run(network, example, options)
         if measure and result.changed:
             result = result.measure(example)
-        with page(result, html):
-            _write(result, example, output, pairs)
+        with writing(weights, model) as files:
+            files.write("--html", html, result.to_html)
+            files.write("--pairs", None if result.pairs is None else pairs, result.save_pairs)
+            save_model(result.model, output, example, files)
         _tell(result, model, output, pairs)
     beside = None if pairs is None or result.pairs is None else str(pairs)
     publish(result, json_=json_, html=html, output=output, pairs=beside)
     return 1 if strict and result.left else 0
-
-
-def _require_two_files(output: Path | None, pairs: Path | None) -> None:
-    from batchnorm.cli.errors import CommandError
-
-    if output is not None and pairs is not None and output.resolve() == pairs.resolve():
-        raise CommandError(f"--pairs {pairs}: that is --output; the pairs need a file of their own.")
 
 
 def _require_program_options(model: str, weights: Path | None, output: Path | None, pairs: Path | None) -> None:
@@ -205,20 +207,6 @@ def _run(network: Module | ExportedProgram, example: Any, options: dict[str, Any
             raise
         named = str(error).replace("input_mean", "--input-mean").replace("input_std", "--input-std")
         raise CommandError(named.removeprefix("fold: ")) from error
-
-
-def _write(result: FoldResult, example: Any, output: Path | None, pairs: Path | None) -> None:
-    """Write the model and its pairs: both or neither."""
-    from batchnorm.cli.output import replacing, telling
-    from batchnorm.cli.save import save_model
-
-    beside = replacing("--pairs", pairs) if pairs is not None and result.pairs is not None else nullcontext()
-    with beside as fresh:
-        if fresh is not None and pairs is not None:
-            with telling("--pairs", pairs):
-                result.save_pairs(fresh)
-        if output is not None:
-            save_model(result.model, output, example)
 
 
 def _tell(result: FoldResult, model: str, output: Path | None, pairs: Path | None) -> None:

@@ -52,9 +52,10 @@ def merge(
     of a mixture of the models, not of the averaged weights: where there is data,
     run batchnorm recalibrate on the merged file.
     """
-    from batchnorm.cli.output import check_destinations, note, only_result_on_stdout, page, publish
+    from batchnorm.cli.output import check_apart, check_destinations, note, only_result_on_stdout, publish, writing
 
     check_destinations(output, html)
+    check_apart({"--output": output, "--html": html})
     with only_result_on_stdout():
         from batchnorm.cli.errors import CommandError
         from batchnorm.cli.load import load_model
@@ -74,9 +75,9 @@ def merge(
         except BatchNormError as error:
             named = re.sub(r"models\[(\d+)\]", lambda found: str(weights[int(found[1])]), str(error))
             raise CommandError(named.replace("merge: weights", "--by")) from error
-        with page(result, html):
-            if output is not None:
-                save_model(result.model, output)
+        with writing(*weights) as files:
+            files.write("--html", html, result.to_html)
+            save_model(result.model, output, files=files)
         if output is not None and result.layers:
             note(f"with data, measure its statistics anew: batchnorm recalibrate -m {model} -w {output} -d DATA.")
     publish(result, json_=json_, html=html, output=output)

@@ -6,26 +6,29 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 from batchnorm.cli.errors import CommandError, reason
-from batchnorm.files.replace import replacing as _replacing
+from batchnorm.errors import BatchNormError
+from batchnorm.files.failures import system_error
+from batchnorm.files.replace import Together, is_same, together
 from batchnorm.report.result import Result, finite_or_none
 
 __all__ = [
     "STATE_SUFFIXES",
+    "Files",
+    "check_apart",
     "check_destinations",
     "check_folder",
     "note",
     "only_result_on_stdout",
-    "page",
     "print_json",
     "print_result",
     "publish",
-    "replacing",
-    "telling",
+    "writing",
 ]
 
 STATE_SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -57,6 +60,25 @@ def check_destinations(
         _check_file("--html", html, (".html", ".htm"))
 
 
+def check_apart(outputs: Mapping[str, Path | None], read: Mapping[str, Path | None] | None = None) -> None:
+    """Find out before the work whether each file to be written has a place of its own.
+
+    Args:
+        outputs: by option. ``--output`` may take the place of what was read: it is that, changed.
+        read: files that are read, by option.
+
+    Raises:
+        CommandError: two are one, also by links.
+    """
+    there = {option: path for option, path in outputs.items() if path is not None}
+    for (one, first), (other, second) in combinations(there.items(), 2):
+        if is_same(first, second):
+            raise CommandError(f"{other} {second}: that is {one}; each needs a file of its own.")
+    for (option, path), (other, given) in product(there.items(), (read or {}).items()):
+        if option != "--output" and given is not None and is_same(path, given):
+            raise CommandError(f"{option} {path}: that is {other}, which would be lost; name another file.")
+
+
 def check_folder(option: str, path: Path) -> None:
     """Find out before the work whether a folder is there or can be made.
 
@@ -78,39 +100,72 @@ def _check_file(option: str, path: Path, suffixes: Sequence[str]) -> None:
         )
     if path.is_dir():
         raise CommandError(f"{option} {path}: expected a file; this is a directory.")
-    if not path.parent.is_dir():
-        raise CommandError(f"{option} {path}: no directory {path.parent}; make it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise CommandError(f"{option} {path}: no right to write in {path.parent}.")
+    folder = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
+    if not folder.is_dir():
+        raise CommandError(f"{option} {path}: no directory {folder}; make it first.")
+    if not os.access(folder, os.W_OK):
+        raise CommandError(f"{option} {path}: no right to write in {folder}.")
+
+
+class Files:
+    """The files of one command: each is written beside its place, and all take their places together."""
+
+    def __init__(self, files: Together) -> None:
+        self._files = files
+        self._options: dict[Path, str] = {}
+
+    def write(self, option: str, path: Path | None, writer: Callable[[Path], object]) -> None:
+        """Let a function write the file that an option names, if it names one.
+
+        Raises:
+            CommandError: the disk is full, or the system refuses otherwise.
+        """
+        if path is None:
+            return
+        self._options[Path(os.path.realpath(path))] = f"{option} {path}"
+        try:
+            fresh = self._files.beside(path)
+            try:
+                writer(fresh)
+            except (OSError, BatchNormError):
+                raise
+            except Exception as error:
+                found = system_error(error, fresh)
+                if found is None:
+                    raise
+                raise found from error
+        except OSError as error:
+            raise CommandError(f"{option} {path}: cannot be written ({error.strerror or error}).") from error
+        except BatchNormError:
+            raise
+        except Exception as error:
+            raise CommandError(f"{option} {path}: cannot be written ({reason(error)}).") from error
+
+    def told(self, error: OSError) -> str | None:
+        """Return what is said of a file that cannot take its place; None for an error of something else."""
+        named = self._options.get(Path(str(error.filename2 or error.filename)))
+        return named and f"{named}: cannot be written ({error.strerror or error})."
 
 
 @contextlib.contextmanager
-def replacing(option: str, path: Path) -> Iterator[Path]:
-    """Yield the path of a file to write in the place of ``path``; see :func:`batchnorm.files.replace.replacing`.
+def writing(*read: Path | str | None) -> Iterator[Files]:
+    """Let a command write its files: all of them, or none if any cannot be written.
+
+    Args:
+        read: files that the command has read. One that is to be replaced is replaced after all others.
 
     Raises:
-        CommandError: the disk is full, or the system refuses otherwise.
+        CommandError: one cannot take its place.
     """
     try:
-        with _replacing(path) as fresh:
-            yield fresh
+        with together([Path(path) for path in read if path is not None]) as files:
+            mine = Files(files)
+            yield mine
     except OSError as error:
-        raise CommandError(f"{option} {path}: cannot be written ({error.strerror or error}).") from error
-
-
-@contextlib.contextmanager
-def telling(option: str, path: Path) -> Iterator[None]:
-    """Say of an error in the body that the file cannot be written: C++ and Rust have their own for a full disk.
-
-    Raises:
-        CommandError: in its place.
-    """
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise CommandError(f"{option} {path}: cannot be written ({reason(error)}).") from error
+        told = mine.told(error)
+        if told is None:
+            raise
+        raise CommandError(told) from error
 
 
 def publish(
@@ -123,17 +178,6 @@ def publish(
         print_result(result)
         for path in filter(None, (output, html)):
             note(f"wrote {path}.")
-
-
-@contextlib.contextmanager
-def page(result: Result, path: Path | None) -> Iterator[None]:
-    """Write the report as a page, if a path is given; it takes its place only if the body ends well."""
-    if path is None:
-        yield
-        return
-    with replacing("--html", path) as fresh:
-        result.to_html(fresh)
-        yield
 
 
 def print_result(result: Result) -> None:

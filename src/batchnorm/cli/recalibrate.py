@@ -111,10 +111,11 @@ def recalibrate(
     many processes. Dropout stays off. Prints each layer's statistics before
     and after, and how sure they are. Frozen norms are left unless named.
     """
-    from batchnorm.cli.output import check_destinations, only_result_on_stdout, page, publish, replacing
+    from batchnorm.cli.output import check_apart, check_destinations, only_result_on_stdout, publish, writing
 
     check_destinations(output, html)
     check_destinations(population, None, (".safetensors",), option="--population")
+    check_apart({"--output": output, "--population": population, "--html": html}, {"--weights": weights})
     with only_result_on_stdout():
         from batchnorm.cli.load import load_batches, load_model
         from batchnorm.cli.processes import processes
@@ -138,11 +139,9 @@ def recalibrate(
             )
         if not together.speaks:
             return 0
-        with page(result, html):
-            if population is not None:
-                with replacing("--population", population) as fresh:
-                    result.population.save(fresh)
-            if output is not None:
-                save_model(network, output)
+        with writing(weights) as files:
+            files.write("--html", html, result.to_html)
+            files.write("--population", population, result.population.save)
+            save_model(network, output, files=files)
     publish(result, json_=json_, html=html, output=output)
     return 0

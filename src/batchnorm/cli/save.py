@@ -15,41 +15,55 @@ from torch.export import ExportedProgram
 from torch.nn import Module
 
 from batchnorm.cli.errors import CommandError, reason
-from batchnorm.cli.output import note, replacing, telling
+from batchnorm.cli.output import Files, note, writing
 
 __all__ = ["save_model"]
 
 
 def save_model(
-    model: Module | ExportedProgram, path: Path, example: tuple[Any, ...] | dict[str, Any] | None = None
+    model: Module | ExportedProgram,
+    path: Path | None,
+    example: tuple[Any, ...] | dict[str, Any] | None = None,
+    files: Files | None = None,
 ) -> None:
-    """Write the model to a file, all at once.
+    """Write the model to the file of ``--output``, if there is one, all at once.
 
     ``.safetensors``, ``.pt`` and ``.pth`` take its state dict; ``.pt2`` takes a ``torch.export`` program made by
     running the model on ``example``, for any batch size where the example's is 2 or more and the model allows it.
     A program is written as it is.
 
+    Args:
+        model: what is written.
+        path: where; None for nowhere.
+        example: arguments to run it on.
+        files: those that it takes its place together with.
+
     Raises:
         CommandError: the file cannot be written, or the model cannot be exported.
     """
+    if path is None:
+        return
+    writer = _writer(model, path, example)
+    if files is not None:
+        files.write("--output", path, writer)
+        return
+    with writing() as alone:
+        alone.write("--output", path, writer)
+
+
+def _writer(model: Module | ExportedProgram, path: Path, example: Any) -> Callable[[Path], object]:
     if isinstance(model, ExportedProgram):
-        _write(path, lambda fresh: _write_program(model, fresh))
-    elif path.suffix == ".pt2":
+        return lambda fresh: _write_program(model, fresh)
+    if path.suffix == ".pt2":
         program = _export(model, example)
-        _write(path, lambda fresh: _write_program(program, fresh))
-    elif path.suffix == ".safetensors":
+        return lambda fresh: _write_program(program, fresh)
+    state = model.state_dict()
+    if path.suffix == ".safetensors":
         from safetensors.torch import save_file
 
-        tensors = _tensors(model.state_dict())
-        _write(path, lambda fresh: save_file(tensors, fresh))
-    else:
-        state = model.state_dict()
-        _write(path, lambda fresh: torch.save(state, fresh))
-
-
-def _write(path: Path, writer: Callable[[Path], object]) -> None:
-    with replacing("--output", path) as fresh, telling("--output", path):
-        writer(fresh)
+        tensors = _tensors(state)
+        return lambda fresh: save_file(tensors, fresh)
+    return lambda fresh: torch.save(state, fresh)
 
 
 def _write_program(program: ExportedProgram, path: Path) -> None:

@@ -89,9 +89,10 @@ def unfold(
     The model is built as it was before folding, given the shape of the folded
     one, and the folded weights; weights that were trained since are refused.
     """
-    from batchnorm.cli.output import check_destinations, only_result_on_stdout, page, publish
+    from batchnorm.cli.output import check_apart, check_destinations, only_result_on_stdout, publish, writing
 
     check_destinations(output, html)
+    check_apart({"--output": output, "--html": html}, {"--weights": weights, "--pairs": pairs})
     with only_result_on_stdout():
         from batchnorm.cli.load import load_model
         from batchnorm.cli.load.weights import fit_weights, read_weights
@@ -104,9 +105,9 @@ def unfold(
         fit_weights(network, read_weights(weights), weights)
         run(network, known, inplace=True)
         result = _result(network, known)
-        with page(result, html):
-            if output is not None:
-                save_model(network, output)
+        with writing(weights, pairs) as files:
+            files.write("--html", html, result.to_html)
+            save_model(network, output, files=files)
     publish(result, json_=json_, html=html, output=output)
     return 0
 

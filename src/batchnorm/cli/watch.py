@@ -71,7 +71,7 @@ def watch(
     the channel that moved most. Beside it, saturated units behind sigmoid and
     tanh, and dead ones behind ReLU. Exits with 1 when a norm has drifted.
     """
-    from batchnorm.cli.output import check_destinations, only_result_on_stdout, page, publish
+    from batchnorm.cli.output import check_destinations, only_result_on_stdout, publish, writing
 
     check_destinations(None, html)
     with only_result_on_stdout():
@@ -80,8 +80,8 @@ def watch(
         network = load_model(model, weights, seed=seed).eval()
         batches = load_batches(data, network, batch_size=batch_size)
         result = _watch(network, batches, names=names or None, tolerance=tolerance, level=level)
-        with page(result, html):
-            pass
+        with writing() as files:
+            files.write("--html", html, result.to_html)
     publish(result, json_=json_, html=html)
     return 1 if result.drifted else 0
 

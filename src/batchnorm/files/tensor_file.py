@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from batchnorm.errors import InputError
+from batchnorm.files.failures import system_error
 from batchnorm.files.replace import replacing
 from batchnorm.files.tensor_memory import bytes_of
 
@@ -36,7 +37,7 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], about: s
         try:
             save_file(copies, fresh, {"format": kind, "about": about, "checksum": _checksum(copies, about)})
         except SafetensorError as error:  # what Rust makes of a disk that is full
-            raise OSError(f"{path} cannot be written ({error})") from error
+            raise system_error(error, fresh) or OSError(f"{path} cannot be written ({error})") from error
 
 
 def read_tensors(path: str | Path, kind: str, what: str) -> tuple[dict[str, Tensor], str]:

@@ -1,13 +1,14 @@
-"""``--model FILE.pt2``: a program that ``torch.export`` wrote."""
+"""``--model FILE.pt2``: a program that ``torch.export`` wrote, read without running anything that the file contains."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch.export import ExportedProgram
 
 from batchnorm.cli.errors import CommandError, reason
+from batchnorm.errors import InputError
+from batchnorm.files.program import read_program
 
 __all__ = ["load_program"]
 
@@ -21,7 +22,9 @@ def load_program(path: Path) -> ExportedProgram:
     if not path.is_file():
         raise CommandError(f"--model {path}: no such file.")
     try:
-        return torch.export.load(path)
+        return read_program(path)
+    except InputError as error:
+        raise CommandError(f"--model {error}") from error
     except Exception as error:  # a damaged archive raises many things
         raise CommandError(
             f"--model {path}: expected a program that torch.export.save wrote; it cannot be read ({reason(error)})."
