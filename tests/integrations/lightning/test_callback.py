@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from batchnorm.errors import ArgumentTypeError, BatchError, ShapeError, StateError, UnknownNameError
@@ -212,6 +214,135 @@ def test_an_average_of_other_weights_is_left_alone(pl: Any, callback: Any, tmp_p
     beside = Beside()
     fit(pl, module_of(pl), [beside, callback()], tmp_path)
     assert torch.equal(beside.average.module.net[1].running_var, torch.ones(4))
+
+
+def test_averages_of_something_else_do_not_end_the_training(pl: Any, callback: Any, tmp_path: Path) -> None:
+    others = {
+        "another model": nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)),
+        "no parameters": nn.ReLU(),
+        "another size": nn.Linear(3, 9),
+        "another dtype": module_of(pl).double(),
+        "lazy": nn.LazyLinear(2),
+    }
+
+    class Holding(pl.Callback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.held = {name: AveragedModel(model) for name, model in others.items()}
+            for name, average in self.held.items():
+                setattr(self, name.replace(" ", "_"), average)
+
+    module, holding, path = module_of(pl), Holding(), tmp_path / "last.ckpt"
+    before = {
+        name: {k: v.clone() for k, v in a.state_dict().items() if not is_lazy(v)} for name, a in holding.held.items()
+    }
+    fit(pl, module, [holding, callback(save=path)], tmp_path)
+    assert_exact(module)
+    assert path.exists()
+    for name, average in holding.held.items():
+        for key, value in before[name].items():
+            assert torch.equal(average.state_dict()[key], value)
+
+
+class Breaks:
+    """Batches, of which the last cannot be read; from the second walk on in the loader of training."""
+
+    def __init__(self, walks: int) -> None:
+        self.walks = walks
+
+    def __iter__(self) -> Iterator[Any]:
+        self.walks -= 1
+        yield X[:16], Y[:16]
+        if self.walks < 0:
+            raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize("how", ["dataloader", "training loader", "forward", "interrupt"])
+def test_a_measurement_that_fails_does_not_lose_the_trained_weights(
+    pl: Any, callback: Any, how: str, tmp_path: Path
+) -> None:
+    def failing(module: Any, batch: Any) -> Any:
+        raise KeyboardInterrupt if how == "interrupt" else ValueError("no memory left")
+
+    options: dict[str, Any] = {"save": tmp_path / "last.ckpt"}
+    train: Any = None
+    if how == "dataloader":
+        options["dataloader"] = Breaks(0)
+    elif how == "training loader":
+        train = Breaks(2)
+    else:
+        options["forward"] = failing
+    module, untouched = module_of(pl), {k: v.clone() for k, v in module_of(pl).state_dict().items()}
+    error: Any = SystemExit if how == "interrupt" else BatchError
+    with pytest.raises(error) as caught:
+        fit(pl, module, [callback(**options)], tmp_path, train=train)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in saved.items())
+    assert not torch.equal(saved["net.0.weight"], untouched["net.0.weight"])
+    if error is BatchError:
+        assert str(caught.value).endswith(f"were saved to {tmp_path / 'last.ckpt'}.")
+
+
+class Counting:
+    """Notes that training began."""
+
+    def __init__(self) -> None:
+        self.began = False
+
+    def __iter__(self) -> Iterator[Any]:
+        self.began = True
+        yield X, Y
+
+
+def no_norms(pl: Any) -> Any:
+    module = module_of(pl)
+    module.net, module.bn = nn.Linear(3, 1), nn.Identity()
+    return module
+
+
+def all_frozen(pl: Any) -> Any:
+    module = module_of(pl)
+    freeze(module)
+    return module
+
+
+def batches() -> Iterator[Any]:
+    yield X
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "words"),
+    [
+        (module_of, lambda _: {"names": "nowhere"}, UnknownNameError, "'nowhere': no norm of that name"),
+        (module_of, lambda _: {"names": ["bn", "net.9"]}, UnknownNameError, "'net.9': no norm"),
+        (no_norms, lambda _: {}, StateError, "holds no batch norm"),
+        (all_frozen, lambda _: {}, StateError, "none of the norms can be recalibrated"),
+        (module_of, lambda _: {"dataloader": batches(), "before_validation": True}, StateError, "a generator can be"),
+        (module_of, lambda _: {"dataloader": iter([X]), "before_validation": True}, StateError, "a list_iterator can"),
+        (module_of, lambda folder: {"save": folder}, StateError, "is a folder"),
+    ],
+    ids=["name", "one of the names", "no norms", "all frozen", "generator", "iterator", "folder"],
+)
+def test_what_would_be_refused_after_training_is_refused_before(
+    pl: Any, callback: Any, make: Any, options: Any, error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    train = Counting()
+    with pytest.raises(error, match=words):
+        fit(pl, make(pl), [callback(**options(tmp_path))], tmp_path, train=train)
+    assert not train.began
+
+
+def test_a_training_loader_that_is_over_after_training_is_refused(pl: Any, callback: Any, tmp_path: Path) -> None:
+    steps: list[int] = []
+    module = module_of(pl, on_train_batch_start=lambda self, *args: steps.append(1))
+    with pytest.raises(StateError, match="training loader is a generator"):
+        fit(pl, module, [callback()], tmp_path, train=((X, Y) for _ in range(3)), max_epochs=1)
+    assert not steps
+
+
+def test_frozen_norms_that_are_named_are_measured(pl: Any, callback: Any, tmp_path: Path) -> None:
+    module = all_frozen(pl)
+    fit(pl, module, [callback(names="*")], tmp_path)
+    assert_exact(module)
 
 
 def test_before_an_average_it_is_refused(pl: Any, callback: Any, tmp_path: Path) -> None:

@@ -71,6 +71,13 @@ class Measuring(RecalibrateCallback):
         self.report = report
         self.seen: list[dict[str, Tensor]] = []
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        try:
+            super().on_fit_start(trainer, pl_module)
+        except Exception as error:
+            torch.save({"refused": f"{type(error).__name__}: {error}"}, f"{self.report}-{trainer.global_rank}.pt")
+            raise
+
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_validation_epoch_start(trainer, pl_module)
         self.seen.append(copied(pl_module))
@@ -114,6 +121,13 @@ def fit(
     torch.save(copied(module), f"{report}-main.pt")
 
 
+def refused(strategy: Any, report: str, **options: Any) -> None:
+    try:
+        fit(strategy, report, **options)
+    except Exception as error:
+        torch.save({"refused": str(error)}, f"{report}-main.pt")
+
+
 def apart() -> Any:
     return pl.strategies.DDPStrategy(start_method="fork", broadcast_buffers=False)
 
@@ -123,7 +137,8 @@ SCENARIOS: dict[str, Callable[[str, str], None]] = {
     "averaged": lambda s, r: fit(s, r, before=(pl.callbacks.EMAWeightAveraging(decay=0.8),), save=f"{r}.ckpt"),
     "failing": lambda s, r: fit(s, r, forward=failing),
     "one norm": lambda s, r: fit(s, r, names="net.4"),
-    "one norm apart": lambda s, r: fit(apart(), r, names="net.4"),
+    "apart": lambda s, r: fit(apart(), r),
+    "one norm apart": lambda s, r: refused(apart(), r, names="net.4"),
     "part of the data": lambda s, r: fit(s, r, train=loader(batch_size=5, sampler=range(0, 51, 3))),
     "few batches": lambda s, r: fit(s, r, num_batches=2),
     "a list": lambda s, r: fit(s, r, dataloader=BATCHES),

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from batchnorm.errors import ArgumentTypeError, ShapeError, StateError
+from batchnorm.errors import ArgumentTypeError, BatchNormError, ShapeError, StateError
 from batchnorm.integrations.lightning.package import base_class
-from batchnorm.integrations.lightning.processes import buffers_of_rank_0, each_sample_once, group_of, own_part
+from batchnorm.integrations.lightning.processes import (
+    buffers_of_rank_0,
+    each_sample_once,
+    group_of,
+    own_part,
+    require_one_network,
+)
 from batchnorm.nn.calling import Forward, call_on_batch
+from batchnorm.nn.require import lazy_names
 from batchnorm.statistics.memory import limit_of
 from batchnorm.statistics.recalibrate import plan_of, recalibrate
 from batchnorm.statistics.result import RecalibrateResult
 from batchnorm.statistics.sequential.shelf import Shelf
+from batchnorm.statistics.sites import Sites
 from batchnorm.statistics.stream import part_of, require_stream
 
 __all__ = ["RecalibrateCallback"]
@@ -46,7 +56,8 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
     **Several processes.** Those of ``DDPStrategy`` measure together: each runs its part of the data, and all end with
     the same bits. If one fails, all raise, and none is changed. What a ``DistributedSampler`` repeats, so that all have
     as many samples, is left out: each sample counts once. Buffers that are not measured become those of rank 0 first,
-    as DDP makes them before each step (with ``broadcast_buffers=False`` they stay as they are).
+    as DDP makes them before each step; with ``broadcast_buffers=False``, which keeps them apart, norms that are not
+    measured are refused.
 
     Args:
         before_validation: measure before each validation in ``fit`` too, so that it is validated, and by a
@@ -56,7 +67,8 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
         dataloader: other batches than those of the training loader. Of several processes each takes its part: of a
             ``DataLoader``, what the trainer would give it of a training loader; of any other iterable, its turns.
         save: where ``trainer.save_checkpoint`` writes a checkpoint after the measurement at the end of training. Those
-            that ``ModelCheckpoint`` wrote at the end of an epoch are older than it.
+            that ``ModelCheckpoint`` wrote at the end of an epoch are older than it. If that measurement fails, the
+            checkpoint is written all the same, with the statistics that training left, and the error says so.
         order: as for ``recalibrate``.
         estimator: as for ``recalibrate``.
         names: as for ``recalibrate``.
@@ -73,10 +85,11 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
     Raises:
         ArgumentTypeError, BatchError, ShapeError, UnknownNameError: an option makes no sense, or there is no such
             folder as ``cache``.
-        StateError: the trainer's strategy divides the model among the processes, as FSDP and DeepSpeed do, or is not
-            known to let them measure together; the callback stands before one that averages weights; there are several
-            training loaders; or, with ``before_validation``, the loader keeps its workers, so that it cannot be walked
-            through a second time while an epoch is under way.
+        StateError: there is no norm to measure, or all are frozen; a loader is a generator, which is over when it is
+            needed once more; the trainer's strategy divides the model among the processes, as FSDP and DeepSpeed do, or
+            is not known to let them measure together; the callback stands before one that averages weights; there are
+            several training loaders; or, with ``before_validation``, the loader keeps its workers, so that it cannot be
+            walked through a second time while an epoch is under way. All of these before the first step of training.
 
     Example::
 
@@ -150,10 +163,30 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
                 f"RecalibrateCallback: stands before {type(later).__name__} in the list of callbacks, so that it would "
                 "measure the weights before they are averaged. Put it behind."
             )
+        if self.before_validation and _is_walked_once(self.dataloader):
+            raise StateError(
+                f"RecalibrateCallback: dataloader: a {type(self.dataloader).__name__} can be walked through only once, "
+                "and before_validation=True measures several times. Pass a list or a DataLoader."
+            )
+        if self.save is not None and Path(self.save).is_dir():
+            raise StateError(f"RecalibrateCallback: save={str(self.save)!r} is a folder; expected the path of a file.")
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Look for the norms, now that the module is configured and its checkpoint is loaded."""
+        if lazy_names(pl_module):
+            return  # the first batch tells what they are
+        sites = Sites(pl_module, self.names)
+        require_one_network(trainer, pl_module, {site.name for site in sites.known})
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at the loader while nothing is lost yet."""
         loader = self._loader(trainer)
+        if self.dataloader is None and _is_walked_once(loader):
+            raise StateError(
+                f"RecalibrateCallback: the training loader is a {type(loader).__name__}, which can be walked through "
+                "only once, so that training leaves nothing to measure on. Train on a list or a DataLoader, or pass "
+                "dataloader= a loader of its own."
+            )
         keeps_workers = getattr(loader, "persistent_workers", False) and self.dataloader is None
         if self.before_validation and keeps_workers:
             raise StateError(
@@ -181,9 +214,18 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure, hand the statistics on, and save."""
         self._training_modes = []
-        self._recalibrate(trainer, pl_module)
+        try:
+            self._recalibrate(trainer, pl_module)
+        except BaseException as error:
+            if self.save is None:
+                raise
+            trainer.save_checkpoint(self.save)  # training was not for nothing
+            if not isinstance(error, BatchNormError):
+                raise
+            told = f"{error} The trained weights, with the statistics that training left, were saved to {self.save}."
+            raise type(error)(told) from error
         for callback in trainer.callbacks:
-            for held in vars(callback).values():
+            for held in getattr(callback, "__dict__", {}).values():
                 if isinstance(held, AveragedModel):
                     _hand_on(pl_module, held.module)
         if self.save is not None:
@@ -244,11 +286,28 @@ def _set(modes: Iterable[tuple[Module, bool]]) -> None:
         module.training = training  # the attribute itself: train() may be overridden
 
 
+def _is_walked_once(stream: Any) -> bool:
+    """Return whether a stream is over after one walk: a generator, a map, a zip, a slice of itertools.
+
+    Iterators of other authors often begin anew (those of DALI do).
+    """
+    return isinstance(stream, Iterator) and type(stream).__module__ in ("builtins", "itertools")
+
+
 def _hand_on(measured: Module, average: Module) -> None:
-    """Give an average the buffers of the model that it was copied into; one with other weights is left alone."""
-    pairs = [(ours, theirs) for ours, theirs in zip(measured.parameters(), average.parameters(), strict=True)]
-    if not all(torch.equal(ours.to(theirs.device), theirs) for ours, theirs in pairs):
+    """Give an average the buffers of the model that it was copied into; one of other weights is left alone."""
+    ours, theirs = dict(measured.named_parameters()), dict(average.named_parameters())
+    if ours.keys() != theirs.keys() or not all(_same(ours[name], theirs[name]) for name in ours):
         return
+    measured_buffers = dict(measured.named_buffers())
     with torch.no_grad():
-        for ours, theirs in zip(measured.buffers(), average.buffers(), strict=True):
-            theirs.copy_(ours)
+        for name, buffer in average.named_buffers():
+            value = measured_buffers.get(name)
+            if value is not None and value.shape == buffer.shape:
+                buffer.copy_(value)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if is_lazy(one) or is_lazy(other) or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.to(other.device), other)

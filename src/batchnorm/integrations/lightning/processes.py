@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
-from torch.nn import Module
+from torch.nn import Module, SyncBatchNorm
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from batchnorm.errors import StateError
+from batchnorm.nn.freeze import is_frozen
+from batchnorm.nn.select import named_norms
 from batchnorm.statistics.buffers import write_all
 from batchnorm.statistics.stream import part_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["buffers_of_rank_0", "each_sample_once", "group_of", "own_part"]
+__all__ = ["buffers_of_rank_0", "each_sample_once", "group_of", "own_part", "require_one_network"]
 
 # Strategies are known by name, for they may come from either of the two packages.
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
@@ -54,6 +56,28 @@ def group_of(trainer: Any) -> ProcessGroup | None:
             f"that they do not measure the same model. {instead}"
         )
     return distributed.group.WORLD
+
+
+def require_one_network(trainer: Any, module: Module, measured: Collection[str]) -> None:
+    """Refuse norms whose statistics nobody makes equal: the measured ones would meet another network in each process.
+
+    Raises:
+        StateError: there are such norms.
+    """
+    if trainer.world_size == 1 or getattr(trainer.strategy.model, "broadcast_buffers", True):
+        return
+    apart = [
+        name
+        for name, norm in named_norms(module).items()
+        if name not in measured and norm.training and norm.running_mean is not None
+        if not is_frozen(norm) and not isinstance(norm, SyncBatchNorm)
+    ]
+    if apart:
+        raise StateError(
+            f"RecalibrateCallback: {apart[0]} is not among names=, and under broadcast_buffers=False it has other "
+            "statistics in each process, so that the norms that are measured would meet different networks. Measure "
+            "all norms (names=None), freeze it, or leave broadcast_buffers as it is."
+        )
 
 
 @contextmanager
