@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from batchnorm.errors import ShapeError, UnknownNameError, closest
 from batchnorm.nn.calling import Forward, call_on_batch
+from batchnorm.nn.redirect import overlooked
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
 from batchnorm.nn.transaction import claim, transaction
@@ -161,6 +162,7 @@ def recalibrate(
         with (
             untouched(model),
             unsynchronized(model),
+            overlooked(model, "statistics"),
             progress_bar("Recalibrating", total, progress) as advance,
         ):
             borrowed.write()
