@@ -18,6 +18,7 @@ from types import MethodType
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
 from batchnorm.errors import StateError
@@ -25,7 +26,7 @@ from batchnorm.nn.calling import compiled_modules_eager
 from batchnorm.nn.require import require_module
 from batchnorm.nn.select import NormModule, listed, meant_by, named_norms, select_norms
 
-__all__ = ["AXES", "Rule", "norms_for", "redirected", "set_aside", "shallow_copy"]
+__all__ = ["AXES", "Rule", "norms_for", "original_of", "overlooked", "redirected", "set_aside", "shallow_copy"]
 
 _Norm = TypeVar("_Norm", bound=Module)
 
@@ -162,6 +163,23 @@ def redirected(rules: Mapping[NormModule, Rule]) -> Iterator[None]:
                 _remove(norm, rule)
 
 
+@contextmanager
+def overlooked(model: Module, axis: str) -> Iterator[None]:
+    """Have the norms of a model follow no rule of that axis that is open now; those opened in the block they follow."""
+    open_now = [
+        (current, [rule for rule in current.rules if rule.axis == axis])
+        for module in model.modules()
+        if isinstance(current := module.__dict__.get("forward"), _Redirect)
+    ]
+    try:
+        for current, rules in open_now:
+            current.overlooked = (*current.overlooked, *rules)
+        yield
+    finally:
+        for current, rules in open_now:
+            current.overlooked = tuple(rule for rule in current.overlooked if rule not in rules)
+
+
 def shallow_copy(norm: _Norm) -> _Norm:
     """Return a module with the tensors and settings that the norm has now, whatever it is given later."""
     twin: _Norm = object.__new__(type(norm))
@@ -173,10 +191,23 @@ def shallow_copy(norm: _Norm) -> _Norm:
 
 def set_aside(stand_in: NormModule) -> None:
     """Give a stand-in copies of all that it counts in, so that whatever it is called on leaves no trace in the norm."""
-    stand_in.__dict__["_buffers"] = {k: None if b is None else b.clone() for k, b in stand_in._buffers.items()}
+    copies = {k: None if b is None else b.clone() for k, b in stand_in._buffers.items()}
+    for key, copy_of in copies.items():
+        if copy_of is not None:
+            copy_of._batchnorm_original = stand_in._buffers[key]  # type: ignore[attr-defined]
+    stand_in.__dict__["_buffers"] = copies
     counter = stand_in.__dict__.get("_refused")
     if counter is not None:
         stand_in.__dict__["_refused"] = counter.clone()
+
+
+def original_of(tensor: Tensor) -> Tensor | None:
+    """Return the buffer that a tensor is a copy of, made by :func:`set_aside`; None for any other tensor."""
+    original: Tensor | None = getattr(tensor, "_batchnorm_original", None)
+    if original is None:
+        return None
+    further = original_of(original)
+    return original if further is None else further
 
 
 _lock = threading.Lock()
@@ -209,12 +240,14 @@ class _Redirect:
         norm: whose it is.
         own: the function that took the place of the class's forward on the instance before, or None.
         rules: of the blocks, the outermost first.
+        overlooked: those of them that do not count for the moment.
     """
 
     def __init__(self, norm: NormModule, own: Callable[..., Any] | None = None) -> None:
         self.norm = norm
         self.own = own
         self.rules: tuple[Rule, ...] = ()
+        self.overlooked: tuple[Rule, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         norm, rules = self.norm, self.rules
@@ -228,7 +261,7 @@ class _Redirect:
         inputs = {**dict(zip(("input", "residual", "mask"), args, strict=False)), **kwargs}
         afterwards = []
         for axis in AXES:
-            rule = next((r for r in reversed(rules) if r.axis == axis), None)
+            rule = next((r for r in reversed(rules) if r.axis == axis and r not in self.overlooked), None)
             if rule is not None:
                 afterwards.append(rule.apply(norm, stand_in, inputs))
         before = dict(stand_in.__dict__)

@@ -28,7 +28,11 @@ def finish(plan: Plan, sites: Sites, outcome: Outcome, ranks: Ranks, borrowed: B
         raise NothingToMeasure(
             "recalibrate: the model called no batch norm with running statistics, so there is nothing to recalibrate."
         )
-    left += [Left(site.name, "never called during the pass") for site in sites.known if site not in tallies]
+    left += [
+        Left(site.name, "never called during the pass")
+        for site in sites.known
+        if site not in tallies and site.name not in sites.left
+    ]
     if any(calls for _, calls in replies):
         left.append(Left("(functional)", "its running statistics are not buffers of the model"))
     layers: list[LayerStatistics] = []

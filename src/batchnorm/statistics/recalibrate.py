@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from batchnorm.errors import ShapeError, UnknownNameError, closest
 from batchnorm.nn.calling import Forward, call_on_batch
+from batchnorm.nn.redirect import overlooked
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
 from batchnorm.nn.transaction import claim, transaction
@@ -72,7 +73,7 @@ def recalibrate(
     forward pass over the stream. It takes the memory of what they hold meanwhile: beyond ``memory``, batches are put
     into a folder on disk (``cache``), or run again from the first layer for every norm, at up to as many passes as
     there are norms. A norm that is called several times in a forward pass depends on its own statistics; it is measured
-    again, in further passes, until they come to rest.
+    again, in up to 40 passes, until they come to rest, or ``result.notes`` name it. All others are exact either way.
 
     ``order="parallel"`` measures all norms in one training-like pass, in which they normalize by each batch's own mean
     and variance (biased, divisor m): exact for the first norm, but deeper ones meet in eval mode something else, the
@@ -161,6 +162,7 @@ def recalibrate(
         with (
             untouched(model),
             unsynchronized(model),
+            overlooked(model, "statistics"),
             progress_bar("Recalibrating", total, progress) as advance,
         ):
             borrowed.write()

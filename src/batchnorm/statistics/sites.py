@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import StateError, UnknownNameError
 from batchnorm.nn.freeze import is_frozen
+from batchnorm.nn.redirect import original_of
 from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import listed, meant_by, select_norms
 
@@ -207,10 +208,21 @@ class Sites:
         """Return the site of these running statistics, or None if they are not to be measured."""
         if running_mean is None or running_var is None:
             return None
+        original = original_of(running_mean)
+        if original is not None:
+            self._leave_out(original)
+            return None
         key = _key(running_mean)
         if key not in self._by_key:
             self._by_key[key] = self._functional(running_mean, running_var)
         return self._by_key[key]
+
+    def _leave_out(self, running_mean: Tensor) -> None:
+        """Note that a norm of these statistics does not normalize by them, for the model's own code says so."""
+        site = self._by_key.get(_key(running_mean))
+        if site is not None:
+            reason = "normalizes by each batch, in a block use('batch', ...) that the model's own code opens"
+            self.left[site.name] = Left(site.name, reason)
 
     def _functional(self, running_mean: Tensor, running_var: Tensor) -> Site | None:
         """Return the site of a functional norm, met for the first time."""

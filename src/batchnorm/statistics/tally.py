@@ -29,6 +29,8 @@ class Tally:
         calls: how many times it was called on values; more than ``batches`` if several times in one forward pass.
         single_calls: how many of them brought a single value to some channel.
         spread: how far the batches are apart.
+        stored: mean and variance that the buffers are to hold in place of the estimator's: what a norm normalized by
+            that is called several times in a forward pass, while what comes after it was measured.
     """
 
     estimator: Estimator
@@ -37,6 +39,7 @@ class Tally:
     calls: int = 0
     single_calls: int = 0
     spread: Spread = field(default_factory=Spread)
+    stored: tuple[Tensor, Tensor] | None = None
     _deviations: Tensor | None = None  # of all processes, where there are several
 
     def add(self, met: Moments, batch: int, *, first: bool, fewest: int, most: int) -> None:

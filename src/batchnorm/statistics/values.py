@@ -12,7 +12,7 @@ from batchnorm.statistics.estimators import Within
 from batchnorm.statistics.sites import Site
 from batchnorm.statistics.tally import Tally
 
-__all__ = ["Statistics", "new_values", "statistics_of"]
+__all__ = ["Statistics", "new_values", "rounded", "statistics_of"]
 
 Statistics: TypeAlias = "tuple[Tensor, Tensor]"
 """Mean and unbiased variance as a norm uses them in eval mode, (C,)."""
@@ -47,6 +47,9 @@ def new_values(site: Site, tally: Tally) -> dict[str, Tensor]:
     if batches_key is not None:
         counter: Tensor = getattr(site.owner, batches_key)
         new[batches_key] = torch.full_like(counter, tally.batches)
+    if tally.stored is not None:
+        for key, value in zip((mean_key, variance_key), tally.stored, strict=True):
+            new[key] = value.to(new[key].dtype).view_as(new[key])
     return new
 
 
@@ -58,6 +61,14 @@ def statistics_of(site: Site, tally: Tally) -> Statistics:
         NonFiniteError: a value does not fit into the buffer's dtype.
     """
     new = new_values(site, tally)
+    return rounded(site, new[site.keys[0]], new[site.keys[1]])
+
+
+def rounded(site: Site, mean: Tensor, variance: Tensor) -> Statistics:
+    """Return what the norm normalizes by once its buffers hold these values."""
     dtype = torch.promote_types(site.running_mean.dtype, torch.float32)
-    mean, variance = (new[key].reshape(-1).to(dtype) for key in site.keys[:2])
+    buffers = (site.running_mean, site.running_var)
+    mean, variance = (
+        t.to(b.device, b.dtype).reshape(-1).to(dtype) for t, b in zip((mean, variance), buffers, strict=True)
+    )
     return mean, variance

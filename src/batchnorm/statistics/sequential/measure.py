@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from math import ceil, isfinite
+from math import ceil, exp, inf, isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
-from batchnorm.errors import BatchNormError, StateError
+from batchnorm.errors import BatchNormError, NonFiniteError, StateError
 from batchnorm.moments import Moments
 from batchnorm.nn.calling import Forward, below_autograd
 from batchnorm.statistics.collect import moments_of, require_finite
@@ -24,6 +25,7 @@ from batchnorm.statistics.sequential.ambient import Ambient
 from batchnorm.statistics.sequential.inputs import Inputs, tensors_of
 from batchnorm.statistics.sequential.order import order_of
 from batchnorm.statistics.sequential.run import Run, Stuck
+from batchnorm.statistics.sequential.settle import Settling, distance
 from batchnorm.statistics.sequential.shelf import Shelf
 from batchnorm.statistics.sequential.sweep import Disturbed, RunFailed, Sweep, Traveller
 from batchnorm.statistics.sequential.waiting import Waiting
@@ -34,9 +36,10 @@ from batchnorm.statistics.values import Statistics, statistics_of
 
 __all__ = ["Sequential"]
 
-_MOST_SWEEPS = 30
+_MOST_SWEEPS = 40
 _STILL = 1e-6
 """Pinned statistics that move by less than this (in standard deviations, and relative) have come to rest."""
+_TINY = torch.finfo(torch.float64).tiny
 _SAME = 1e-3
 """Two runs of one batch that differ by more than this, in the same units, were disturbed."""
 _FIRST = 16
@@ -105,31 +108,51 @@ class Sequential:
         """Sweep until no norm was measured too early, and none that is called several times moves any more."""
         pinned: dict[Site, Statistics] = {}
         order: list[Address] = []
+        settling: Settling | None = None
+        least, best = inf, None
         for _ in range(_MOST_SWEEPS):
-            sweep = self._sweep(inputs, number, pinned, order, advance)
-            late = any(self._ranks.agree(bool(sweep.late)))
-            if late:
+            try:
+                sweep = self._sweep(inputs, number, pinned, order, advance)
+            except NonFiniteError:
+                if settling is None or self._ranks.size > 1:  # the other processes have not failed
+                    raise
+                pinned = {**pinned, **settling.retreat(pinned)}
+                continue
+            if any(self._ranks.agree(bool(sweep.late))):
                 ways = [way for ways in self._ranks.agree(_ways(sweep)) for way in ways]
                 order, without = order_of(ways)
                 start = {self._sites.at(address) for address in sorted(without)}
                 pinned = {site: pinned.get(site) or sweep.final[site] for site in start}
+                settling, least, best = None, inf, None
                 continue
-            now = {site: statistics_of(site, sweep.tallies[site]) for site in pinned if site in sweep.tallies}
-            moved = max((_distance(pinned[site], new, sweep.tallies[site].eps) for site, new in now.items()), default=0)
-            if moved <= _STILL:
+            used = {site: pinned[site] for site in sweep.met_pinned()}
+            if not used:
                 return sweep
-            pinned = {**pinned, **now}
-        if late:
+            most = max(max(sweep.moves_of(site)) for site in used)
+            if best is None or most < least:
+                least, best = most, sweep
+            if all(_still(sweep, site) for site in used):
+                return sweep.keeping_pinned()
+            if settling is None or settling.sites != set(used):
+                settling = Settling({site: sweep.tallies[site].eps for site in used})
+            met = {site: statistics_of(site, sweep.tallies[site]) for site in used}
+            # one process decides: the others might round otherwise
+            pinned = {**pinned, **self._agreed(settling.next(used, met))}
+        if best is None:
             raise StateError(
                 "recalibrate: the way that batches take through the norms changes with the statistics, so that there "
                 "is no order in which to measure them. Use order='parallel'. The model is as it was."
             )
-        names = ", ".join(site.name for site in pinned)
-        self._notes.append(
-            f"{names}: called several times in a forward pass, so that what it meets depends on its own statistics; "
-            f"they still moved by {moved:.1g} standard deviations after {_MOST_SWEEPS} passes."
-        )
-        return sweep
+        self._notes.append(_unsettled(best))
+        return best.keeping_pinned()
+
+    def _agreed(self, statistics: dict[Site, Statistics]) -> dict[Site, Statistics]:
+        mine = {site.address: tuple(t.cpu() for t in values) for site, values in statistics.items()}
+        first = self._ranks.agree(mine)[0]
+        return {
+            site: (first[site.address][0].to(mean.device), first[site.address][1].to(mean.device))
+            for site, (mean, _) in statistics.items()
+        }
 
     def _sweep(
         self,
@@ -276,18 +299,34 @@ def _ways(sweep: Sweep) -> list[tuple[Address, ...]]:
     return list(dict.fromkeys(tuple(site.address for site in t.way) for t in sweep.travellers))
 
 
-def _distance(old: Statistics, new: Statistics, eps: float) -> float:
-    """Return how far statistics have moved: the mean in standard deviations, the variance relative to itself."""
-    scale = new[1].double() + eps
-    mean = (new[0].double() - old[0].double()).abs() / scale.sqrt()
-    variance = (new[1].double() - old[1].double()).abs() / scale
-    return float(mean.maximum(variance).max())
+def _still(sweep: Sweep, site: Site) -> bool:
+    """Return whether the statistics of a pinned norm move no more than they are rounded."""
+    mean, variance = sweep.pinned[site]
+    deviations = (variance.double() + sweep.tallies[site].eps).sqrt().clamp(min=_TINY)
+    rounding = 4 * torch.finfo(site.running_var.dtype).eps * max(1.0, float((mean.double().abs() / deviations).max()))
+    return max(sweep.moves_of(site)) <= max(_STILL, rounding)
+
+
+def _unsettled(sweep: Sweep) -> str:
+    """Say which norms did not come to rest, and what they hold."""
+    listed = []
+    for site in sweep.met_pinned():
+        if not _still(sweep, site):
+            mean, logarithm = sweep.moves_of(site)
+            factor = f"a factor of {exp(min(logarithm, 700)):.3g}"
+            listed.append(f"{site.name or 'the model'} (mean by {mean:.2g} standard deviations, variance by {factor})")
+    return (
+        f"{', '.join(listed)}: called several times in a forward pass, or before and after another norm, so that what "
+        "it meets depends on its own statistics, and no statistics were found that agree with what they bring about. "
+        f"It holds the best of {_MOST_SWEEPS} passes, and meets in eval mode what differs from that by as much as "
+        "stands here. All other norms are measured behind what it holds. Give each call a norm of its own."
+    )
 
 
 def _alike(a: Moments, b: Moments, eps: float) -> bool:
     if a.num_features != b.num_features or not bool((a.count == b.count).all()):
         return False
-    return _distance((a.mean, a.variance().nan_to_num()), (b.mean, b.variance().nan_to_num()), eps) <= _SAME
+    return distance((a.mean, a.variance().nan_to_num()), (b.mean, b.variance().nan_to_num()), eps) <= _SAME
 
 
 def _more(number: int, factor: float) -> int:

@@ -16,6 +16,7 @@ from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.ranks import Ranks
 from batchnorm.statistics.sequential.inputs import Inputs
 from batchnorm.statistics.sequential.run import Arrival, Run, Stuck
+from batchnorm.statistics.sequential.settle import distances
 from batchnorm.statistics.sequential.waiting import Waiting
 from batchnorm.statistics.sites import Address, Site, Sites
 from batchnorm.statistics.tally import Tally, merge_tallies
@@ -85,6 +86,7 @@ class Sweep:
         final: what the norms normalize by.
         late: norms that some batch came to after they had been made final.
         travellers: the batches.
+        pinned: what nobody waits at, as given.
         failure: that of a batch in this process while others were on their way.
     """
 
@@ -111,7 +113,7 @@ class Sweep:
         self._apart = apart
         self._active: Run | None = None
         self.failure: RunFailed | None = None
-        self._pinned = pinned
+        self.pinned = pinned
         self._rank_of = {address: i for i, address in enumerate(order)}
         self.travellers: list[Traveller] = []
 
@@ -136,7 +138,7 @@ class Sweep:
             self.final[site] = statistics_of(site, merged[site])
             advance()
             self._send_on(site, inputs)
-        pinned = {site: self.tallies[site] for site in self._pinned if site in self.tallies}
+        pinned = {site: self.tallies[site] for site in self.pinned if site in self.tallies}
         self.tallies.update(merge_tallies(self._ranks, self._sites, pinned))
 
     def close(self) -> None:
@@ -149,11 +151,26 @@ class Sweep:
 
     def lets_pass(self, site: Site) -> bool:
         """Return whether batches go through a norm without waiting."""
-        return site in self.final or site in self._pinned
+        return site in self.final or site in self.pinned
 
     def normalizes_by(self, site: Site) -> Statistics:
         """Return the statistics that a norm normalizes by in this sweep, once it does."""
-        return self._pinned[site] if site in self._pinned else self.final[site]
+        return self.pinned[site] if site in self.pinned else self.final[site]
+
+    def met_pinned(self) -> list[Site]:
+        """Return the pinned norms that were called."""
+        return [site for site in self.pinned if site in self.tallies]
+
+    def moves_of(self, site: Site) -> tuple[float, float]:
+        """Return how far mean and variance of what a pinned norm met are from what it normalized by."""
+        tally = self.tallies[site]
+        return distances(self.pinned[site], statistics_of(site, tally), tally.eps)
+
+    def keeping_pinned(self) -> Sweep:
+        """Have the pinned norms hold what they normalized by, for that is what all others were measured with."""
+        for site in self.met_pinned():
+            self.tallies[site].stored = self.pinned[site]
+        return self
 
     # -- which norm is next --------------------------------------------------------------------------------------------
 
@@ -269,7 +286,7 @@ class Sweep:
         traveller.way.append(site)
         if traveller.index == 0:
             traveller.brought.append(met)
-        if site in self.final and site not in self._pinned:
+        if site in self.final and site not in self.pinned:
             self.late.add(site)
 
     def _pass(self, run: Run, arrival: Arrival) -> Tensor:
