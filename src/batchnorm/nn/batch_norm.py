@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from batchnorm.errors import ArgumentTypeError, ShapeError
 from batchnorm.functional.batch_norm import normalize
 from batchnorm.functional.running_statistics import NOBODY, Counters
 from batchnorm.functional.validation import HALF, check_activation
+from batchnorm.nn.other_tools import Guarded, asked_for_class, give_way
 from batchnorm.nn.pending import defer
 from batchnorm.nn.recomputation import recomputing
 
@@ -24,7 +26,7 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 _STATISTICS = ("running_mean", "running_var")
 
 
-class _Layer(torch.nn.modules.batchnorm._BatchNorm):
+class _Layer(Guarded, torch.nn.modules.batchnorm._BatchNorm):
     """What the three layers share; each of them also inherits the layer of torch that it stands in for."""
 
     # Class attributes, so that a layer of torch becomes one of ours by its class alone. They have no annotation:
@@ -35,7 +37,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
     inplace = False  # type: bool
     _refused = None  # type: Tensor | None
 
-    __jit_unused_properties__ = ("center", "scale")
+    __jit_unused_properties__ = ("center", "scale", *Guarded.__jit_unused_properties__)
     # for torch.jit.script: converted layers have it by their class only
     __constants__ = [*torch.nn.BatchNorm2d.__constants__, "activation"]  # noqa: RUF012  as torch has it
 
@@ -172,7 +174,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             self.bias,
             training or (mean is None and var is None),
             factor,
-            self.eps,
+            self.__dict__["eps"],  # past the property, which looks for converters
             self.activation,
             residual,
             mask,
@@ -225,6 +227,9 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
 
     def _record(self, input: Any, residual: Any, mask: Any) -> Any:
         """Stay one node in a graph that torch.fx traces, as torch's own layers do."""
+        tool = asked_for_class(sys._getframe(1))
+        if tool is not None:
+            give_way(self, tool)
         extras = {"residual": residual, "mask": mask}
         given = {name: value for name, value in extras.items() if value is not None}
         return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), given)

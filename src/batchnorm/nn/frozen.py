@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import Parameter
 
+from batchnorm.errors import StateError
+from batchnorm.nn.other_tools import Guarded
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -39,12 +42,25 @@ class _Memory(NamedTuple):
     """The flags that the norm's own parameters had; None while they are not frozen."""
 
 
-class _Frozen(Module):
+class _Frozen(Guarded):
     """Goes before a norm's class: ``class FrozenBatchNorm2d(_Frozen, BatchNorm2d)``.
 
     The norm's class is swapped rather than its method replaced or a hook added, so that copies and pickles carry the
     freeze along, the forward pass costs nothing more, and ``isinstance`` still holds.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep frozen statistics: without them a norm takes those of each batch, whatever its mode.
+
+        Raises:
+            StateError: they are to be taken away, as ``torch.func.replace_all_batch_norm_modules_`` does.
+        """
+        if value is None and name in ("running_mean", "running_var") and state_of(self).statistics:
+            raise StateError(
+                f"{type(self).__name__}: its statistics are frozen, and {name} = None would take them away. Unfreeze "
+                "the norm first, with batchnorm.unfreeze."
+            )
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Self:
         """Pass the mode on to submodules, remember it, and keep frozen statistics in eval mode."""

@@ -15,7 +15,7 @@ from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import NormModule, named_norms
 from batchnorm.nn.transaction import on_failure
 
-__all__ = ["OURS", "TORCHS", "cannot_revert", "class_name", "norms_put_back", "swap", "why_left"]
+__all__ = ["OURS", "TORCHS", "become_torchs", "cannot_revert", "class_name", "norms_put_back", "swap", "why_left"]
 
 OURS: dict[type[Module], type[Module]] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
@@ -66,17 +66,23 @@ def swap(
     todo = {name: norm for name, norm in norms.items() if name not in left}
     with norms_put_back(model):
         for name, norm in todo.items():
-            norm.__class__ = classes[type(norm)]  # type: ignore[assignment]
             if classes is TORCHS:
-                for attribute in _EXTRA_ATTRIBUTES:
-                    norm.__dict__.pop(attribute, None)
-                _narrow_statistics(norm)
+                become_torchs(norm)
                 continue
+            norm.__class__ = classes[type(norm)]  # type: ignore[assignment]
             if name:
                 norm.__dict__["layer_name"] = name
             if norm.num_batches_tracked is not None:  # now, for compiled code cannot make it
                 norm._refusals(norm.num_batches_tracked)  # type: ignore[operator]
     return tuple(todo), tuple(left.items())
+
+
+def become_torchs(norm: NormModule) -> None:
+    """Make a layer of this library torch's own of the same name; nothing of what it has beyond that stays behind."""
+    norm.__class__ = TORCHS[type(norm)]  # type: ignore[assignment]
+    for attribute in _EXTRA_ATTRIBUTES:
+        norm.__dict__.pop(attribute, None)
+    _narrow_statistics(norm)
 
 
 def _narrow_statistics(norm: NormModule) -> None:
