@@ -49,7 +49,7 @@ def test_false_alarms_keep_the_level_even_at_the_edge_of_the_tolerance(kind, n: 
     # that. 60 streams at level 0.05: 9 or more alarms have probability below 1e-3.
     edge = torch.where(torch.arange(CHANNELS) % 2 == 0, 0.1, -0.1)
     runs = [(kind(torch.Generator().manual_seed(seed), n), mean) for seed in range(60) for mean in (0.0, edge)]
-    alarms = [run(x, mean).drifted for x, mean in runs]
+    alarms = [run(x, mean).flagged for x, mean in runs]
     assert sum(alarms[0::2]) <= 1  # nothing has changed at all
     assert sum(alarms[1::2]) < 9
 
@@ -61,7 +61,7 @@ def test_false_alarms_keep_the_level_even_at_the_edge_of_the_tolerance(kind, n: 
     ids=["shift", "scale up", "scale down", "inversion about 0.2", "stretch one side"],
 )
 def test_power(kind, change) -> None:
-    assert all(run(change(kind(torch.Generator().manual_seed(seed), 128))).drifted for seed in range(5))
+    assert all(run(change(kind(torch.Generator().manual_seed(seed), 128))).flagged for seed in range(5))
 
 
 def test_distance_is_the_one_between_the_two_normal_distributions() -> None:
@@ -106,8 +106,8 @@ def test_few_samples_get_no_verdict() -> None:
     for n in range(MIN_SAMPLES):
         layer = run(torch.full((n, 3), 1e6))
         assert layer.status == ("too few samples" if n else "not called")
-        assert (layer.distance, layer.bound, layer.drifted) == (None, None, False)
-    assert run(torch.full((MIN_SAMPLES, 3), 1e6)).drifted
+        assert (layer.distance, layer.bound, layer.flagged) == (None, None, False)
+    assert run(torch.full((MIN_SAMPLES, 3), 1e6)).flagged
 
 
 def test_a_layer_that_was_not_called() -> None:
@@ -136,7 +136,7 @@ def test_one_guilty_channel_is_named() -> None:
     x = torch.randn(256, CHANNELS, generator=torch.Generator().manual_seed(0))
     x[:, 5] += 3
     layer = run(x)
-    assert layer.drifted
+    assert layer.flagged
     worst = layer.worst(2)
     assert worst[0].channel == 5
     assert worst[0].shift == pytest.approx(3, abs=4 / 16)
@@ -149,11 +149,11 @@ def test_rare_features_that_do_not_occur_are_no_drift() -> None:
     x[::9, 0] = 1.0
     mean = torch.full((CHANNELS,), rare)
     mean[0] = 1 / 9
-    assert not run(x, mean, mean * (1 - mean)).drifted
+    assert not run(x, mean, mean * (1 - mean)).flagged
 
 
 def test_a_constant_input_is_drift_even_at_the_stored_mean() -> None:
-    assert run(torch.zeros(64, CHANNELS)).drifted
+    assert run(torch.zeros(64, CHANNELS)).flagged
 
 
 def test_eps_keeps_channels_that_never_vary_from_raising_alarms() -> None:
@@ -162,7 +162,7 @@ def test_eps_keeps_channels_that_never_vary_from_raising_alarms() -> None:
     x[:, 0] = 1e-6 * x[:, 0]  # rounding noise where the store says: constant
     variance = torch.ones(CHANNELS)
     variance[0] = 0.0
-    assert not run(x, 0.0, variance).drifted
+    assert not run(x, 0.0, variance).flagged
 
 
 def test_values_that_are_not_finite_are_flagged_and_poison_nothing() -> None:
@@ -170,7 +170,7 @@ def test_values_that_are_not_finite_are_flagged_and_poison_nothing() -> None:
     x[3] = torch.nan
     x[9, 2] = torch.inf
     layer = run(x)
-    assert (layer.status, layer.drifted, layer.nonfinite) == ("non-finite values", True, 2)
+    assert (layer.status, layer.flagged, layer.nonfinite) == ("non-finite values", True, 2)
     assert layer.distance < 0.1
     assert layer.shift.isfinite().all()
 
@@ -182,4 +182,4 @@ def test_nothing_but_nan() -> None:
 
 
 def test_overflow_of_the_distance_is_reported_not_swallowed() -> None:
-    assert run(torch.full((32, 3), 1e200, dtype=torch.float64)).drifted
+    assert run(torch.full((32, 3), 1e200, dtype=torch.float64)).flagged

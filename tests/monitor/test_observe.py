@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -358,7 +359,7 @@ def test_rows_of_one_sample_are_known_from_the_input_of_the_model() -> None:
     assert w.result().samples == 5
 
 
-def test_only_this_model_and_this_thread() -> None:
+def test_only_this_model_but_in_all_threads() -> None:
     model, other = trained(Block()).eval(), trained(Block()).eval()
     with watch(model) as w, watch(other) as v:
         model(images(4))
@@ -367,20 +368,50 @@ def test_only_this_model_and_this_thread() -> None:
         thread = threading.Thread(target=lambda: model(images(32)))
         thread.start()
         thread.join()
-    assert (w.result().samples, v.result().samples) == (4, 8)
+    assert (w.result().samples, v.result().samples) == (36, 8)
     assert len(w.result().saturation) == len(v.result().saturation) == 3
 
 
-def test_watches_in_threads_do_not_disturb_each_other() -> None:
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_server_with_worker_threads_is_seen_as_one_stream(context) -> None:
+    model = trained(Block()).eval()
+    batches = [images(8, seed) for seed in range(40)]
+
+    def serve(x: Tensor) -> None:
+        with context():
+            model(x)
+
+    before = left_behind()
+    with watch(model) as w, ThreadPoolExecutor(8) as pool:
+        list(pool.map(serve, batches))
+        assert list(pool.map(lambda _: left_behind(), range(16))) == [left_behind()] * 16  # no mode stays on
+    assert left_behind() == before
+    with torch.no_grad(), watch(model) as one:
+        for x in batches:
+            model(x)
+    ours, reference = w.result(), one.result()
+    assert ours.samples == reference.samples == 320
+    assert ours.verdict == reference.verdict
+    for a, b in zip(ours.layers, reference.layers, strict=True):
+        # all samples are in, each once; which group of the jackknife one falls into is left to the threads
+        torch.testing.assert_close(a.shift, b.shift)
+        torch.testing.assert_close(a.variance_ratio, b.variance_ratio)
+    assert [use.values for use in ours.saturation] == [use.values for use in reference.saturation]
+    assert ours.saturation == reference.saturation
+
+
+def test_a_watch_counts_what_happens_in_threads_whoever_opened_it() -> None:
     before = left_behind()
     model = trained(Block()).eval()
-    start, seen = threading.Barrier(3), {}
+    start, open_, seen = threading.Barrier(3), threading.Barrier(3), {}
 
     def work(n: int) -> None:
         start.wait()
         with torch.no_grad(), watch(model) as w:
+            open_.wait()  # all are open, and all see all
             for _ in range(5):
                 model(images(n))
+            open_.wait()
         seen[n] = (w.result().samples, len(w.result().saturation))
 
     threads = [threading.Thread(target=work, args=(n,)) for n in (4, 8, 12)]
@@ -388,8 +419,106 @@ def test_watches_in_threads_do_not_disturb_each_other() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert seen == {4: (20, 3), 8: (40, 3), 12: (60, 3)}
+    assert seen == dict.fromkeys((4, 8, 12), (120, 3))
     assert left_behind() == before
+
+
+class Gate(nn.Module):
+    """Waits in the middle of a forward, and may fail there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached, self.go, self.error = threading.Event(), threading.Event(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.reached.set()
+        assert self.go.wait(60)
+        if self.error is not None:
+            raise self.error
+        return x
+
+
+@pytest.mark.parametrize("error", [None, ValueError("in the middle")])
+def test_a_watch_that_ends_while_a_thread_is_in_the_model(error) -> None:
+    before = left_behind()
+    block, gate = trained(Block()).eval(), Gate()
+    model = nn.Sequential(nn.BatchNorm2d(3), gate, block)
+    model[0].num_batches_tracked += 1
+    model.eval()
+    gate.error = error
+    with ThreadPoolExecutor(1) as pool:
+        with watch(model) as w:
+            done = pool.submit(model, images(4))
+            assert gate.reached.wait(60)
+        gate.go.set()
+        if error is None:
+            done.result()
+        else:
+            with pytest.raises(ValueError, match="in the middle"):
+                done.result()
+        gate.error = None
+        assert pool.submit(left_behind).result()[3:] == before[3:]
+        pool.submit(model, images(4)).result()  # where it failed, this takes the hooks off
+    assert left_behind() == before
+    assert (w.result().samples, w.result().layers[0].name) == (4, "0")
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_in_a_worker_leaves_nothing_behind_there(error) -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.isnan().any():
+                raise error("in the middle")
+            return x
+
+    model = nn.Sequential(nn.BatchNorm2d(3), Fails(), nn.Sigmoid()).eval()
+    model[0].num_batches_tracked += 1
+    before = left_behind()
+    with ThreadPoolExecutor(1) as pool:
+        clean = pool.submit(left_behind).result()
+        with watch(model) as w:
+            future = pool.submit(model, images(4) * torch.nan)
+            assert isinstance(future.exception(), error)
+            pool.submit(model, images(4)).result()
+            assert pool.submit(left_behind).result()[3:5] == clean[3:5]
+            future = pool.submit(model, images(4) * torch.nan)
+            assert isinstance(future.exception(), error)
+        pool.submit(model, images(4)).result()
+        assert pool.submit(left_behind).result() == clean
+    assert left_behind() == before
+    assert w.result().samples == 12
+    assert w.result().saturation[0].values == 4 * 3 * 64
+
+
+def test_two_watches_on_one_model_see_the_same() -> None:
+    model = trained(Block()).eval()
+    before = left_behind()
+    with torch.no_grad(), watch(model) as outer:
+        model(images(16))
+        with watch(model) as inner:
+            model(images(16, seed=2))
+        model(images(16, seed=3))
+    assert (outer.result().samples, inner.result().samples) == (48, 16)
+    assert [use.values for use in outer.result().saturation] == [3 * u.values for u in inner.result().saturation]
+    assert [use.name for use in outer.result().saturation] == ["relu", "relu #2", ""]
+    assert left_behind() == before
+
+
+def test_copies_that_share_the_work_are_seen() -> None:
+    # what torch.nn.DataParallel does with a model: shallow copies with buffers of their own, one a thread
+    model = trained(Block()).eval()
+    replica = model._replicate_for_data_parallel()
+    for name, child in model.named_children():
+        copied = replica._modules[name] = child._replicate_for_data_parallel()
+        copied._parameters = dict(child._parameters)
+        copied._buffers = {key: buffer.clone() for key, buffer in child._buffers.items()}
+    with torch.no_grad(), watch(model) as w:
+        thread = threading.Thread(target=lambda: replica(images(16)))
+        thread.start()
+        thread.join()
+        model(images(16, seed=2))
+    assert w.result().samples == 32
+    assert w.result().layers[0].status != "not called"
 
 
 def test_a_model_moved_while_it_is_watched() -> None:

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchnorm.monitor.stream import GROUPS, LayerStream, Reference, SampleMoments, sample_statistics
+from batchnorm.monitor.samples import sample_statistics
+from batchnorm.monitor.stream import GROUPS, LayerStream, Reference, SampleMoments
 
 SHAPES = [(7, 3), (5, 3, 4), (5, 3, 4, 2), (4, 3, 2, 3, 2)]
 
@@ -99,8 +100,8 @@ def test_a_sample_that_is_not_finite_counts_in_no_moment_of_its_channel() -> Non
 def test_a_second_call_in_one_forward_brings_no_new_samples() -> None:
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
     stream = LayerStream("n", reference())
-    stream.add(x)
-    stream.add(x + 1, again=True)
+    first = stream.add(x)
+    stream.add(x + 1, first=first)
     stream.add(x)
     assert (stream.samples, stream.calls) == (40, 3)
     counts = [a.count[0].item() for a, _ in stream.moments.by_group()]

@@ -86,7 +86,9 @@ def test_the_batch_size_does_not_matter(digits, change) -> None:
 def test_one_sample_is_not_enough(digits) -> None:
     model, x = digits
     result = seen(model, x[:1])
-    assert not result.drifted
+    assert result.verdict == "not judged"
+    with pytest.raises(StateError, match=r"not known.*1 sample seen, at least 16 needed.*Let the watched model"):
+        _ = result.drifted
     assert {layer.status for layer in result.layers} == {"too few samples"}
     assert {layer.effective for layer in result.layers} == {None}
     assert "σ (" not in str(result)  # no channel is named where none can be judged
@@ -96,8 +98,31 @@ def test_one_sample_is_not_enough(digits) -> None:
 def test_nothing_called(digits) -> None:
     with watch(digits[0]) as w:
         pass
-    assert not w.result().drifted
-    assert "was not called" in str(w.result())
+    result = w.result()
+    assert result.verdict == "not judged"
+    with pytest.raises(StateError, match="the model was not called while it was watched"):
+        _ = result.drifted
+    assert result.to_dict()["drifted"] is None
+    assert "was not called" in str(result)
+
+
+def test_norms_that_data_takes_no_way_through_do_not_spoil_the_verdict_of_the_others() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.rare, self.unused = (nn.BatchNorm1d(3) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x) + self.rare(x[:1])
+
+    model, x = Model(), torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    for norm in (model.used, model.rare, model.unused):
+        norm.num_batches_tracked += 1
+    result = seen(model.eval(), x, 32)
+    assert [layer.status for layer in result.layers] == ["as stored", "too few samples", "not called"]
+    assert not result.drifted
+    assert "1 of 3 norms could be judged" in str(result)
+    assert seen(model, x + 1, 32).drifted
 
 
 def test_names(digits) -> None:
@@ -139,11 +164,12 @@ def test_report(digits) -> None:
     for pictures in (x, 1 - x, x[:1], x * torch.nan):
         result = seen(model, pictures)
         data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-        assert data["drifted"] is result.drifted
+        assert data["verdict"] == result.verdict
+        assert data["drifted"] is {"drifted": True, "as stored": False, "not judged": None}[result.verdict]
         assert [layer["name"] for layer in data["layers"]] == ["1", "4", "8"]
         assert [use["kind"] for use in data["activations"]] == ["relu", "relu", "sigmoid"]
         table = result.document().sections[0].blocks[0]
-        assert table.tones == {i: "bad" for i, layer in enumerate(result.layers) if layer.drifted}
+        assert table.tones == {i: "bad" for i, layer in enumerate(result.layers) if layer.flagged}
         text = str(result)
         assert all(name in text for name in ("norm", "sigmoid", "worst channel"))
 

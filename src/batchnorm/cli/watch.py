@@ -69,7 +69,8 @@ def watch(
     The model is run in eval mode over all batches and is not changed. Per
     norm: the distance from the stored statistics with its noise taken off, and
     the channel that moved most. Beside it, saturated units behind sigmoid and
-    tanh, and dead ones behind ReLU. Exits with 1 when a norm has drifted.
+    tanh, and dead ones behind ReLU. Exits with 1 when a norm has drifted, and
+    with 2 when too little was seen to tell.
     """
     from batchnorm.cli.output import check_destinations, only_result_on_stdout, publish, writing
 
@@ -83,7 +84,7 @@ def watch(
         with writing() as files:
             files.write("--html", html, result.to_html)
     publish(result, json_=json_, html=html)
-    return 1 if result.drifted else 0
+    return 1 if result.drifted else 0  # an error, where too little was seen for an answer
 
 
 def _watch(network: Module, batches: Any, **options: Any) -> WatchResult:

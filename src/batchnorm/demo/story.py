@@ -241,7 +241,7 @@ def _watch(tour: DemoResult) -> Section:
         [
             row.name,
             "drifted" if row.result.drifted else "as in training",
-            f"{sum(layer.drifted for layer in row.result.layers)} of {len(row.result.layers)}",
+            f"{sum(layer.flagged for layer in row.result.layers)} of {len(row.result.layers)}",
             _percent(row.accuracy),
         ]
         for row in tour.watched

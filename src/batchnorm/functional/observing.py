@@ -6,14 +6,13 @@ Above autograd the operator is taken apart before a dispatch mode could meet it,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Observer", "followed", "notify", "observed", "observing"]
+__all__ = ["Observer", "attach", "detach", "followed", "notify", "observed"]
 
 Observer: TypeAlias = Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor | None], None]
 """Called with input, running_mean, running_var, eps and mask before the call is served; it must not change them."""
@@ -27,14 +26,14 @@ class _Observers(threading.local):
 _observers = _Observers()
 
 
-@contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """Call ``observer`` before each call of the operator in this thread, for as long as the context lasts."""
+def attach(observer: Observer) -> None:
+    """Call ``observer`` before each call of the operator in this thread, until it is detached in this thread."""
     _observers.all = (*_observers.all, observer)
-    try:
-        yield
-    finally:
-        _observers.all = tuple(o for o in _observers.all if o is not observer)
+
+
+def detach(observer: Observer) -> None:
+    """Call it no more in this thread; nothing happens if it is not attached."""
+    _observers.all = tuple(o for o in _observers.all if o != observer)
 
 
 def notify(x: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float, mask: Tensor | None) -> None:

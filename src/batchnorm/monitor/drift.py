@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from batchnorm.moments import Moments
-from batchnorm.monitor.stream import LayerStream, SampleMoments
+from batchnorm.monitor.stream import LayerStream, Reference, SampleMoments
 from batchnorm.monitor.student import critical_t
 
 __all__ = ["MIN_SAMPLES", "REFERENCE_SAMPLES", "ChannelDrift", "LayerDrift", "Status", "judge"]
@@ -71,8 +69,11 @@ class LayerDrift:
     variance_ratio: Tensor
 
     @property
-    def drifted(self) -> bool:
-        """Whether the layer is flagged: for a distance beyond the tolerance, or for values that are not finite."""
+    def flagged(self) -> bool:
+        """Whether the layer is flagged: for a distance beyond the tolerance, or for values that are not finite.
+
+        That it is not says nothing by itself: see :attr:`status` for whether it could be judged.
+        """
         return self.status in ("drifted", "non-finite values")
 
     def worst(self, count: int = 3) -> list[ChannelDrift]:
@@ -102,11 +103,12 @@ def judge(stream: LayerStream, *, tolerance: float, level: float) -> LayerDrift:
     **Noise.** From a finite stream D² comes out too large by the variance of d and √r, and by an amount that scatters.
     Both are estimated by the jackknife over 16 groups of samples: D² is computed anew without each group in turn, which
     gives the bias b and the standard error e whatever the correlation between positions and between channels. Stored
-    statistics are estimates too; theirs is taken to be the noise of 608 samples, b·n/608.
+    statistics are estimates too; theirs is taken to be the noise of 608 samples, b′ = b·n/608. A population knows its
+    own standard errors: b′ is then the mean over channels of se(μ)²/(σ² + ε) + (se(σ²)/(2(σ² + ε)))².
 
     .. math::
 
-        \hat D^2 = D^2 - b - b\,\tfrac{n}{608} \qquad \text{bound}^2 = \hat D^2 - t\,e
+        \hat D^2 = D^2 - b - b' \qquad \text{bound}^2 = \hat D^2 - t\,e
 
     The layer has drifted if the bound exceeds the tolerance: a test of the hypothesis "the distance is at most the
     tolerance" at the given level. It is one test a layer, not one a channel, so that the number of channels does not
@@ -124,13 +126,14 @@ def judge(stream: LayerStream, *, tolerance: float, level: float) -> LayerDrift:
     ch. 11 (jackknife).
     """
     subsets, filled = _subsets(stream.moments)
-    shift, ratio, between = (rows[0] for rows in _channels(subsets, stream))
+    reference = stream.reference
+    shift, ratio, between = (rows[0] for rows in _channels(subsets, reference))
     errors, effective = _standard_errors(stream, shift, ratio, between)
     nonfinite = stream.nonfinite
     distance = bound = detectable = None
     status: Status = "not called" if stream.calls == 0 else "too few samples"
     if filled >= MIN_SAMPLES:
-        squared, error = _jackknife(subsets, stream)
+        squared, error = _jackknife(subsets, reference, stream.samples)
         margin = critical_t(level, filled - 1) * error
         distance, bound = _root(squared), _root(squared - margin)
         detectable = math.sqrt(tolerance**2 + margin)
@@ -154,48 +157,58 @@ def judge(stream: LayerStream, *, tolerance: float, level: float) -> LayerDrift:
     )
 
 
-def _subsets(moments: SampleMoments) -> tuple[SampleMoments, int]:
-    """Return the moments of all samples, then of all but each group's, and how many groups hold any.
+@dataclass(frozen=True)
+class _Subsets:
+    """Moments over samples, first of all of them, then of all but each group's: one row a subset, shape (1 + G, C)."""
 
-    They are the groups of what is returned.
-    """
-    groups = moments.by_group()
-    filled = torch.tensor([bool((a.count > 0).any()) for a, _ in groups])
-    member = torch.cat([torch.ones(1, len(groups)), 1 - torch.eye(len(groups))[filled]]).double()
-    channels = groups[0][0].num_features
-
-    def total(parts: Sequence[Moments]) -> Moments:
-        merged = Moments.zero(len(member) * channels, parts[0].count.device)
-        for part, inside in zip(parts, member.T.to(merged.count.device), strict=True):
-            # a part with count 0 and M2 0 is no part
-            count, m2 = (torch.outer(inside, t).flatten() for t in (part.count, part.m2))
-            merged = merged.merge(Moments(count, part.mean.repeat(len(member)), m2))
-        return merged
-
-    each = [total(parts) for parts in zip(*groups, strict=True)]
-    return SampleMoments(each[0], each[1], len(member)), int(filled.sum())
+    count: Tensor
+    shift: Tensor  # mean of a
+    between: Tensor  # its unbiased variance
+    within: Tensor  # mean of b
 
 
-def _channels(subsets: SampleMoments, stream: LayerStream) -> tuple[Tensor, Tensor, Tensor]:
+def _subsets(moments: SampleMoments) -> tuple[_Subsets, int]:
+    """Return the moments of all samples and of all but each group's, and how many groups hold any."""
+    count, mean, m2 = (
+        t.reshape(moments.groups, -1) for t in (moments.means.count, moments.means.mean, moments.means.m2)
+    )
+    within = moments.variances.mean.reshape(moments.groups, -1)
+    filled = (count > 0).any(1)
+    groups = moments.groups
+    member = torch.cat([torch.ones(1, groups), 1 - torch.eye(groups)[filled.cpu()]]).double().to(count.device)
+    total = member @ count
+    # about the mean of everything, so that what is subtracted below is small
+    center = (count * mean).sum(0) / count.sum(0).clamp(min=1)
+    off = torch.where(count > 0, mean - center, 0.0)
+    some = total.clamp(min=1)
+    inside = (member @ (count * off)) / some
+    squares = member @ (m2 + count * off.square()) - total * inside.square()
+    between = torch.where(total > 1, squares.clamp(min=0) / (total - 1), torch.nan)
+    shift = torch.where(total > 0, center + inside, torch.nan)
+    return _Subsets(total, shift, between, (member @ (count * within)) / some), int(filled.sum())
+
+
+def _channels(subsets: _Subsets, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
     """Return d, r and the unbiased variance of a between samples, one row a subset; NaN where samples are missing."""
-    a, b = subsets.means, subsets.variances
-    between = a.variance(correction=1)
-    rows = (subsets.groups, -1)
     # Within + between: E[b] + Var[a] is the variance of one value, whatever the correlation inside a sample.
-    ratio = (b.mean + between).reshape(rows) + stream.reference.eps / stream.reference.std.square()
-    return torch.where(a.count > 0, a.mean, math.nan).reshape(rows), ratio, between.reshape(rows)
+    ratio = (subsets.within + subsets.between) + reference.eps / reference.std.square()
+    return subsets.shift, ratio, subsets.between
 
 
 def _standard_errors(stream: LayerStream, shift: Tensor, ratio: Tensor, between: Tensor) -> tuple[Tensor, float | None]:
     """Return d in standard errors, per channel, and the median number of independent values behind a channel's mean.
 
-    The variance of d is Var[a] (1/n + 1/608) with n samples; the correlation of positions is contained in Var[a].
+    The variance of d is Var[a]/n with n samples, in which the correlation of positions is contained, and that of the
+    reference, Var[a]/608 where it is not known.
     """
     if stream.samples < 2:
         return torch.full_like(shift, math.nan), None
-    error = (between * (1 / stream.samples + 1 / REFERENCE_SAMPLES)).sqrt()
+    reference, known = stream.reference, between / REFERENCE_SAMPLES
+    if reference.mean_error is not None:
+        known = (reference.mean_error / reference.std).square()
+    error = (between / stream.samples + known).sqrt()
     errors = torch.where(shift == 0, 0.0, shift / error)
-    variance = ratio - stream.reference.eps / stream.reference.std.square()
+    variance = ratio - reference.eps / reference.std.square()
     values = (variance / between * stream.samples)[between > 0]
     # an estimate, and for independent values as often above their number as below it
     return errors, min(float(values.nanmedian()), float(stream.values)) if values.numel() else None
@@ -209,23 +222,32 @@ def _squared_distance(shift: Tensor, ratio: Tensor) -> Tensor:
     return shift.square() + (ratio.clamp(min=0).sqrt() - 1).square()
 
 
-def _mean_squared_distances(subsets: SampleMoments, stream: LayerStream) -> Tensor:
+def _mean_squared_distances(subsets: _Subsets, reference: Reference) -> Tensor:
     """Return D² of each subset.
 
     A channel that did not vary at all enters with its shift only: where values are rare (a one-hot feature, a sparse
     activation) a short stream may hold none. When no channel varied, though, that is not chance but a constant input.
     """
-    shift, ratio, _ = _channels(subsets, stream)
-    constant = ratio - stream.reference.eps / stream.reference.std.square() < _CONSTANT
+    shift, ratio, _ = _channels(subsets, reference)
+    constant = ratio - reference.eps / reference.std.square() < _CONSTANT
     ratio = torch.where(constant & ~constant.all(1, keepdim=True), 1.0, ratio)
     return _squared_distance(shift, ratio).nanmean(1)
 
 
-def _jackknife(subsets: SampleMoments, stream: LayerStream) -> tuple[float, float]:
+def _jackknife(subsets: _Subsets, reference: Reference, samples: int) -> tuple[float, float]:
     """Return D² without the noise's share, and its standard error."""
-    distances = _mean_squared_distances(subsets, stream)
+    distances = _mean_squared_distances(subsets, reference)
     whole, without = float(distances[0]), distances[1:]
     others = len(without) - 1
     bias = max(others * (float(without.mean()) - whole), 0.0)
     error = math.sqrt(others * float(without.var(correction=0)))
-    return whole - bias * (1 + stream.samples / REFERENCE_SAMPLES), error
+    return whole - bias - _reference_bias(reference, bias * samples / REFERENCE_SAMPLES), error
+
+
+def _reference_bias(reference: Reference, otherwise: float) -> float:
+    """Return what the noise of the reference adds to D² on average: the mean over channels of Var[d] + Var[√r]."""
+    if reference.mean_error is None or reference.variance_error is None:
+        return otherwise
+    of_root = reference.variance_error / (2 * reference.std.square())
+    noise = (reference.mean_error / reference.std).square() + of_root.square()
+    return float(noise.mean())

@@ -1,84 +1,79 @@
-"""Sees what passes by the norms and activations of a model, without being part of it.
+"""Sees what passes by the norms and activations of a model, in all threads, without being part of it.
 
-A dispatch mode meets every operator that the model calls, however it calls it: in a module, as a function, in a
-scripted submodule, in a subclass with a forward of its own. A norm is recognized by the very buffer that it passes as
-its running mean. Module hooks tell whose forward is running; they are global ones, so that nothing is written into the
-model.
+Every operator that the model calls is met, however it calls it: in a module, as a function, in a scripted submodule, in
+a subclass with a forward of its own. A norm is recognized by the very buffer that it passes as its running mean.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.functional.observing import observing
-from batchnorm.monitor.saturation import ActivationStream, activation_of
+from batchnorm.functional.observing import attach, detach
+from batchnorm.monitor.forwards import Forward, Forwards, Running
+from batchnorm.monitor.saturation import Activation, ActivationStream, activation_of
 from batchnorm.monitor.stream import LayerStream, Reference
 from batchnorm.nn.calling import compiled_modules_eager
 from batchnorm.nn.operators import NORM_OPERATORS, named_arguments
 from batchnorm.nn.select import NormModule
 
-__all__ = ["Observations", "observed"]
+__all__ = ["Observations", "Observer"]
 
 
 class Observations:
-    """What has been seen so far, in the order in which it was first seen."""
-
-    def __init__(self, norms: Mapping[str, NormModule]) -> None:
-        self.references: dict[str, Reference] = {}
-        for name, norm in norms.items():
-            if keeps_statistics(norm):
-                assert norm.running_mean is not None
-                assert norm.running_var is not None
-                self.references[name] = Reference.of(norm.running_mean, norm.running_var, norm.eps)
-        self.layers: dict[str, LayerStream] = {}
-        self.activations: dict[tuple[Any, ...], ActivationStream] = {}
-
-
-def keeps_statistics(norm: NormModule) -> bool:
-    """Return whether a norm has stored statistics with values in them."""
-    return norm.running_mean is not None and norm.running_var is not None and not is_lazy(norm.running_mean)
-
-
-@contextmanager
-def observed(model: Module, norms: Mapping[str, NormModule], into: Observations, *, functional: bool) -> Iterator[None]:
-    """Watch this thread's calls of ``model`` for as long as the context lasts.
+    """What has been seen so far, in the order in which it was first seen.
 
     Args:
-        model: whose forwards are watched.
-        norms: the norms to watch, by name.
-        into: takes up what is seen.
-        functional: also watch calls of batch norm functions that are given other buffers of the model.
+        references: what each place is compared with, by name.
+        window: how many samples count, the last ones; None for all.
+        every: of the calls of a model every so many-th is looked at.
     """
-    observer = _Observer(model, norms, into, functional)
-    with ExitStack() as stack:
-        stack.enter_context(compiled_modules_eager)
-        stack.callback(register_module_forward_pre_hook(observer.enter).remove)
-        stack.callback(register_module_forward_hook(observer.leave, always_call=True).remove)
-        stack.enter_context(observing(observer.masked_norm))
-        stack.enter_context(observer)
-        yield
 
+    def __init__(self, references: Mapping[str, Reference], window: int | None = None, every: int = 1) -> None:
+        self.references = dict(references)
+        self.window = window
+        self.every = every
+        self.lock = threading.Lock()
+        self.clear()
 
-@dataclass
-class _Running:
-    """A module whose forward is running, and whether it has been seen to normalize."""
+    def clear(self) -> None:
+        """Forget all that has been seen."""
+        with self.lock:
+            self.layers: dict[str, LayerStream] = {}
+            self.activations: dict[tuple[Any, ...], ActivationStream] = {}
+            self._calls: dict[str, int] = {}
 
-    module: Module
-    name: str
-    seen: bool = False
+    def counts(self, root: str) -> bool:
+        """Count a call of the module of that name, and return whether it is one to look at."""
+        with self.lock:
+            number = self._calls.get(root, 0)
+            self._calls[root] = number + 1
+        return number % self.every == 0
+
+    def layer(self, name: str) -> LayerStream:
+        """Return the stream of a norm, begun where there is none yet."""
+        with self.lock:
+            stream = self.layers.get(name)
+            if stream is None:
+                stream = self.layers[name] = LayerStream(name, self.references[name], self.window)
+            return stream
+
+    def activation(self, key: tuple[Any, ...], name: str, kind: Activation, z: Tensor) -> ActivationStream:
+        """Return the stream of an activation, likewise."""
+        with self.lock:
+            stream = self.activations.get(key)
+            if stream is None:
+                stream = self.activations[key] = ActivationStream(name, kind, key[-1], z.device, self.window)
+            return stream
 
 
 @dataclass(frozen=True)
@@ -99,12 +94,15 @@ _ACTIVATIONS = {
 
 
 @cache
-def _signature(func: Any) -> _Signature:
+def _signature(func: Any) -> _Signature | None:
+    """Return what matters about an operator, None if nothing does."""
+    if not hasattr(func, "_schema"):
+        return None
     space, _, name = func._schema.name.partition("::")
     operator = name.rstrip("_")
     normalizes = func._schema.name in NORM_OPERATORS
     spatial = normalizes or "conv" in name or name in ("native_group_norm", "group_norm", "instance_norm")
-    return _Signature(
+    signature = _Signature(
         operator,
         func._schema,
         # our own operator reports itself, also above autograd, where a dispatch mode does not meet it whole
@@ -112,146 +110,176 @@ def _signature(func: Any) -> _Signature:
         1 if spatial else -1 if operator in _FEATURES_LAST else None,
         space == "aten" and operator in _ACTIVATIONS,
     )
+    matters = signature.is_norm or signature.unit_dim is not None or signature.may_activate
+    return signature if matters else None
 
 
-class _Observer(TorchDispatchMode):
-    def __init__(self, model: Module, norms: Mapping[str, NormModule], into: Observations, functional: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._model = model
+@dataclass(eq=False)
+class _Call(Forward):
+    """A call of the model, with what has been met in it so far."""
+
+    samples: int | None = None  # that it was given, where that is known
+    unit_dim: int = 1
+    numbers: dict[tuple[str, str], int] = field(default_factory=dict)  # of activations by module and kind
+    first: dict[LayerStream, int] = field(default_factory=dict)  # numbers of its samples
+
+
+class Observer(Forwards):
+    """Takes up what passes by, from :meth:`open` to :meth:`close`.
+
+    Args:
+        model: whose forwards are watched.
+        norms: the norms to watch, by name.
+        places: modules other than norms of which the input is watched, by name.
+        into: takes up what is seen.
+        functional: also watch calls of batch norm functions that are given other buffers of the model.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        norms: Mapping[str, NormModule],
+        places: Mapping[str, Module],
+        into: Observations,
+        *,
+        functional: bool,
+    ) -> None:
+        super().__init__(model)
         self._norms = norms
+        self._places = places
         self._into = into
         self._functional = functional
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._thread = threading.get_ident()
-        self._running: list[_Running] = []
-        self._busy = False
-        self._start_forward(())
+        self._buffers: dict[int, tuple[str, Module, str]] = {}
 
-    # -- operators ---------------------------------------------------------------------------------------------------
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch for as long as the context lasts."""
+        with ExitStack() as stack:
+            stack.enter_context(compiled_modules_eager)
+            stack.callback(self.close)
+            self.open()
+            yield
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    # -- modules ---------------------------------------------------------------------------------------------------
+
+    def begin(self, root: Module, name: str, args: tuple[Any, ...]) -> tuple[Forward, bool]:
+        """Note how many samples a call brings, and whether it is one to look at."""
+        if self.closed or not self._into.counts(name):
+            return Forward(root), False
+        first = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
+        return _Call(root, samples=None if first is None else first.shape[0]), True
+
+    def begun(self, forward: Forward) -> None:
+        """Let this library's own operator report its calls in this thread."""
+        attach(self.masked_norm)
+
+    def ended(self, forward: Forward) -> None:
+        """Let it report them no more."""
+        detach(self.masked_norm)
+
+    def entered(self, forward: Forward, running: Running, args: tuple[Any, ...]) -> None:
+        """Take the input of a place that is no norm, before the module may change it."""
+        if running.name in self._places and args:
+            self.look(self._module_input, forward, running.name, args[0])
+
+    def left(self, forward: Forward, running: Running, args: tuple[Any, ...], output: Any) -> None:
+        """Take the input of a norm module that normalizes by other means than a batch norm operator."""
+        if not running.seen and output is not None and running.name in self._norms and args:
+            self.look(self._module_input, forward, running.name, args[0])
+
+    def _module_input(self, forward: _Call, name: str, x: Any) -> None:
+        reference = self._into.references.get(name)
+        if reference is not None and _has_values(x) and x.dim() > 1 and x.shape[1] == reference.mean.numel():
+            self._add(forward, name, x)
+
+    # -- operators -------------------------------------------------------------------------------------------------
+
+    def operator(self, forward: Forward, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at an operator that is about to run."""
         signature = _signature(func)
-        if signature.is_norm or (self._running and (signature.may_activate or signature.unit_dim is not None)):
-            self._look(self._operator, signature, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _look(self, method: Callable[..., None], *args: Any) -> None:
-        """Call a method that only looks: without gradients, without seeing itself, and not during a backward pass.
-
-        A backward pass runs forwards again where activations are checkpointed; what they meet has been seen before.
-        """
-        if self._busy or torch._C._current_graph_task_id() != -1:
+        if signature is None:
             return
-        self._busy = True
-        try:
-            with torch.no_grad():
-                method(*args)
-        finally:
-            self._busy = False
+        if signature.unit_dim is not None and not signature.is_norm and not signature.may_activate:
+            assert isinstance(forward, _Call)
+            forward.unit_dim = signature.unit_dim
+            return
+        self.look(self._operator, forward, signature, args, kwargs)
 
-    def _operator(self, signature: _Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _operator(
+        self, forward: _Call, signature: _Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         given = named_arguments(signature.schema, args, kwargs)
         if signature.is_norm:
             eps = given.get("eps", given.get("epsilon", 1e-5))
-            self._norm(given["input"], given.get("running_mean"), given.get("running_var"), eps)
+            self._norm(forward, given["input"], given.get("running_mean"), given.get("running_var"), eps)
         if signature.unit_dim is not None:
-            self._unit_dim = signature.unit_dim
+            forward.unit_dim = signature.unit_dim
         elif signature.may_activate:
-            self._activation(signature.operator, given)
+            self._activation(forward, signature.operator, given)
 
     def masked_norm(
         self, x: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float, mask: Tensor | None
     ) -> None:
         """Take note of a call of the operator ``batchnorm::batch_norm``."""
-        self._unit_dim = 1
-        self._look(self._norm, x, mean, variance, eps, mask)
+        forward = self.current
+        if isinstance(forward, _Call):
+            forward.unit_dim = 1
+            self.look(self._norm, forward, x, mean, variance, eps, mask)
 
     def _norm(
-        self, x: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float, mask: Tensor | None = None
+        self,
+        forward: _Call,
+        x: Tensor,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        eps: float,
+        mask: Tensor | None = None,
     ) -> None:
-        name = self._buffers.get(id(mean))
-        if name is None or not _has_values(x) or x.dim() < 2 or mean is None or variance is None:
+        if mean is None or variance is None or not _has_values(x) or x.dim() < 2:
             return
+        name = self._name_of_buffer(mean)
+        if name is None:
+            return
+        for running in forward.running:
+            running.seen = running.seen or running.name == name
         if name not in self._into.references:
             self._into.references[name] = Reference.of(mean, variance, eps)
-        self._add(name, x, mask)
-        for running in self._running:
-            running.seen = running.seen or running.name == name
+        self._add(forward, name, x, mask)
 
-    def _add(self, name: str, x: Tensor, mask: Tensor | None = None) -> None:
-        layer = self._into.layers.get(name)
-        if layer is None:
-            layer = self._into.layers[name] = LayerStream(name, self._into.references[name])
-        layer.add(x, mask, samples=self._samples, again=name in self._called)
-        if self._running:
-            self._called.add(name)
+    def _add(self, forward: _Call, name: str, x: Tensor, mask: Tensor | None = None) -> None:
+        layer = self._into.layer(name)
+        number = layer.add(x, mask, samples=forward.samples, first=forward.first.get(layer))
+        forward.first[layer] = number
 
-    def _activation(self, operator: str, given: Mapping[str, Any]) -> None:
+    def _name_of_buffer(self, mean: Tensor) -> str | None:
+        """Return which norm keeps its running mean in this buffer; it may have got another since (``model.to``)."""
+        name, owner, key = self._buffers.get(id(mean), (None, None, ""))
+        if owner is not None and owner._buffers.get(key) is mean:
+            return name
+        buffers: dict[int, tuple[str, Module, str]] = {}
+        if self._functional:
+            for prefix, module in self._model.named_modules():
+                for key, buffer in module._buffers.items():
+                    name = prefix if key == "running_mean" else f"{prefix}.{key}".lstrip(".")
+                    buffers[id(buffer)] = (name, module, key)
+        for name, norm in self._norms.items():
+            buffers[id(norm._buffers.get("running_mean"))] = (name, norm, "running_mean")
+        self._buffers = buffers
+        return buffers.get(id(mean), (None,))[0]
+
+    def _activation(self, forward: _Call, operator: str, given: Mapping[str, Any]) -> None:
         z = given.get("self", given.get("input"))
         kind = activation_of(operator, given)
-        module = self._running[-1].module
-        if kind is None or not _has_values(z) or z.dim() == 0 or isinstance(module, torch.nn.RNNBase):
+        if kind is None or not _has_values(z) or z.dim() == 0 or not forward.running:
+            return
+        if isinstance(forward.running[-1].module, torch.nn.RNNBase):
             return  # the gates of a recurrent layer are meant to close
-        place = (self._running[-1].name, kind.kind)
-        number = self._numbers[place] = self._numbers.get(place, 0) + 1
-        unit_dim = self._unit_dim if z.dim() > 1 else -1
+        place = (forward.running[-1].name, kind.kind)
+        number = forward.numbers[place] = forward.numbers.get(place, 0) + 1
+        unit_dim = forward.unit_dim if z.dim() > 1 else -1
         key = (*place, number, z.shape[unit_dim])
-        stream = self._into.activations.get(key)
-        if stream is None:
-            name = place[0] if number == 1 else f"{place[0]} #{number}"
-            stream = ActivationStream(name, kind, z.shape[unit_dim], z.device)
-            self._into.activations[key] = stream
-        stream.add(z.detach(), unit_dim)
-
-    # -- modules -----------------------------------------------------------------------------------------------------
-
-    def _mine(self, module: Module) -> bool:
-        known = id(module) in self._names and threading.get_ident() == self._thread
-        return known and torch._C._current_graph_task_id() == -1
-
-    def enter(self, module: Module, args: tuple[Any, ...]) -> None:
-        """Note that a module of the model begins its forward."""
-        if not self._mine(module):
-            return
-        if module is self._model:
-            self._running.clear()  # whatever an interrupt has left
-        if not self._running:
-            self._start_forward(args)
-        self._running.append(_Running(module, self._names[id(module)]))
-
-    def leave(self, module: Module, args: tuple[Any, ...], output: Any) -> None:
-        """Note that it ends, with an output or with an exception (no output)."""
-        if not self._mine(module) or not any(running.module is module for running in self._running):
-            return
-        while (running := self._running.pop()).module is not module:
-            pass
-        if not running.seen and output is not None and running.name in self._norms and args:
-            self._look(self._unseen_norm, running.name, args[0])
-
-    def _unseen_norm(self, name: str, x: Any) -> None:
-        """Take the input of a norm module that normalizes by other means than a batch norm operator."""
-        reference = self._into.references.get(name)
-        if reference is not None and _has_values(x) and x.dim() > 1 and x.shape[1] == reference.mean.numel():
-            self._add(name, x)
-
-    def _start_forward(self, args: tuple[Any, ...]) -> None:
-        """Forget what belongs to the last forward; buffers may have been replaced since (``model.to``)."""
-        self._called: set[str] = set()
-        self._numbers: dict[tuple[str, str], int] = {}
-        self._unit_dim = 1
-        first = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
-        self._samples = None if first is None else first.shape[0]
-        self._buffers: dict[int, str] = {}
-        if self._functional:
-            for name, buffer in self._model.named_buffers():
-                owner, _, attribute = name.rpartition(".")
-                self._buffers[id(buffer)] = owner if attribute == "running_mean" else name
-        for name, norm in self._norms.items():
-            if norm.running_mean is not None:
-                self._buffers[id(norm.running_mean)] = name
+        name = place[0] if number == 1 else f"{place[0]} #{number}"
+        self._into.activation(key, name, kind, z).add(z.detach(), unit_dim)
 
 
 def _has_values(x: Any) -> bool:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+from batchnorm.errors import StateError
 from batchnorm.monitor.drift import MIN_SAMPLES, ChannelDrift, LayerDrift
 from batchnorm.monitor.saturation import SLOPE, ActivationUse
 from batchnorm.report import Document, Plot, Result, Section, Series, Table
 from batchnorm.report.document import Tone
 from batchnorm.report.result import finite_or_none
 
-__all__ = ["WatchResult"]
+__all__ = ["Verdict", "WatchResult"]
+
+Verdict: TypeAlias = Literal["as stored", "drifted", "not judged"]
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,40 @@ class WatchResult(Result):
         saturation: one entry an activation (sigmoid, tanh, ReLU and their hard versions), in the order of their calls.
         tolerance: the distance that is no drift, in stored standard deviations.
         level: probability that anything is flagged though the data is what it was.
+        every: of the calls of the model every so many-th was looked at.
+        window: how many samples count at most, the last ones; None for all.
+        notes: what the numbers do not say, as sentences.
     """
 
     layers: tuple[LayerDrift, ...]
     saturation: tuple[ActivationUse, ...]
     tolerance: float
     level: float
+    every: int = 1
+    window: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """``"drifted"`` if a norm is flagged, ``"as stored"`` if one could be judged, else ``"not judged"``."""
+        if any(layer.flagged for layer in self.layers):
+            return "drifted"
+        return "as stored" if any(layer.status == "as stored" for layer in self.layers) else "not judged"
 
     @property
     def drifted(self) -> bool:
-        """Whether any norm is flagged."""
-        return any(layer.drifted for layer in self.layers)
+        """Whether any norm is flagged. That none is, is an answer only if something was seen.
+
+        Raises:
+            StateError: no norm met enough samples to be judged, so that there is no answer; :attr:`verdict` says so
+                without an error.
+        """
+        if self.verdict == "not judged":
+            raise StateError(
+                f"watch: whether the data drifted is not known. {self._summary()[0]} Let the watched model meet more "
+                "samples first; result.verdict can be asked at any time."
+            )
+        return self.verdict == "drifted"
 
     @property
     def samples(self) -> int:
@@ -91,7 +117,7 @@ class WatchResult(Result):
             f"deviations σ, noise taken off. Flagged where its lower bound exceeds {self.tolerance:g}. Effective: "
             "number of independent values behind a channel's mean. Detectable: about the smallest distance that this "
             "stream would have been flagged for.",
-            tones={i: "bad" for i, layer in enumerate(self.layers) if layer.drifted},
+            tones={i: "bad" for i, layer in enumerate(self.layers) if layer.flagged},
         )
 
     def _plot(self, judged: Sequence[LayerDrift]) -> Plot:
@@ -109,16 +135,20 @@ class WatchResult(Result):
     def to_dict(self) -> dict[str, Any]:
         """Return the result as numbers, strings, lists and dicts only; what is not known or not finite is None."""
         return {
-            "drifted": self.drifted,
+            "verdict": self.verdict,
+            "drifted": None if self.verdict == "not judged" else self.drifted,
             "samples": self.samples,
             "tolerance": self.tolerance,
             "level": self.level,
+            "every": self.every,
+            "window": self.window,
+            "notes": list(self.notes),
             "summary": self._summary()[0],
             "layers": [
                 {
                     "name": layer.name,
                     "status": layer.status,
-                    "drifted": layer.drifted,
+                    "flagged": layer.flagged,
                     "samples": layer.samples,
                     "nonfinite_samples": layer.nonfinite,
                     "effective_values": finite_or_none(layer.effective),

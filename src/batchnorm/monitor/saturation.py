@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from batchnorm.graph.rounding import float64_device
+from batchnorm.monitor.positions import parts
+from batchnorm.monitor.stream import PANES
 
 __all__ = ["SLOPE", "Activation", "ActivationStream", "ActivationUse", "activation_of"]
 
@@ -90,10 +94,10 @@ class ActivationUse:
         name: of the module that called it; with ``#2`` when it is not that module's first call of the function.
         kind: which function.
         units: number of channels, or of features.
-        values: number of pre-activations seen.
+        values: number of pre-activations seen; of large feature maps a part.
         saturated: share of them in the saturated range; None behind a ReLU.
-        stuck: units that were saturated at every value; None behind a ReLU.
-        dead: units that never fired, at no sample and no position; None behind others than a ReLU.
+        stuck: units that were saturated at every value seen; None behind a ReLU.
+        dead: units that fired at no value seen; None behind others than a ReLU.
     """
 
     name: str
@@ -105,29 +109,77 @@ class ActivationUse:
     dead: tuple[int, ...] | None
 
 
-class ActivationStream:
-    """Everything that one activation has met since the watch began."""
+@dataclass
+class _Pane:
+    """What a stretch of the stream has shown: for each unit how many values were saturated, or whether it fired."""
 
-    def __init__(self, name: str, activation: Activation, units: int, device: torch.device) -> None:
+    count: Tensor
+    values: int = 0  # looked at, per unit
+    fired: bool = False  # all units have
+
+
+class ActivationStream:
+    """What one activation has met, all of it or the last so many samples. Several threads may add to it at once.
+
+    Args:
+        name: of the module that calls it.
+        activation: which function.
+        units: how many.
+        device: where the pre-activations are.
+        window: how many samples count, the last ones; None for all. They are forgotten a quarter at a time.
+    """
+
+    def __init__(
+        self, name: str, activation: Activation, units: int, device: torch.device, window: int | None = None
+    ) -> None:
         self.name = name
         self.activation = activation
         self.units = units
-        self.values_per_unit = 0
+        self._step = None if window is None else max(1, window // PANES)
+        self._samples = 0
+        self._lock = threading.RLock()
         # float64 counts exactly up to 2^53; behind a ReLU whether the unit has fired
-        count_type = torch.bool if activation.rectifies else torch.float64
-        self.count = torch.zeros(units, dtype=count_type, device=float64_device(device))
+        kind = torch.bool if activation.rectifies else torch.float64
+        self._nothing = torch.zeros(units, dtype=kind, device=float64_device(device))
+        self._panes: dict[int, _Pane] = {0: _Pane(self._nothing)}
 
     def add(self, z: Tensor, unit_dim: int) -> None:
-        """Add the pre-activations of one call. A value that is NaN counts as fired, and as not saturated."""
-        others = [d for d in range(z.dim()) if d != unit_dim % z.dim()]
-        self.values_per_unit += z.numel() // max(self.units, 1)
+        """Add the pre-activations of one call. A value that is NaN counts as fired, and as not saturated.
+
+        Of large feature maps some rows are looked at (see :mod:`batchnorm.monitor.positions`); behind a ReLU nothing
+        any more once all units have fired.
+        """
         if z.numel() == 0:
             return
-        if self.activation.rectifies:
-            fired = ~((z.amax(others) if others else z) <= 0)
-            self.count = self.count | fired.to(self.count.device)
-        else:
-            self.count = self.count + self._saturated(z, others).to(self.count.device).double()
+        unit_dim %= z.dim()
+        with self._lock:
+            first, pane = self._samples, self._pane()
+            self._samples += 1 if unit_dim == 0 else z.shape[0]
+        seen = parts(z, first) if unit_dim == 1 else [z]
+        found: list[Tensor] = []
+        if not pane.fired:
+            found = [self._of(part, [d for d in range(part.dim()) if d != unit_dim]) for part in seen]
+        with self._lock:
+            pane.values += sum(part.numel() for part in seen) // self.units
+            for each in found:
+                each = each.to(pane.count.device)
+                pane.count = pane.count | each if self.activation.rectifies else pane.count + each.double()
+            if found and self.activation.rectifies and z.device.type == "cpu":  # elsewhere one would have to wait
+                pane.fired = bool(pane.count.all())
+
+    def _of(self, z: Tensor, others: list[int]) -> Tensor:
+        """Return of each unit how many values are saturated, or behind a ReLU whether it fires."""
+        if not self.activation.rectifies:
+            return self._saturated(z, others)
+        return ~((z.amax(others) if others else z) <= 0)
+
+    def _pane(self) -> _Pane:
+        index = 0 if self._step is None else self._samples // self._step
+        if index not in self._panes:
+            self._panes[index] = _Pane(self._nothing)
+            for old in [i for i in self._panes if i <= index - PANES]:
+                del self._panes[old]
+        return self._panes[index]
 
     def _saturated(self, z: Tensor, others: list[int]) -> Tensor:
         """Return the number of saturated values of each unit."""
@@ -143,10 +195,15 @@ class ActivationStream:
 
     def result(self) -> ActivationUse:
         """Return what has been counted."""
-        values = self.values_per_unit * self.units
+        with self._lock:
+            panes = [(pane.count, pane.values) for pane in self._panes.values()]
+        per_unit = sum(values for _, values in panes)
+        values = per_unit * self.units
         if self.activation.rectifies:
-            dead = tuple((~self.count).nonzero().flatten().tolist()) if values else ()
+            fired = reduce(torch.logical_or, (count for count, _ in panes))
+            dead = tuple((~fired).nonzero().flatten().tolist()) if values else ()
             return ActivationUse(self.name, self.activation.kind, self.units, values, None, None, dead)
-        stuck = tuple((self.count == self.values_per_unit).nonzero().flatten().tolist()) if values else ()
-        share = float(self.count.sum()) / values if values else None
+        total = reduce(torch.add, (count for count, _ in panes))
+        stuck = tuple((total == per_unit).nonzero().flatten().tolist()) if values else ()
+        share = float(total.sum()) / values if values else None
         return ActivationUse(self.name, self.activation.kind, self.units, values, share, stuck, None)

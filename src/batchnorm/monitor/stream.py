@@ -8,30 +8,47 @@ them is read off from how they scatter from sample to sample.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from batchnorm.graph.rounding import float64_device
-from batchnorm.moments import Moments, expand_mask
+from batchnorm.moments import Moments
+from batchnorm.monitor.positions import looked_at
+from batchnorm.monitor.samples import sample_statistics, samples_in
 
-__all__ = ["GROUPS", "LayerStream", "Reference", "SampleMoments", "sample_statistics"]
+__all__ = ["GROUPS", "PANES", "LayerStream", "Reference", "SampleMoments"]
 
 GROUPS = 16
 """Sample i of a stream falls into group i mod 16, however the stream is cut into batches."""
 
-_WAITING = 2**17
+PANES = 4
+"""A window moves on in so many steps, each of one pane of samples."""
+
+_WAITING = 2**16
 """How many numbers of a layer wait to be summed up together."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The stored statistics that a stream is compared with: float64, shape (C,); ``eps`` in units of the variance."""
+    """The statistics that a stream is compared with: float64, shape (C,).
+
+    Attributes:
+        mean: μ.
+        variance: σ².
+        eps: in units of the variance.
+        mean_error: standard error of the mean; None where it is not known.
+        variance_error: likewise of the variance.
+    """
 
     mean: Tensor
     variance: Tensor
     eps: float
+    mean_error: Tensor | None = None
+    variance_error: Tensor | None = None
 
     @classmethod
     def of(cls, mean: Tensor, variance: Tensor, eps: float) -> Reference:
@@ -108,92 +125,107 @@ class SampleMoments:
 
 
 def _split(moments: Moments, groups: int) -> list[Moments]:
-    parts = (t.reshape(groups, -1).unbind(0) for t in (moments.count, moments.mean, moments.m2))
-    return [Moments(*each) for each in zip(*parts, strict=True)]
+    rows = (t.reshape(groups, -1).unbind(0) for t in (moments.count, moments.mean, moments.m2))
+    return [Moments(*each) for each in zip(*rows, strict=True)]
 
 
-def sample_statistics(x: Tensor, mask: Tensor | None = None, samples: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each sample in each channel: float64, shape (N, C).
+@dataclass(frozen=True)
+class _Pane:
+    """What a stretch of the stream has shown."""
 
-    Two passes, so that a mean far above the spread costs no digits. A variance of single values is 0.
-
-    Args:
-        x: (N, C) or (N, C, *space), floating point, not empty.
-        mask: True where a position counts; samples without such a position are left out.
-        samples: how many samples the rows of ``x`` stem from, if fewer than rows: a model may fold time steps or boxes
-            into the first dimension, sample by sample, and rows of one sample are no more independent than positions.
-    """
-    x = x.detach()
-    home = float64_device(x.device)
-    if x.dtype.itemsize < 4:
-        x = x.float()
-    rows, channels = x.shape[:2]
-    groups = samples if samples and rows > samples and rows % samples == 0 else rows
-    if x.dim() == 2 and groups == rows and mask is None:
-        values = x.to(home).double()
-        return values, torch.zeros_like(values)
-    shape = (groups, rows // groups, channels, -1)
-    space = x.reshape(shape)
-    if mask is None:
-        mean = space.mean((1, 3), keepdim=True)
-        variance = (space - mean).square_().mean((1, 3))
-        return mean.reshape(groups, channels).to(home).double(), variance.to(home).double()
-    valid = expand_mask(mask, x, 1).reshape(shape)
-    count = valid.sum((1, 3), keepdim=True)
-    mean = torch.where(valid, space, 0.0).sum((1, 3), keepdim=True) / count
-    variance = torch.where(valid, space - mean, 0.0).square_().sum((1, 3), keepdim=True) / count
-    seen = (count > 0).reshape(groups, channels).all(1)
-    mean, variance = (t.reshape(groups, channels)[seen].to(home).double() for t in (mean, variance))
-    return mean, variance
+    moments: SampleMoments
+    nonfinite: Tensor
 
 
 class LayerStream:
-    """Everything that one norm has met since the watch began."""
+    """What one norm has met, all of it or the last so many samples. Several threads may add to it at once.
 
-    def __init__(self, name: str, reference: Reference) -> None:
+    Args:
+        name: of the norm.
+        reference: what the stream is compared with.
+        window: how many samples count, the last ones; None for all. They are forgotten a quarter at a time.
+    """
+
+    def __init__(self, name: str, reference: Reference, window: int | None = None) -> None:
         self.name = name
         self.reference = reference
-        self.samples = 0  # each counted once, also where the norm is called several times in one forward
         self.calls = 0
-        self.values = 0  # per channel, masked positions included
-        self._moments = SampleMoments.zero(reference.mean.numel(), reference.mean.device)
-        self._nonfinite = torch.zeros((), dtype=torch.int64, device=reference.mean.device)
-        self._first = 0
+        self._step = None if window is None else max(1, window // PANES)
+        self._lock = threading.RLock()
+        self._total = 0  # samples, each counted once, also where the norm is called several times in one forward
+        self._values = 0  # looked at, per channel, masked positions included
+        self._panes: dict[int, _Pane] = {}
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._numbers = 0
 
-    def add(self, x: Tensor, mask: Tensor | None = None, *, samples: int | None = None, again: bool = False) -> None:
-        """Add the input of one call.
+    def add(
+        self, x: Tensor, mask: Tensor | None = None, *, samples: int | None = None, first: int | None = None
+    ) -> int:
+        """Add the input of one call, and return the number of its first sample.
 
         Args:
             x: the input.
             mask: True where a position counts.
             samples: how many samples the model was given, where that is known.
-            again: this forward has called the norm before, so these are the same samples once more.
+            first: what this returned for an earlier call in the same forward, of the same samples; None if there was
+                none.
         """
         if x.numel() == 0:
-            return
-        mean, variance = sample_statistics(x, mask, samples)
+            return self._total if first is None else first
+        if mask is not None:  # how many samples it leaves is known only then
+            statistics = sample_statistics(x, mask, samples)
+            first = self._reserve(len(statistics[0]), first)
+        else:
+            first = self._reserve(samples_in(x, samples), first)
+            statistics = sample_statistics(x, None, samples, first)
         home = self.reference.mean.device
-        self._first = self._first if again else self.samples
-        number = torch.arange(self._first, self._first + len(mean), device=home)
-        self._waiting.append((mean.to(home), variance.to(home), number))
-        self.calls += 1
-        self.values += x.numel() // x.shape[1]
-        self.samples = max(self.samples, self._first + len(mean))
-        if sum(part[0].numel() for part in self._waiting) > _WAITING:
-            self._settle()
+        mean, variance = (t.to(home) for t in statistics)
+        number = torch.arange(first, first + len(mean), device=home)
+        with self._lock:
+            self._waiting.append((mean, variance, number))
+            self.calls += 1
+            self._values += len(x) * looked_at(tuple(x.shape))
+            self._numbers += mean.numel()
+            if self._numbers > _WAITING:
+                self._settle()
+        return first
+
+    def _reserve(self, count: int, first: int | None) -> int:
+        """Return the number of the first of so many samples, which are new or were met before."""
+        with self._lock:
+            first = self._total if first is None else first
+            self._total = max(self._total, first + count)
+            return first
+
+    def _oldest(self) -> int:
+        """Return the first pane that counts still."""
+        return 0 if self._step is None else max(0, (self._total - 1) // self._step - PANES + 1)
+
+    @property
+    def samples(self) -> int:
+        """How many samples count."""
+        return self._total - self._oldest() * (self._step or 0)
+
+    @property
+    def values(self) -> int:
+        """How many values of a channel have been looked at, of the samples that count."""
+        return self._values if self._step is None else round(self._values * self.samples / max(self._total, 1))
 
     @property
     def moments(self) -> SampleMoments:
-        """The moments of all samples so far."""
-        self._settle()
-        return self._moments
+        """The moments of the samples that count."""
+        with self._lock:
+            self._settle()
+            panes = [pane for index, pane in self._panes.items() if index >= self._oldest()]
+        empty = SampleMoments.zero(self.reference.mean.numel(), self.reference.mean.device)
+        return reduce(SampleMoments.merge, (pane.moments for pane in panes), empty)
 
     @property
     def nonfinite(self) -> int:
-        """How many samples held NaN or infinity in some channel."""
-        self._settle()
-        return int(self._nonfinite)
+        """How many of the samples that count held NaN or infinity in some channel."""
+        with self._lock:
+            self._settle()
+            return sum(int(pane.nonfinite) for index, pane in self._panes.items() if index >= self._oldest())
 
     def _settle(self) -> None:
         """Sum up what waits. Small batches wait for each other: summing up costs more than they do."""
@@ -201,7 +233,24 @@ class LayerStream:
             return
         mean, variance, number = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting.clear()
+        self._numbers = 0
         unit = self.reference.std
         a, b = (mean - self.reference.mean) / unit, variance / unit.square()
-        self._moments = self._moments + SampleMoments.of(a, b, number)
-        self._nonfinite = self._nonfinite + (~(torch.isfinite(a) & torch.isfinite(b))).any(1).sum()
+        if self._step is None:
+            self._put(0, a, b, number)
+            return
+        pane = number // self._step
+        for index in range(max(int(pane.min()), self._oldest()), int(pane.max()) + 1):
+            there = pane == index
+            if bool(there.any()):
+                self._put(index, a[there], b[there], number[there])
+        for index in [index for index in self._panes if index < self._oldest()]:
+            del self._panes[index]
+
+    def _put(self, index: int, a: Tensor, b: Tensor, number: Tensor) -> None:
+        new = SampleMoments.of(a, b, number)
+        nonfinite = (~(torch.isfinite(a) & torch.isfinite(b))).any(1).sum()
+        known = self._panes.get(index)
+        self._panes[index] = (
+            _Pane(new, nonfinite) if known is None else _Pane(known.moments.merge(new), known.nonfinite + nonfinite)
+        )

@@ -8,22 +8,33 @@ from types import TracebackType
 
 from torch.nn import Module
 
-from batchnorm.errors import ShapeError, StateError
-from batchnorm.monitor.drift import judge
-from batchnorm.monitor.observe import Observations, keeps_statistics, observed
+from batchnorm.errors import ArgumentTypeError, ShapeError, StateError
+from batchnorm.monitor.drift import LayerDrift, judge
+from batchnorm.monitor.observe import Observations, Observer
+from batchnorm.monitor.references import Comparable, from_buffers, from_population, keeps_statistics
 from batchnorm.monitor.result import WatchResult
-from batchnorm.monitor.stream import LayerStream
+from batchnorm.monitor.stream import PANES, LayerStream
+from batchnorm.nn.frozen import state_of
 from batchnorm.nn.require import require_module
 from batchnorm.nn.select import NormModule, select_norms
+from batchnorm.statistics.population import Population
 
 __all__ = ["Watch", "WatchResult", "watch"]
 
 TOLERANCE = 0.1
 LEVEL = 0.01
+_SMALLEST_WINDOW = 32
 
 
 def watch(
-    model: Module, *, names: str | Sequence[str] | None = None, tolerance: float = TOLERANCE, level: float = LEVEL
+    model: Module,
+    *,
+    names: str | Sequence[str] | None = None,
+    reference: Population | None = None,
+    every: int = 1,
+    window: int | None = None,
+    tolerance: float = TOLERANCE,
+    level: float = LEVEL,
 ) -> Watch:
     r"""Compare what each norm of a model meets with what it has stored, while a context lasts.
 
@@ -46,9 +57,19 @@ def watch(
     The model, its outputs, its buffers and its gradients are not touched: norms may be in eval or in batch mode (there
     they are compared with what was stored when the watch began), with or without autograd. Norms are recognized by
     their buffers: torch's, this library's, subclasses, scripted ones, and batch norm functions that are given buffers
-    registered in the model. Only this thread's calls are seen. A compiled model runs eagerly meanwhile.
+    registered in the model.
 
-    It costs two passes over the input of each norm and one over that of each activation.
+    Calls in all threads are seen, those of servers with worker threads too, as far as they are calls of the model, or
+    of a module in it: ``model(x)``, ``model.features(x)``. What a method that is no module's call does with batch norm
+    *functions* is not seen. A compiled model runs eagerly while it is watched, in the calls that are passed over too.
+
+    In a service that never ends, ``window`` lets only the last samples count, so that what is new is not lost in what
+    was good before, and ``every`` looks at a part of the calls only, so that the others cost next to nothing.
+    Memory is bounded in any case: about 0.8 kB a channel, four times as much with a window, and half a megabyte a norm
+    for what waits to be summed up.
+
+    Of large feature maps some rows are looked at (see :mod:`batchnorm.monitor.positions`); the standard errors contain
+    what that leaves open. What it costs is measured by ``python -m benchmarks.watch``.
 
     Features that are hardly ever other than 0, or that have very heavy tails, need 100 samples or so: on fewer, streams
     are flagged more often than ``level`` says. What it finds on real pictures, and how often it is wrong, is measured
@@ -57,9 +78,19 @@ def watch(
     Args:
         model: any model with stored statistics.
         names: of norms, of modules that hold norms, or patterns; None for all.
+        reference: what the norms are compared with in place of their stored statistics: the population that
+            :func:`batchnorm.recalibrate` returned (``result.population``), or :meth:`Watch.population` of a watch over
+            data known to be good, or one of these read with ``Population.load``. For models whose stored statistics are
+            not those of their data, such as ones fine-tuned with frozen norms.
+        every: look at the first of every so many calls of the model.
+        window: let only the last so many samples count, at least 32; None for all. Samples leave it a quarter of the
+            window at a time, so that it holds between three quarters and the whole.
         tolerance: D that is no drift: 0.1 allows for what a moving average over small batches is off by.
         level: probability of flagging anything though the stream is what was stored and the distance is at the
-            tolerance; it is divided among the norms.
+            tolerance; it is divided among the norms. Without a window it is that of one look at the result: who looks
+            at a growing stream again and again gives chance a new draw each time. With a window it is that of one
+            window's worth of samples, however often the result is asked for meanwhile: each look is made at level/8,
+            for the four steps of a window, and twice that for the looks in between (Lévy's inequality).
 
     Returns:
         A context manager; its :meth:`~Watch.result` may be asked for inside and after the block.
@@ -67,7 +98,8 @@ def watch(
     Raises:
         StateError: the model has no norm with stored statistics, or none that has ever been updated.
         UnknownNameError: a name means no norm.
-        ShapeError: the tolerance or the level is out of range.
+        ShapeError: a number is out of range, or the reference is of another number of channels.
+        ArgumentTypeError: the reference is no population.
 
     Example:
         >>> import torch
@@ -89,7 +121,7 @@ def watch(
     Sources: Ioffe & Szegedy 2015, "Batch Normalization", §3.1, for what is stored; Heusel et al. 2017
     (arXiv 1706.08500) for the distance.
     """
-    return Watch(model, names=names, tolerance=tolerance, level=level)
+    return Watch(model, names=names, reference=reference, every=every, window=window, tolerance=tolerance, level=level)
 
 
 class Watch:
@@ -100,63 +132,117 @@ class Watch:
         model: Module,
         *,
         names: str | Sequence[str] | None = None,
+        reference: Population | None = None,
+        every: int = 1,
+        window: int | None = None,
         tolerance: float = TOLERANCE,
         level: float = LEVEL,
     ) -> None:
         require_module("watch", model)
-        if not 0 < tolerance < float("inf"):
-            raise ShapeError(f"watch: tolerance={tolerance}: expected a positive number of standard deviations.")
-        if not 0 < level < 0.5:
-            raise ShapeError(f"watch: level={level}: expected a probability above 0 and below 0.5.")
+        _check_numbers(every, window, tolerance, level)
+        if reference is not None and not isinstance(reference, Population):
+            raise ArgumentTypeError(
+                f"watch: reference: expected a Population, as recalibrate(model, batches).population or "
+                f"Population.load(path); got {type(reference).__name__}."
+            )
         self._model = model
         self._norms = select_norms(model, names)
-        self._functional = names is None
-        self._tolerance = tolerance
-        self._level = level
-        _check_statistics(model, self._norms, self._functional)
-        self._seen = Observations(self._norms)
+        self._tolerance, self._level = tolerance, level
+        functional = names is None
+        if reference is None:
+            _check_statistics(model, self._norms, functional)
+            known = from_buffers(self._norms)
+        else:
+            known = from_population(model, self._norms, reference)
+            functional = False
+        self._known: Comparable = known
+        norms = {name: norm for name, norm in self._norms.items() if name in known.references}
+        self._by_buffers = reference is None
+        self._seen = Observations(known.references, window, every)
+        self._observer = Observer(model, norms, known.places, self._seen, functional=functional)
         self._open: ExitStack | None = None
 
     def __enter__(self) -> Watch:
-        """Begin to watch this thread's calls of the model."""
+        """Begin to watch the calls of the model, in all threads."""
         if self._open is not None:
             raise StateError("watch: this watch is running already; make a second one with batchnorm.watch(model).")
         stack = ExitStack()
-        stack.enter_context(observed(self._model, self._norms, self._seen, functional=self._functional))
+        stack.enter_context(self._observer.watching())
         self._open = stack
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop watching; nothing is left behind in the model or in torch."""
+        """Stop watching; nothing is left behind in the model or in torch.
+
+        A call that is still running in another thread ends unwatched; the last hook goes with it.
+        """
         assert self._open is not None
         stack, self._open = self._open, None
         stack.close()
 
+    def reset(self) -> None:
+        """Forget all that has been seen, and begin anew; what it is compared with stays."""
+        self._seen.clear()
+
     def result(self) -> WatchResult:
-        """Return what has been seen so far.
+        """Return what has been seen so far; other threads may go on calling the model meanwhile.
 
         Raises:
             StateError: a model without norm modules called no batch norm function with buffers of its own either.
         """
-        if not self._norms and not self._seen.layers:
+        if not self._norms and not self._seen.layers and self._by_buffers:
             raise StateError(_NO_NORM.format(type(self._model).__name__))
+        layers, activations = dict(self._seen.layers), list(self._seen.activations.values())
         uncalled = [
-            LayerStream(name, reference)
-            for name, reference in self._seen.references.items()
-            if name not in self._seen.layers
+            LayerStream(name, reference) for name, reference in self._seen.references.items() if name not in layers
         ]
-        streams = [*self._seen.layers.values(), *uncalled]
-        called = max(len(self._seen.layers), 1)
-        layers = [judge(s, tolerance=self._tolerance, level=self._level / called) for s in streams]
-        activations = tuple(stream.result() for stream in self._seen.activations.values())
-        return WatchResult(tuple(layers), activations, self._tolerance, self._level)
+        window = self._seen.window
+        level = self._level / max(len(layers), 1) / (1 if window is None else 2 * PANES)
+        judged = tuple(judge(s, tolerance=self._tolerance, level=level) for s in (*layers.values(), *uncalled))
+        return WatchResult(
+            judged,
+            tuple(stream.result() for stream in activations),
+            self._tolerance,
+            self._level,
+            every=self._seen.every,
+            window=window,
+            notes=self._notes(judged),
+        )
+
+    def _notes(self, layers: Sequence[LayerDrift]) -> tuple[str, ...]:
+        notes = []
+        frozen = [name for name, norm in self._norms.items() if state_of(norm).statistics]
+        if self._by_buffers and any(layer.flagged and layer.name in frozen for layer in layers):
+            notes.append(
+                f"{len(frozen)} of {len(self._norms)} norms are frozen: what they have stored is the data of before "
+                "the freeze. If the model was trained on other data since, compare with a population of those: "
+                "watch(model, reference=population)."
+            )
+        if self._known.refused:
+            first = next(iter(self._known.refused.values()))
+            notes.append(f"Not compared: {len(self._known.refused)} of the reference; {first}")
+        return tuple(notes)
+
+
+def _check_numbers(every: int, window: int | None, tolerance: float, level: float) -> None:
+    if not 0 < tolerance < float("inf"):
+        raise ShapeError(f"watch: tolerance={tolerance}: expected a positive number of standard deviations.")
+    if not 0 < level < 0.5:
+        raise ShapeError(f"watch: level={level}: expected a probability above 0 and below 0.5.")
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ShapeError(f"watch: every={every}: expected a whole number of calls, 1 or more.")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < _SMALLEST_WINDOW):
+        raise ShapeError(
+            f"watch: window={window}: expected a whole number of samples, {_SMALLEST_WINDOW} or more, or None for all."
+        )
 
 
 _NO_NORM = (
     "watch: {} has no batch norm with stored statistics; there is nothing to compare the data with. "
-    "Watch a model that has norms with track_running_stats=True, before they are folded."
+    "Watch a model that has norms with track_running_stats=True; a folded one beside the population of its data: "
+    "watch(model, reference=population)."
 )
 
 
