@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from batchnorm.harmless import harmless
+
 __all__ = [
     "ArgumentTypeError",
     "BatchError",
@@ -27,6 +29,10 @@ __all__ = [
 
 class BatchNormError(Exception):
     """Base of every error of this library; catching it catches them all."""
+
+    def __str__(self) -> str:
+        """Return the message, in which names of layers and of what is in files may stand."""
+        return harmless(super().__str__(), lines=True)
 
 
 class ShapeError(BatchNormError, ValueError):
@@ -66,7 +72,7 @@ class UnknownNameError(BatchNormError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the message's repr
         """Return the message itself."""
-        return str(self.args[0]) if self.args else ""
+        return harmless(str(self.args[0]), lines=True) if self.args else ""
 
 
 class VerificationError(BatchNormError, ArithmeticError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
@@ -54,6 +55,12 @@ def _descriptor(rule: type[Rule]) -> dict[str, Any]:
     }
 
 
+def _plain(text: str) -> str:
+    """Return a text without links and places for arguments, which a message has (3.11.5, 3.11.6)."""
+    text = re.sub(r"\{(\d+)\}", r"{{\1}}", text)
+    return re.sub(r"([\\\[\]])", r"\\\1", text) if "](" in text else text
+
+
 def _flowing(text: str) -> str:
     return " ".join(text.split())
 
@@ -79,7 +86,7 @@ def _result(finding: Finding, rule_index: int, model: str, source: str | None) -
         "ruleId": finding.code,
         "ruleIndex": rule_index,
         "level": "warning",
-        "message": {"text": f"{finding.layer or model}: {finding.message}"},
+        "message": {"text": _plain(f"{finding.layer or model}: {finding.message}")},
         "locations": [location],
         "partialFingerprints": {"layer/v1": fingerprint},
         "properties": properties,

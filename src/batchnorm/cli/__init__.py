@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,36 +14,57 @@ import typer
 from batchnorm.cli.app import app
 from batchnorm.cli.errors import one_line, reason
 from batchnorm.errors import BatchNormError
+from batchnorm.harmless import harmless
 
 __all__ = ["main"]
 
 ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+READER_LEFT = 141  # 128 + SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code.
 
     0: done. 1: done, and the answer is no (findings, drift). 2: an error, told in one sentence on stderr, with nothing
-    on stdout and no file changed. 130: interrupted.
+    on stdout and no file changed. 130: interrupted. 141: who read stdout left before the end; the files are written.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a sign that the terminal lacks is no reason to fail
     try:
         code = app(args=arguments, prog_name="batchnorm", standalone_mode=False) or 0
         sys.stdout.flush()
+    except BrokenPipeError:
+        code = _reader_left()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
         if "--debug" in arguments:
-            traceback.print_exc()
+            print(harmless(traceback.format_exc(), lines=True), end="", file=sys.stderr)
         complain(_sentence(error))
         code = ERROR
     if code == INTERRUPTED:
         complain("interrupted; every file is as it was, or complete.")
     sys.exit(code)
+
+
+def _replace_closed_streams() -> None:
+    """Let what goes to a stream that is closed (``>&-``) go nowhere: Python has None in its place."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - for the rest of the process
+
+
+def _reader_left() -> int:
+    """Let what is still to be printed go nowhere, so that Python does not complain about it at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    return READER_LEFT
 
 
 def complain(sentence: str) -> None:

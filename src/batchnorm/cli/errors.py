@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from batchnorm.errors import BatchNormError
+from batchnorm.harmless import harmless
 
 __all__ = ["CommandError", "one_line", "reason"]
 
@@ -21,7 +22,7 @@ def one_line(text: str) -> str:
     >>> one_line("layer1.bn: got 1 value\n  Use a larger batch")
     'layer1.bn: got 1 value Use a larger batch.'
     """
-    line = re.sub(r"\s+", " ", text).strip().replace("?.", "?")
+    line = harmless(re.sub(r"\s+", " ", text).strip()).replace("?.", "?")
     if len(line) > _LONGEST:
         line = line[:_LONGEST].rstrip() + " …"
     return line if line.endswith((".", "!", "?", "…")) else f"{line}."

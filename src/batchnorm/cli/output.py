@@ -15,6 +15,7 @@ from batchnorm.cli.errors import CommandError, reason
 from batchnorm.errors import BatchNormError
 from batchnorm.files.failures import system_error
 from batchnorm.files.replace import Together, is_same, together
+from batchnorm.harmless import harmless
 from batchnorm.report.result import Result, finite_or_none
 
 __all__ = [
@@ -31,12 +32,13 @@ __all__ = [
     "writing",
 ]
 
+_USUAL, _NARROWEST = 120, 20
 STATE_SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
 def note(text: str) -> None:
     """Tell the user something beside the result, on stderr."""
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {harmless(text)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -181,15 +183,20 @@ def publish(
 
 
 def print_result(result: Result) -> None:
-    """Print the tables: as wide as the terminal and coloured there, 120 columns of plain text elsewhere."""
+    """Print the tables: as wide as the terminal and coloured there; elsewhere plain text, of ``COLUMNS`` or 120."""
+    from batchnorm.report.text import render, to_text
+
     if not sys.stdout.isatty():
-        print(result)
+        print(to_text(result.document(), _columns()))
         return
     from rich.console import Console
 
-    from batchnorm.report.text import render
-
     Console().print(render(result.document()))
+
+
+def _columns() -> int:
+    told = os.environ.get("COLUMNS", "")
+    return max(int(told), _NARROWEST) if told.isascii() and told.isdigit() and int(told) else _USUAL
 
 
 def print_json(data: Any) -> None:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from batchnorm.files.replace import replacing
+from batchnorm.harmless import harmless_data
 from batchnorm.report.diagrams import mark, to_svg
 from batchnorm.report.document import Block, Cell, Document, Plot, Table
 from batchnorm.report.heatmap import strip
@@ -27,6 +28,7 @@ def to_html(document: Document) -> str:
 
     Plots are drawn where matplotlib is installed; without it their numbers are shown, and how to get the drawing.
     """
+    document = harmless_data(document)
     environment = Environment(
         loader=PackageLoader("batchnorm.report"),
         autoescape=True,

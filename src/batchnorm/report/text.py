@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from batchnorm.harmless import harmless_data
 from batchnorm.report.document import (
     Block,
     Cell,
@@ -50,7 +52,8 @@ def is_numeric(cells: Iterable[Cell]) -> bool:
 
 
 def render(document: Document) -> RenderableType:
-    """Return the document as a Rich renderable."""
+    """Return the document as a Rich renderable, in which no character and no markup of a name does anything."""
+    document = harmless_data(document)
     parts: list[RenderableType] = [Text(document.title, style="bold")]
     if document.summary:
         parts.append(Text(document.summary, style=_STYLE[document.tone]))
@@ -69,7 +72,7 @@ def _block(block: Block) -> RenderableType:
     if isinstance(block, Facts):
         grid = RichTable.grid(padding=(0, 2))
         for name, value in block.items:
-            grid.add_row(name, format_cell(value))
+            grid.add_row(Text(name), Text(format_cell(value)))
         return grid
     if isinstance(block, Table):
         return _table(block)
@@ -89,22 +92,28 @@ _MOST_SHADES = 48
 
 def _heat_map(block: HeatMap) -> RenderableType:
     """Return a row of shades for each row; the darkest is the limit."""
-    grid = RichTable(title=block.title or None, caption=block.caption or None, title_justify="left", box=None)
+    grid = _titled(block, box=None)
     grid.add_column("")
-    grid.add_column(f"full shade: {format_cell(block.limit)} {block.unit}".rstrip(), no_wrap=True)
+    grid.add_column(Text(f"full shade: {format_cell(block.limit)} {block.unit}".rstrip()), no_wrap=True)
     for index, (name, values) in enumerate(block.rows):
         style = _STYLE[block.tones.get(index, "plain")]
         grid.add_row(Text(name, style=style), Text(shades(values, block.limit, _MOST_SHADES), style=style))
     return grid
 
 
+def _titled(block: Table | HeatMap, **settings: Any) -> RichTable:
+    # Text(), so that brackets in a name are not read as markup, nor words between colons as signs
+    title = Text(block.title, style="table.title") if block.title else None
+    caption = Text(block.caption, style="table.caption") if block.caption else None
+    return RichTable(title=title, caption=caption, title_justify="left", **settings)
+
+
 def _table(block: Table) -> RichTable:
-    table = RichTable(title=block.title or None, caption=block.caption or None, title_justify="left")
+    table = _titled(block)
     for index, column in enumerate(block.columns):
         numeric = is_numeric(row[index] for row in block.rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
     for index, row in enumerate(block.rows):
-        # Text(), so that brackets in a layer's name are not read as markup
         cells = [Text(format_cell(cell)) for cell in row]
         table.add_row(*cells, style=_STYLE[block.tones.get(index, "plain")])
     return table
