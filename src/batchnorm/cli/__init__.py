@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TextIO
 
 import typer
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _replace_closed_streams()
+    stdout = sys.stdout
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a sign that the terminal lacks is no reason to fail
@@ -38,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = app(args=arguments, prog_name="batchnorm", standalone_mode=False) or 0
         sys.stdout.flush()
     except BrokenPipeError:
-        code = _reader_left()
+        code = _reader_left(stdout)
+    except SystemExit:
+        if sys.stdout is stdout:
+            raise
+        code = _reader_left(stdout)  # typer met the same, and would leave with 1, which means no here
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
@@ -58,11 +64,11 @@ def _replace_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - for the rest of the process
 
 
-def _reader_left() -> int:
+def _reader_left(stdout: TextIO) -> int:
     """Let what is still to be printed go nowhere, so that Python does not complain about it at the end."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, stdout.fileno())
         os.close(nowhere)
     return READER_LEFT
 

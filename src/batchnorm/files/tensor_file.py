@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from batchnorm.files.replace import replacing
 from batchnorm.files.tensor_memory import bytes_of
 
 __all__ = ["read_tensors", "write_tensors"]
+
+_KEY = "batchnorm"
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], about: str = "") -> None:
@@ -35,7 +39,9 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], about: s
     copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     with replacing(path) as fresh:
         try:
-            save_file(copies, fresh, {"format": kind, "about": about, "checksum": _checksum(copies, about)})
+            # one text: the library writes several in any order, and the file would never be the same twice
+            known = {"format": kind, "about": about, "checksum": _checksum(copies, about)}
+            save_file(copies, fresh, {_KEY: json.dumps(known)})
         except SafetensorError as error:  # what Rust makes of a disk that is full
             raise system_error(error, fresh) or OSError(f"{path} cannot be written ({error})") from error
 
@@ -55,7 +61,7 @@ def read_tensors(path: str | Path, kind: str, what: str) -> tuple[dict[str, Tens
 
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            metadata = _metadata(file.metadata() or {})
             known = metadata.get("format") == kind
             tensors = {key: file.get_tensor(key) for key in list(file.keys())} if known else {}
     except SafetensorError as error:
@@ -68,6 +74,15 @@ def read_tensors(path: str | Path, kind: str, what: str) -> tuple[dict[str, Tens
     if metadata.get("checksum") != _checksum(tensors, about):
         raise InputError(f"{path}: expected {what}; its contents have changed since. Write it again.")
     return tensors, about
+
+
+def _metadata(found: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return what was written beside the tensors: in one text, or in several before 0.1.0."""
+    try:
+        known = json.loads(found[_KEY]) if _KEY in found else found
+    except (ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, Mapping) and isinstance(known.get("about", ""), str) else {}
 
 
 def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:

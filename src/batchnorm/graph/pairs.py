@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, SyncBatchNorm
 
-from batchnorm.errors import StateError
+from batchnorm.errors import InputError, StateError
 from batchnorm.files.tensor_file import read_tensors, write_tensors
 from batchnorm.files.tensor_memory import bytes_of
 from batchnorm.graph.own_weights import ties
+from batchnorm.graph.pairs_data import read_about
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.stand_in_data import from_data, to_data
@@ -167,11 +168,19 @@ class Pairs:
             StateError: a norm is of a class that is not torch's, and ``like`` has none in its place.
         """
         tensors, text = read_tensors(path, _FORMAT, "the pairs of a fold, which FoldResult.save_pairs writes")
-        about = json.loads(text)
+        about = read_about(path, text, tensors)
         parameters = {key.removeprefix("parameters/"): t for key, t in tensors.items() if key.startswith("parameters/")}
-        built = {name: _build(name, settings, tensors, like) for name, settings in about["norms"].items()}
+        try:
+            built = {name: _build(name, settings, tensors, like) for name, settings in about["norms"].items()}
+            stays = {name: from_data(parts) for name, parts in about["stays"].items()}
+        except StateError:
+            raise
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:  # of torch's own layers
+            raise InputError(
+                f"{path}: expected the pairs of a fold, which FoldResult.save_pairs writes; a module in it cannot be "
+                f"built ({type(error).__name__})."
+            ) from error
         norms = {name: built[first] for name, first in about["same"].items()}
-        stays = {name: from_data(parts) for name, parts in about["stays"].items()}
         added = {name: tuple(shape) for name, shape in about["added"].items()}
         return cls(
             {**parameters, **dict.fromkeys(added)},
@@ -208,7 +217,8 @@ def _settings(norm: Module) -> dict[str, Any]:
 
 
 def _build(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], like: Module | None) -> Module:
-    state = {key.removeprefix(f"norms/{name}/"): t for key, t in tensors.items() if key.startswith(f"norms/{name}/")}
+    parts = {key.rpartition("/"): tensor for key, tensor in tensors.items()}
+    state = {key: tensor for (place, _, key), tensor in parts.items() if place == f"norms/{name}"}
     kind = _PLAIN.get(settings["class"].rpartition(".")[2])
     if kind is not None and settings["class"] == f"{kind.__module__}.{kind.__qualname__}":
         norm = kind(**{key: settings[key] for key in _SETTINGS})

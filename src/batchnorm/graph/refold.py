@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from batchnorm.errors import StateError
 from batchnorm.graph.own_weights import untie
 from batchnorm.graph.pairs import Pairs
+from batchnorm.graph.pairs_data import fitting
 from batchnorm.graph.parameters import find_tensor, put_parameter
 from batchnorm.graph.rewrite import Rewrite
 from batchnorm.nn.bordered import bordered
@@ -61,26 +62,27 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
     _require_original(model, known)
     target = model if inplace else copy_model("refold", model, "Change it in place: inplace=True.")
     on_failure(Structure(target).restore)
-    for name, shape in known.added.items():
-        module = target.get_submodule(name.rpartition(".")[0])
-        like = next(p for p in module._parameters.values() if p is not None)
-        put_parameter(target, name, Parameter(torch.zeros(shape).to(like), like.requires_grad))
-    untie(target, known.ties)
-    stand_ins: dict[int, Module] = {}
-    for name, stays in known.stays.items():
-        old = target.get_submodule(name)
-        stand_ins.setdefault(id(old), _like(stays.build(old), old))
-    for name, holder in known.moved.items():
-        activation = target.get_submodule(name)
-        layer = stand_ins[id(target.get_submodule(holder))]
-        layer.activation = activation
-        stand_ins.setdefault(id(activation), Identity().train(activation.training))
-    for name in known.bordered:
-        old = target.get_submodule(name)
-        conv = stand_ins.get(id(old), old)
-        assert isinstance(conv, _ConvNd)
-        stand_ins[id(old)] = bordered(conv, torch.zeros(conv.in_channels))
-    Rewrite().replace_by_id(target, stand_ins)
+    with fitting("refold"):
+        for name, shape in known.added.items():
+            module = target.get_submodule(name.rpartition(".")[0])
+            like = [p for p in module._parameters.values() if p is not None][0]  # noqa: RUF015 - an error of its own
+            put_parameter(target, name, Parameter(torch.zeros(shape).to(like), like.requires_grad))
+        untie(target, known.ties)
+        stand_ins: dict[int, Module] = {}
+        for name, stays in known.stays.items():
+            old = target.get_submodule(name)
+            stand_ins.setdefault(id(old), _like(stays.build(old), old))
+        for name, holder in known.moved.items():
+            activation = target.get_submodule(name)
+            layer = stand_ins[id(target.get_submodule(holder))]
+            layer.activation = activation
+            stand_ins.setdefault(id(activation), Identity().train(activation.training))
+        for name in known.bordered:
+            old = target.get_submodule(name)
+            conv = stand_ins.get(id(old), old)
+            assert isinstance(conv, _ConvNd)
+            stand_ins[id(old)] = bordered(conv, torch.zeros(conv.in_channels))
+        Rewrite().replace_by_id(target, stand_ins)
     return target
 
 

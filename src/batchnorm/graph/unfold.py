@@ -11,6 +11,7 @@ from torch.nn import Module, ModuleList, Parameter
 
 from batchnorm.errors import StateError
 from batchnorm.graph.pairs import Pairs, digest
+from batchnorm.graph.pairs_data import fitting
 from batchnorm.graph.parameters import find_tensor, put_parameter
 from batchnorm.nn.bordered import plain
 from batchnorm.nn.copying import copy_model
@@ -59,13 +60,14 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
     _require_folded(model, known)
     target = model if inplace else copy_model("unfold", model, "Unfold it in place: inplace=True.")
     on_failure(Structure(target).restore)
-    _put_modules_back(target, known)
-    for name, tensor in known.parameters.items():
-        now = find_tensor(target, name)
-        assert now is not None
-        new = None if tensor is None else Parameter(tensor.detach().to(now).clone(), now.requires_grad)
-        put_parameter(target, name, new)
-    _tie(target, known.ties)
+    with fitting("unfold"):
+        _put_modules_back(target, known)
+        for name, tensor in known.parameters.items():
+            now = find_tensor(target, name)
+            assert now is not None
+            new = None if tensor is None else Parameter(tensor.detach().to(now).clone(), now.requires_grad)
+            put_parameter(target, name, new)
+        _tie(target, known.ties)
     return target
 
 
@@ -103,6 +105,20 @@ def _require_folded(model: Module, pairs: Pairs) -> None:
     for name in pairs.norms:
         if not _has(lambda name=name: model.get_submodule(name)):  # type: ignore[misc]
             raise StateError(f"unfold: the model has no module {name}. Pass the one that was folded, or its like.")
+    places = {**{name: "convolution" for name in pairs.bordered if name not in pairs.norms},
+              **{f"{holder}.activation": "activation" for holder in pairs.moved.values()}}  # fmt: skip
+    for name, kind in places.items():
+        if not _has(lambda name=name: model.get_submodule(name)):  # type: ignore[misc]
+            raise StateError(f"unfold: the model has no {kind} {name}. Pass the one that was folded, or its like.")
+    for name, before in pairs.parameters.items():
+        if not _has(lambda name=name: find_tensor(model, name)):  # type: ignore[misc]
+            continue
+        now = find_tensor(model, name)
+        if now is not None and before is not None and before.shape != now.shape:
+            raise StateError(
+                f"unfold: expected {name} of shape {tuple(now.shape)}, which the model has; the pairs have it of "
+                f"{tuple(before.shape)}. Pass the pairs of this model's fold."
+            )
     for name, known in pairs.digests.items():
         if not _has(lambda name=name: find_tensor(model, name)):  # type: ignore[misc]
             raise StateError(f"unfold: the model has no parameter {name}. Pass the one that was folded, or its like.")

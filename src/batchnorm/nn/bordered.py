@@ -83,7 +83,9 @@ def bordered(conv: Module, border: Tensor) -> Module:
 
 def plain(conv: Module) -> Module:
     """Return the convolution that a bordered one stands for: the same parameters, padded with zeros."""
-    kind = next(cls for cls, other in _OF.items() if isinstance(conv, other))
+    kind = next((cls for cls, other in _OF.items() if isinstance(conv, other)), None)
+    if kind is None:
+        raise StateError(f"{type(conv).__name__} is no convolution that pads with a border.")
     twin = _as(conv, kind)
     del twin._buffers["border"]
     return twin

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from batchnorm.errors import InputError
 from batchnorm.files.tensor_file import read_tensors, write_tensors
 from batchnorm.moments import Moments
 
@@ -94,7 +95,23 @@ class Population:
         """
         tensors, _ = read_tensors(path, _FORMAT, "a population that Population.save wrote")
         names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
+        odd = next((name for name in names if not _is_layer(name, tensors)), None)
+        if odd is not None:
+            raise InputError(
+                f"{path}: expected a population that Population.save wrote; of {odd!r} it does not hold the six "
+                "tensors that belong to a norm, all but one of float64 and of one length."
+            )
         return cls({name: _layer(name, tensors) for name in names})
+
+
+def _is_layer(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    parts = [tensors.get(f"{name}/{part}") for part in _PARTS]
+    batches = tensors.get(f"{name}/batches")
+    shapes = {None if part is None or part.dtype != torch.float64 else tuple(part.shape) for part in parts}
+    is_whole = (
+        len(shapes) == 1 and None not in shapes and all(shape is not None and len(shape) == 1 for shape in shapes)
+    )
+    return is_whole and batches is not None and batches.shape == () and not batches.is_floating_point()
 
 
 def _layer(name: str, tensors: Mapping[str, Tensor]) -> LayerPopulation:
