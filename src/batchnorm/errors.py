@@ -84,6 +84,10 @@ def closest(name: str, known: Iterable[str]) -> str:
 
     >>> closest("layer1.bn", ["layer1.bn1", "stem.bn"])
     "; did you mean 'layer1.bn1'?"
+    >>> closest("4", ["module.1", "module.4"])
+    "; did you mean 'module.4'?"
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
+    every = list(known)
+    inside = [one for one in every if name and one.endswith(f".{name}")]  # of a model that is wrapped now
+    near = inside[:1] or difflib.get_close_matches(name, every, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

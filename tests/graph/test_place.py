@@ -456,3 +456,24 @@ def test_a_placed_model_can_be_copied_and_saved() -> None:
 def test_a_model_in_a_parallel_wrapper_gets_its_norms() -> None:
     result = place(nn.DataParallel(mlp()), torch.randn(4, 6))
     assert layers(result) == ["module.0", "module.2"]
+
+
+def test_a_frozen_model_that_would_learn_again_is_told() -> None:
+    model, x = mlp(), torch.randn(4, 6)
+    frozen = [w for w in place(model, x).warnings if "are frozen" in w]
+    assert not frozen
+    model.requires_grad_(False)
+    result = place(model, x)
+    assert "γ and β" in result.warnings[0]
+    assert "batchnorm.freeze(result.model)" in " ".join(str(result).split())
+    assert result.to_dict()["warnings"] == result.warnings
+    batchnorm.freeze(result.model)
+    assert not any(p.requires_grad for p in result.model.parameters())
+
+
+def test_biases_that_are_gone_are_told_to_code_outside_of_the_forward() -> None:
+    result = place(mlp(), torch.randn(4, 6))
+    assert result.dropped
+    assert any(w.startswith(f"{', '.join(result.dropped[:3])}: gone") for w in result.warnings)
+    unbiased = nn.Sequential(nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 2))
+    assert not place(unbiased, torch.randn(4, 6)).warnings

@@ -417,3 +417,15 @@ def test_torch_fx_keeps_a_frozen_norm_whole(kind: type[nn.Module]) -> None:
     assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1"]
     x = torch.randn(2, 3, 6, 6)
     assert torch.equal(graph(x), model(x))
+
+
+def test_a_container_is_frozen_if_all_its_norms_are() -> None:
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(2), nn.ReLU()), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    freeze(model, "0")
+    assert [is_frozen(module) for module in (model, model[0], model[1], model[2])] == [False, True, False, False]
+    freeze(model, "1", stats=False)
+    assert not is_frozen(model)
+    freeze(model)
+    assert is_frozen(model)
+    unfreeze(model, "0.0")
+    assert not is_frozen(model)

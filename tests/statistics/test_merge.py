@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from batchnorm.errors import (
     ArgumentTypeError,
@@ -201,6 +202,33 @@ def test_counters_become_the_largest() -> None:
     models = [network(5), network(1), network(8)]
     assert merge(models).model[1].num_batches_tracked == 18
     assert merge(models, [1, 1, 0]).model[1].num_batches_tracked == 15
+
+
+def test_averages_count_what_the_longest_counted() -> None:
+    averages = [AveragedModel(network(k)) for k in range(3)]
+    for k, average in enumerate(averages):
+        for _ in range(k + 1):
+            average.update_parameters(network(k))
+    assert merge(averages).model.n_averaged == 3
+    inside = [nn.Sequential(average) for average in averages]
+    assert merge(inside, [1, 1, 0]).model[0].n_averaged == 2
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrapped_models_are_read_without_the_prefix(prefix: str) -> None:
+    models = [network(k) for k in range(3)]
+    expected = bits(merge(models).model)
+    states = [{f"{prefix}{name}": value for name, value in m.state_dict().items()} for m in models]
+    assert bits(merge(states, model=models[0]).model) == expected
+    assert bits(merge([models[0], *states[1:]]).model) == expected
+    wrapped = {"module.": nn.DataParallel, "_orig_mod.": torch.compile}.get(prefix)
+    if wrapped is not None:
+        assert bits(merge([models[0], *map(wrapped, models[1:])]).model) == expected  # type: ignore[arg-type]
+        models[1][1].eps = 0.1
+        with pytest.raises(StateError, match=r"1: eps is 0\.1 in models\[1\]"):
+            merge([models[0], wrapped(models[1])])
+    with pytest.raises(UnknownNameError, match=r"holds 'module\.0\.weight'"):  # one name without it: it is none
+        merge([models[0], {"module.0.weight": torch.zeros(1), "x": torch.zeros(1)}])
 
 
 def test_a_model_with_weight_zero_has_no_part() -> None:

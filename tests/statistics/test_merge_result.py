@@ -69,3 +69,20 @@ def test_a_distance_without_any_variance_is_no_number() -> None:
 def test_the_page(result: MergeResult, tmp_path: Path) -> None:
     page = result.to_html(tmp_path / "merge.html").read_text()
     assert "largest share between" in page
+
+
+@pytest.mark.parametrize(
+    ("means", "said"),
+    [
+        ((0.0, 0.0), "up to 0% "),
+        ((0.0, 0.142), "up to 0.5% "),
+        ((0.0, 0.002), "up to 0.0001% "),
+        ((0, 200), "to 100% "),
+    ],
+)
+def test_the_advice_has_as_many_digits_as_the_share(means: tuple[float, float], said: str) -> None:
+    models = [nn.BatchNorm1d(1), nn.BatchNorm1d(1)]
+    for model, mean in zip(models, means, strict=True):
+        assert model.running_mean is not None
+        model.running_mean.fill_(mean)
+    assert said in merge(models).advice

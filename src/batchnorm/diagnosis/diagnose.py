@@ -20,8 +20,8 @@ from batchnorm.nn.calling import Forward, call_on_batch
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
 from batchnorm.nn.transaction import transaction
+from batchnorm.nn.unsynchronized import unsynchronized
 from batchnorm.report.progress import progress_bar
-from batchnorm.statistics.unsynchronized import unsynchronized
 
 __all__ = ["diagnose"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -88,7 +88,28 @@ def place(model: Module, example_inputs: Any, *, inplace: bool = False) -> Place
         for i, site in todo
         if i.layer not in failed
     ]
-    return PlaceResult(work, placed, left, editor.renamed, editor.dropped, note, editor.fresh_norms())
+    warnings = _warnings(work, placed, editor.dropped)
+    return PlaceResult(work, placed, left, editor.renamed, editor.dropped, note, warnings, editor.fresh_norms())
+
+
+def _warnings(model: Module, placed: Sequence[PlacedNorm], dropped: Sequence[str]) -> list[str]:
+    """Say what a placed model does otherwise that no run shows."""
+    new = {id(p) for one in placed for p in model.get_submodule(one.norm).parameters()}
+    others = [p for p in model.parameters() if id(p) not in new]
+    found = []
+    if new and others and not any(p.requires_grad for p in others):
+        found.append(
+            "All parameters of the model are frozen (requires_grad=False), and those of the new norms, γ and β, are "
+            "not: they would learn. Freeze them too if that is not meant: batchnorm.freeze(result.model)."
+        )
+    if dropped:
+        listed = ", ".join(dropped[:3]) + (", ..." if len(dropped) > 3 else "")
+        found.append(
+            f"{listed}: gone, and the layers have moved into a Sequential. The model's forward was seen to run; code "
+            "outside of it that reads a bias, or a layer's weight by its old name (initialization, weight decay, "
+            "export), was not, and would fail."
+        )
+    return found
 
 
 def _survey(model: Module, graph: Graph) -> tuple[list[tuple[Insertion, Site]], list[LeftSite]]:
@@ -224,6 +245,7 @@ class PlaceResult(Result):
         renamed: old state-dict keys with their new ones.
         dropped: old state-dict keys of the biases that are gone.
         note: why a training step fails on the example inputs, if the model is in training mode and one does.
+        warnings: what no run shows: a frozen model that learns again; what code outside ``forward`` would miss.
     """
 
     model: Module = field(repr=False)
@@ -232,6 +254,7 @@ class PlaceResult(Result):
     renamed: dict[str, str]
     dropped: list[str]
     note: str | None = None
+    warnings: list[str] = field(default_factory=list)
     _fresh: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def convert_state_dict(self, old: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,6 +276,8 @@ class PlaceResult(Result):
         sections = []
         if self.note:
             sections.append(Section("", [Paragraph(self.note, "bad")]))
+        if self.warnings:
+            sections.append(Section("", [Paragraph(warning) for warning in self.warnings]))
         if self.placed:
             rows = [(p.layer, p.norm, p.channels, p.activation, p.bias_dropped) for p in self.placed]
             table = Table(("layer", "norm", "channels", "before", "bias dropped"), rows)
@@ -274,4 +299,5 @@ class PlaceResult(Result):
             "renamed": dict(self.renamed),
             "dropped": list(self.dropped),
             "note": self.note,
+            "warnings": list(self.warnings),
         }

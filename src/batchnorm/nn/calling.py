@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from batchnorm.errors import ArgumentTypeError
+from batchnorm.nn.unsynchronized import unsynchronized
 
 __all__ = ["Forward", "below_autograd", "call_on_batch", "call_on_example", "compiled_modules_eager"]
 
@@ -43,13 +44,15 @@ def call_on_batch(model: Module, batch: Any) -> Any:
 def call_on_example(model: Module, example_inputs: Any) -> Any:
     """Call ``model`` on example inputs, as ``torch.export`` takes them.
 
-    A tensor is the only argument, a tuple or list holds positional arguments, a dict keyword arguments.
+    A tensor is the only argument, a tuple or list holds positional arguments, a dict keyword arguments. What other
+    processes do makes no difference: a model in DistributedDataParallel does not wait for them.
     """
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    return model(example_inputs)
+    with unsynchronized(model):
+        if isinstance(example_inputs, Mapping):
+            return model(**example_inputs)
+        if isinstance(example_inputs, tuple | list):
+            return model(*example_inputs)
+        return model(example_inputs)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ __all__ = ["FreezeResult", "FrozenLayer", "freeze", "is_frozen", "unfreeze"]
 
 
 def is_frozen(module: Module) -> bool:
-    """Return whether :func:`freeze` holds the statistics of ``module``.
+    """Return whether :func:`freeze` holds the statistics of ``module``; of a module with norms inside, those of all.
 
     >>> import torch
     >>> from batchnorm.nn.freeze import freeze, is_frozen
@@ -31,7 +31,8 @@ def is_frozen(module: Module) -> bool:
     >>> before, is_frozen(norm)
     (False, True)
     """
-    return state_of(module).statistics
+    norms = named_norms(module).values()
+    return all(state_of(norm).statistics for norm in norms) if norms else state_of(module).statistics
 
 
 @transaction("freeze")

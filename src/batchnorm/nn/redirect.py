@@ -26,7 +26,17 @@ from batchnorm.nn.calling import compiled_modules_eager
 from batchnorm.nn.require import require_module
 from batchnorm.nn.select import NormModule, listed, meant_by, named_norms, select_norms
 
-__all__ = ["AXES", "Rule", "norms_for", "original_of", "overlooked", "redirected", "set_aside", "shallow_copy"]
+__all__ = [
+    "AXES",
+    "Rule",
+    "norms_for",
+    "original_of",
+    "overlooked",
+    "redirected",
+    "rule_of",
+    "set_aside",
+    "shallow_copy",
+]
 
 _Norm = TypeVar("_Norm", bound=Module)
 
@@ -178,6 +188,14 @@ def overlooked(model: Module, axis: str) -> Iterator[None]:
     finally:
         for current, rules in open_now:
             current.overlooked = tuple(rule for rule in current.overlooked if rule not in rules)
+
+
+def rule_of(norm: Module, axis: str) -> Rule | None:
+    """Return the rule of that axis that a norm follows now."""
+    current = norm.__dict__.get("forward")
+    if not isinstance(current, _Redirect):
+        return None
+    return next((r for r in reversed(current.rules) if r.axis == axis and r not in current.overlooked), None)
 
 
 def shallow_copy(norm: _Norm) -> _Norm:

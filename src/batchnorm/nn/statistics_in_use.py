@@ -12,10 +12,10 @@ from torch.nn import Module
 
 from batchnorm.errors import StateError, UnknownNameError, closest
 from batchnorm.nn.frozen import state_of
-from batchnorm.nn.redirect import Rule, norms_for, redirected, set_aside
+from batchnorm.nn.redirect import Rule, norms_for, redirected, rule_of, set_aside
 from batchnorm.nn.select import NormModule
 
-__all__ = ["no_update", "updates", "use"]
+__all__ = ["held_on_running", "no_update", "updates", "use"]
 
 
 def updates(norm: NormModule, stand_in: NormModule) -> bool:
@@ -128,6 +128,12 @@ def use(statistics: str, model: Module, names: str | Sequence[str] | None = None
                 )
     with redirected(dict.fromkeys(norms.values(), rule)):
         yield
+
+
+def held_on_running(norm: Module) -> bool:
+    """Whether an open block of :func:`use` keeps a norm on its running statistics, in train mode too."""
+    rule = rule_of(norm, "statistics")
+    return isinstance(rule, _Use) and rule.statistics == "running"
 
 
 @dataclass(frozen=True, eq=False)

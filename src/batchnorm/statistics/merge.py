@@ -17,7 +17,15 @@ from batchnorm.nn.copying import copy_model
 from batchnorm.nn.transaction import transaction
 from batchnorm.statistics.buffers import write_all
 from batchnorm.statistics.merge_result import MergedStatistics, MergeResult
-from batchnorm.statistics.merge_sources import Entry, Source, StatisticsPair, entries_of, source_of, statistics_of
+from batchnorm.statistics.merge_sources import (
+    Entry,
+    Source,
+    StatisticsPair,
+    counts_of_averages,
+    entries_of,
+    source_of,
+    statistics_of,
+)
 
 __all__ = ["merge"]
 
@@ -57,12 +65,14 @@ def merge(
     data is at hand, :func:`batchnorm.recalibrate` the result; how far apart the models are stands in it, norm by norm.
 
     **Counters, and the rest.** ``num_batches_tracked`` becomes the largest: models that share a past would count it
-    several times in a sum, which over rounds of federated averaging grows without bound. Other integer and boolean
+    several times in a sum, which over rounds of federated averaging grows without bound; so does ``n_averaged`` of an
+    ``AveragedModel``. Other integer and boolean
     tensors have no average and must agree. Floating-point buffers that are the same in every model are kept as they
     are (a mask may hold −∞). A model with weight 0 has no part in any of this, whatever values it holds.
 
     Args:
-        models: modules; or state dicts, such as federated clients send, together with ``model``. None is changed.
+        models: modules; or state dicts, such as federated clients send, together with ``model``. None is changed. Names
+            of a wrapped model (``"module."`` of DistributedDataParallel) are read without the prefix.
         weights: one number ≥ 0 a model, such as its number of samples; None weighs all alike.
         model: a model of the architecture that becomes the merged one (a copy of it does); None takes the first of
             ``models``. Its mode, its hooks, tied parameters and what is no tensor are kept, its values are not.
@@ -101,7 +111,7 @@ def merge(
     active = [(source, share) for source, share in zip(sources, shares, strict=True) if share > 0]
     parts, w = [source for source, _ in active], [share for _, share in active]
     in_pairs = {name for pair in pairs for name in (pair.mean, pair.variance)}
-    counters = {pair.counter for pair in pairs}
+    counters = {pair.counter for pair in pairs} | counts_of_averages(base)
     new = {e.name: _combined(e, parts, w, e.name in counters) for e in entries if e.name not in in_pairs}
     layers = []
     for pair in pairs:

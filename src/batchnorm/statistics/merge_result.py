@@ -87,7 +87,7 @@ class MergeResult(Result):
         wide = max(self.layers, key=lambda layer: float(layer.distance.max()))
         return (
             "The running statistics describe the mixture of what the models' norms meet, not what this model computes "
-            f"with its averaged weights: up to {float(shares.between_share.max()):.0%} of a variance "
+            f"with its averaged weights: up to {_percent(float(shares.between_share.max()))} of a variance "
             f"({shares.name or 'the norm'}) lies between the models, whose means are up to "
             f"{float(wide.distance.max()):.3g} standard deviations apart ({wide.name or 'the norm'}). Where data is at "
             "hand, measure them anew: batchnorm.recalibrate(result.model, batches)."
@@ -122,6 +122,11 @@ class MergeResult(Result):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self._summary}>"
+
+
+def _percent(share: float) -> str:
+    """Return a share with the digits that tell it from nothing."""
+    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
 def _layer_table(rows: Sequence[dict[str, Any]]) -> Table:

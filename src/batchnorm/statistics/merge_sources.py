@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.swa_utils import AveragedModel
 
 from batchnorm.errors import InputError, NonFiniteError, StateError, UnknownNameError, closest
+from batchnorm.nn.prefixes import wrapper_prefix
 from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import named_norms
 from batchnorm.statistics.sites import BATCHES, MEAN, VARIANCE
 
-__all__ = ["Entry", "Source", "StatisticsPair", "entries_of", "source_of", "statistics_of"]
+__all__ = ["Entry", "Source", "StatisticsPair", "counts_of_averages", "entries_of", "source_of", "statistics_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +168,17 @@ def statistics_of(model: Module) -> list[StatisticsPair]:
     return list(pairs.values())
 
 
+def counts_of_averages(model: Module) -> set[str]:
+    """Return the names of the buffers in which an ``AveragedModel`` counts the models that it averaged."""
+    return {
+        f"{name}.n_averaged".lstrip(".") for name, module in model.named_modules() if isinstance(module, AveragedModel)
+    }
+
+
 def source_of(label: str, given: Module | Mapping[str, Tensor], base: Module, entries: Iterable[Entry]) -> Source:
     """Return the values that a model or a state dict gives for the entries of ``base``.
+
+    What a wrapper (DistributedDataParallel, torch.compile) put before all of its names is left out.
 
     Raises:
         InputError: shape or dtype differ.
@@ -175,11 +186,14 @@ def source_of(label: str, given: Module | Mapping[str, Tensor], base: Module, en
         UnknownNameError: names differ.
     """
     if isinstance(given, Module):
-        _require_same_norms(label, given, base)
         held = {name: entry.tensor for entry in entries_of(given) for name in entry.names}
     else:
         held = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     entries = list(entries)
+    prefix = wrapper_prefix(held, [name for entry in entries for name in entry.names])
+    held = {name.removeprefix(prefix): value for name, value in held.items()}
+    if isinstance(given, Module):
+        _require_same_norms(label, {n.removeprefix(prefix): m for n, m in named_norms(given).items()}, base)
     _require_known(label, held, entries)
     whole = isinstance(given, Module)
     return Source(label, {entry.name: _value(label, held, entry, whole) for entry in entries})
@@ -227,8 +241,7 @@ def _value(label: str, held: Mapping[str, Tensor], entry: Entry, whole: bool) ->
     return value
 
 
-def _require_same_norms(label: str, given: Module, base: Module) -> None:
-    theirs = named_norms(given)
+def _require_same_norms(label: str, theirs: Mapping[str, Module], base: Module) -> None:
     for name, norm in named_norms(base).items():
         other = theirs.get(name)
         for key in ("eps", "momentum"):

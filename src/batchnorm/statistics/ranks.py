@@ -115,7 +115,7 @@ def ranks_of(process_group: ProcessGroup | None) -> Ranks:
                 f"recalibrate: torch.distributed runs {distributed.get_world_size()} processes, and this one measures "
                 "by itself. If each has a part of the data, or of it a shuffled order, they end with different "
                 "statistics: pass process_group=torch.distributed.group.WORLD, in all of them.",
-                stacklevel=3,
+                stacklevel=4,  # the caller of recalibrate, which is a transaction
             )
         return Alone()
     if not distributed.is_available() or not distributed.is_initialized():

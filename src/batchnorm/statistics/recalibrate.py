@@ -15,6 +15,7 @@ from batchnorm.nn.redirect import overlooked
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
 from batchnorm.nn.transaction import claim, transaction
+from batchnorm.nn.unsynchronized import unsynchronized
 from batchnorm.report.progress import progress_bar
 from batchnorm.statistics.agreement import agree
 from batchnorm.statistics.estimators import ESTIMATORS
@@ -26,7 +27,6 @@ from batchnorm.statistics.result import Plan, RecalibrateResult
 from batchnorm.statistics.sequential.measure import Sequential
 from batchnorm.statistics.sites import Sites
 from batchnorm.statistics.stream import length_of, require_stream
-from batchnorm.statistics.unsynchronized import unsynchronized
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

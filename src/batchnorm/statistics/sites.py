@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import StateError, UnknownNameError
-from batchnorm.nn.freeze import is_frozen
+from batchnorm.nn.frozen import state_of
 from batchnorm.nn.redirect import original_of
 from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import listed, meant_by, select_norms
@@ -287,7 +287,7 @@ def _select(model: Module, names: str | Sequence[str] | None, loose: set[str]) -
 
 def _why_frozen(model: Module, owner: Module) -> str | None:
     """Return why a norm counts as frozen by its user, or None."""
-    if is_frozen(owner):
+    if state_of(owner).statistics:
         return "frozen"
     if getattr(model, "training", False) and not getattr(owner, "training", False):
         return "frozen by hand: in eval mode inside a model in train mode"

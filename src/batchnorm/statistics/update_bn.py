@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map
 
+from batchnorm.errors import EmptyStreamError
 from batchnorm.nn.calling import Forward
 from batchnorm.nn.require import require_module
 from batchnorm.nn.select import named_norms
@@ -53,13 +56,14 @@ def update_bn(
     weighs as much as one of 64 and the variance between batches is left out; it switches Dropout on, overwrites norms
     that were frozen, and leaves a model half-changed after an exception. Where this differs on purpose:
 
-    - an empty loader is an error, where torch leaves mean 0 and variance 1 behind;
+    - an empty loader changes nothing and is a warning, where torch leaves mean 0 and variance 1 behind;
     - a dict holds keyword inputs, where torch passes it on as one argument (``forward`` does so here);
     - norms frozen by hand or by ``freeze`` keep their statistics; those of an ``AveragedModel`` are judged by the mode
       of the model inside it, for the wrapper itself is always made in train mode.
 
     Args:
-        loader: batches: tensors, tuples or lists with the inputs first, or dicts of keyword inputs.
+        loader: batches: tensors, tuples or lists with the inputs first, or dicts of keyword inputs. A tensor holds them
+            along its first dimension.
         model: the model, often a ``torch.optim.swa_utils.AveragedModel``.
         device: where the inputs are moved to first; None leaves them where they are.
         order: as for ``recalibrate``; torch's function measures as ``"parallel"`` does.
@@ -74,7 +78,7 @@ def update_bn(
 
     Returns:
         The statistics before and after, and ``undo()``, where torch's function returns None. For a model without any
-        batch norm there is nothing to do, as for torch, and the result is empty.
+        batch norm, and for an empty loader, there is nothing to do, and the result is empty.
 
     Raises:
         BatchNormError: whatever ``recalibrate`` raises; the model is then bit-identical to before.
@@ -97,6 +101,8 @@ def update_bn(
     def call(_: Module, batch: Any) -> Any:
         return _call(model, batch, device, forward)
 
+    if isinstance(loader, Tensor) and loader.dim() > 0:
+        loader = loader.unbind()
     try:
         return recalibrate(
             measured,
@@ -114,7 +120,9 @@ def update_bn(
     except NothingToMeasure:
         if named_norms(measured) or names is not None:
             raise
-        return RecalibrateResult.of_nothing(Plan(order, estimator, tolerance, processes=1))
+    except EmptyStreamError as error:
+        warnings.warn(f"update_bn: {error} The statistics are as they were.", stacklevel=2)
+    return RecalibrateResult.of_nothing(Plan(order, estimator, tolerance, processes=1))
 
 
 def _call(model: Module, batch: Any, device: int | str | torch.device | None, forward: Forward | None) -> Any:

@@ -148,3 +148,19 @@ def test_no_fix_where_another_norm_may_run_for_other_inputs() -> None:
     (finding,) = findings(Domains(), 2, 3, 4, 4)
     assert finding.fix is None
     assert "norms.1 stands beside the norm" in finding.advice
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_bias_before_a_norm_that_a_block_keeps_on_its_running_statistics_counts(training: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).train(training)
+    x = torch.randn(2, 3, 8, 8)
+
+    def found() -> list[str]:
+        return [finding.code for finding in batchnorm.check(model, x).findings if finding.code == "BN001"]
+
+    assert found() == ["BN001"]
+    with batchnorm.use("running", model):
+        assert found() == []
+        with batchnorm.use("batch", model):
+            assert found() == ["BN001"]
+    assert found() == ["BN001"]

@@ -18,6 +18,7 @@ from batchnorm.graph.families import BATCH_NORMS, LAYERS, PASSING, family
 from batchnorm.graph.insertion import KeyChanges, module_obstacle, slots_of
 from batchnorm.graph.norms import alternative_to, norm_uses, unreached_norms
 from batchnorm.nn.freeze import is_frozen
+from batchnorm.nn.statistics_in_use import held_on_running
 
 __all__ = ["BiasBeforeNorm"]
 
@@ -111,7 +112,8 @@ def _moved_axis(call: Call, axis: int, rank: int) -> int | None:
 
 def _keeps_its_statistics(model: Module, norm: Call) -> bool:
     module = norm_module(model, norm)
-    return (module is not None and is_frozen(module)) or (model.training and not norm.args["training"])
+    held = module is not None and (is_frozen(module) or held_on_running(module))
+    return held or (model.training and not norm.args["training"])
 
 
 def _obstacle(model: Module, graph: Graph, layer: Call, norm: Call) -> str | None:

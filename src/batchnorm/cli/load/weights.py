@@ -17,14 +17,13 @@ from torch.nn.parameter import is_lazy
 from batchnorm.cli.errors import CommandError, reason
 from batchnorm.cli.output import note
 from batchnorm.errors import closest
+from batchnorm.nn.prefixes import wrapper_prefix
 
 __all__ = ["fit_weights", "read_weights"]
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # where training scripts and frameworks put the state dict inside a checkpoint
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-# what DataParallel, DistributedDataParallel and torch.compile put before every name
-_PREFIXES = ("module.", "_orig_mod.")
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
@@ -162,13 +161,11 @@ def _unwrap(path: Path, found: Any) -> Mapping[str, Tensor]:
 
 
 def _without_prefix(model: Module, state: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:
-    own = list(model.state_dict())
-    while True:
-        prefix = _first(p for p in _PREFIXES if all(name.startswith(p) for name in state))
-        if prefix is None or any(name.startswith(prefix) for name in own):
-            return state
-        note(f"{path}: its names start with {prefix!r}, as of a wrapped model; read without it.")
-        state = _cut_prefix(state, prefix)
+    prefix = wrapper_prefix(state, model.state_dict())
+    if not prefix:
+        return state
+    note(f"{path}: its names start with {prefix!r}, as of a wrapped model; read without it.")
+    return _cut_prefix(state, prefix)
 
 
 def _cut_prefix(state: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
