@@ -32,6 +32,7 @@ def shifted(here: Path, name: str = "shifted.npz") -> str:
 def test_the_data_it_was_trained_on_exits_with_0(command: Callable[..., Any]) -> None:
     done = command("watch", *MODEL, "-d", "images.npz", "-b", 20)
     assert done.code == 0, done.out
+    assert "No drift" in done.out
     assert "bn2" in done.out
 
 
@@ -91,3 +92,16 @@ def test_what_goes_wrong_is_one_sentence(
     before = {path.name for path in here.iterdir()}
     assert said in command("watch", *MODEL, "--json", *arguments).sentence
     assert {path.name for path in here.iterdir()} == before
+
+
+def test_too_little_data_for_an_answer_is_no_all_clear(command: Callable[..., Any], here: Path) -> None:
+    np.savez(here / "few.npz", x=np.load(here / "images.npz")["x"][:3])
+    done = command("watch", *MODEL, "-d", "few.npz")
+    assert done.code == 2
+    assert "3 samples seen, at least 16 needed" in done.err
+
+
+def test_verbose_shows_every_norm(command: Callable[..., Any]) -> None:
+    done = command("watch", *MODEL, "-d", "images.npz", "--verbose")
+    assert done.code == 0
+    assert "detectable" in done.out

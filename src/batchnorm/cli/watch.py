@@ -9,6 +9,7 @@ import typer
 from batchnorm.cli.errors import reason
 from batchnorm.cli.options import (
     NORMS,
+    OUTPUT,
     BatchSize,
     Debug,
     Html,
@@ -60,6 +61,9 @@ def watch(
             help="Probability of a false alarm, for all norms together.",
         ),
     ] = 0.01,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", metavar="", rich_help_panel=OUTPUT, help="Print every norm and activation.")
+    ] = False,
     html: Html = None,
     json_: Json = False,
     debug: Debug = False,
@@ -83,7 +87,7 @@ def watch(
         result = _watch(network, batches, names=names or None, tolerance=tolerance, level=level)
         with writing() as files:
             files.write("--html", html, result.to_html)
-    publish(result, json_=json_, html=html)
+    publish(result.whole() if verbose else result, json_=json_, html=html)
     return 1 if result.drifted else 0  # an error, where too little was seen for an answer
 
 

@@ -1,8 +1,9 @@
 """Watching a model at work: drift from the stored statistics, saturated and dead units."""
 
 from batchnorm.monitor.drift import ChannelDrift, LayerDrift
+from batchnorm.monitor.measure import measure
 from batchnorm.monitor.result import WatchResult
 from batchnorm.monitor.saturation import ActivationUse
 from batchnorm.monitor.watch import Watch, watch
 
-__all__ = ["ActivationUse", "ChannelDrift", "LayerDrift", "Watch", "WatchResult", "watch"]
+__all__ = ["ActivationUse", "ChannelDrift", "LayerDrift", "Watch", "WatchResult", "measure", "watch"]

@@ -142,10 +142,14 @@ class Forwards(ABC):
         if _looking.busy or self.closed or torch._C._current_graph_task_id() != -1:
             return
         _looking.busy = True
+        learning = torch.is_grad_enabled()
         try:
-            with torch.no_grad():
-                method(*args)
+            if learning:
+                torch._C._set_grad_enabled(False)
+            method(*args)
         finally:
+            if learning:
+                torch._C._set_grad_enabled(True)
             _looking.busy = False
 
     def _name_of(self, module: Module) -> str | None:
@@ -216,6 +220,10 @@ class Forwards(ABC):
 
 
 class _Mode(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled while it is on, and torch's guard against that costs more than all the rest
+
     def __init__(self, forwards: Forwards, forward: Forward) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._forwards = forwards

@@ -34,6 +34,7 @@ def _rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
     return prod(space) // max(width, 1), width
 
 
+@lru_cache(maxsize=4096)
 def distance(shape: tuple[int, ...]) -> int:
     """Return k: every k-th row of a sample is looked at.
 
@@ -59,10 +60,10 @@ def parts(x: Tensor, first: int) -> list[Tensor]:
         x: the input.
         first: number of its first sample in the stream.
     """
-    k = distance(tuple(x.shape))
+    k = distance(x.shape)
     if k == 1:
         return [x]
-    height, width = _rows_of(tuple(x.shape))
+    height, width = _rows_of(x.shape)
     x = x.reshape(x.shape[0], x.shape[1], height, width)  # copied if it lies so that rows have no one distance
     sample, channel, row, column = x.stride()
     start = x.storage_offset()

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import ShapeError, StateError
 from batchnorm.graph.rounding import float64_device
+from batchnorm.monitor.measure import INPUT_OF
 from batchnorm.monitor.stream import Reference
 from batchnorm.nn.select import NormModule
 from batchnorm.statistics.population import LayerPopulation, Population
@@ -59,10 +60,14 @@ def from_population(model: Module, norms: Mapping[str, NormModule], population: 
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = Comparable()
-    for known, layer in population.layers.items():
+    for key, layer in population.layers.items():
+        known = key.removesuffix(INPUT_OF)
         name = next((n for n in (known, f"module.{known}", f"_orig_mod.{known}") if n in modules), None)
         if name is None:
             found.refused[known] = f"the model has no module {known}."
+        elif key.endswith(INPUT_OF) and name not in norms:
+            found.places[name] = modules[name]
+            found.references[name] = _reference(layer, 0.0, _device_of(model))
         elif name in norms:
             norm = norms[name]
             if norm.num_features != layer.moments.num_features:
@@ -72,12 +77,15 @@ def from_population(model: Module, norms: Mapping[str, NormModule], population: 
                 )
             found.references[name] = _reference(layer, norm.eps, _device_of(norm))
         else:
-            found.refused[known] = f"{name} is {type(modules[name]).__name__}, no norm."
+            found.refused[known] = (
+                f"{name} is no norm in this model ({type(modules[name]).__name__}), so that what the norm was given "
+                "does not pass there. Of a folded model measure what does: batchnorm.monitor.measure(model, batches)."
+            )
     if not found.references:
         first = next(iter(found.refused.values()), "it is empty.")
         raise StateError(
-            f"watch: nothing of the reference can be compared with {type(model).__name__}: {first} Pass the population "
-            "that was measured on this model: recalibrate(model, batches).population, or Watch.population()."
+            f"watch: nothing of the reference can be compared with {type(model).__name__}: {first} Pass a population "
+            "that was measured on this model."
         )
     return found
 

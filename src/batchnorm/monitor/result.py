@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from batchnorm.errors import StateError
 from batchnorm.monitor.drift import MIN_SAMPLES, ChannelDrift, LayerDrift
 from batchnorm.monitor.saturation import SLOPE, ActivationUse
-from batchnorm.report import Document, Plot, Result, Section, Series, Table
-from batchnorm.report.document import Tone
+from batchnorm.report import Document, Paragraph, Plot, Result, Section, Series, Table
+from batchnorm.report.document import Block, Cell, Tone
 from batchnorm.report.result import finite_or_none
 
 __all__ = ["Verdict", "WatchResult"]
 
+_SHOWN, _SHOWN_WELL = 12, 5
+"""How many norms a terminal shows where some are flagged, and where all is well."""
+
 Verdict: TypeAlias = Literal["as stored", "drifted", "not judged"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WatchResult(Result):
     """What every norm and activation met.
 
@@ -31,6 +34,7 @@ class WatchResult(Result):
         every: of the calls of the model every so many-th was looked at.
         window: how many samples count at most, the last ones; None for all.
         notes: what the numbers do not say, as sentences.
+        brief: whether text shows only what matters first; pages and :meth:`to_dict` always hold everything.
     """
 
     layers: tuple[LayerDrift, ...]
@@ -40,6 +44,11 @@ class WatchResult(Result):
     every: int = 1
     window: int | None = None
     notes: tuple[str, ...] = ()
+    brief: bool = True
+
+    def whole(self) -> WatchResult:
+        """Return the same result, of which text shows every norm and activation."""
+        return replace(self, brief=False)
 
     @property
     def verdict(self) -> Verdict:
@@ -63,6 +72,14 @@ class WatchResult(Result):
             )
         return self.verdict == "drifted"
 
+    def __repr__(self) -> str:
+        """Return one line: the verdict, and what it is of."""
+        worst = max((finite_or_none(layer.distance) or 0.0 for layer in self.layers), default=0.0)
+        return (
+            f"WatchResult({self.verdict}: {_of(sum(layer.flagged for layer in self.layers), self.layers)} flagged, "
+            f"{self.samples:,} samples, largest distance {worst:.3g} σ)"
+        )
+
     @property
     def samples(self) -> int:
         """Number of samples that passed through the model."""
@@ -71,14 +88,50 @@ class WatchResult(Result):
     def document(self) -> Document:
         """Return the report as data."""
         summary, tone = self._summary()
-        blocks: list[Any] = [self._layer_table()]
         judged = [layer for layer in self.layers if layer.distance is not None]
-        if len(judged) > 1:
-            blocks.append(self._plot(judged))
-        sections = [Section("Norms", blocks)]
+        plots = [self._plot(judged)] if len(judged) > 1 else []
+        notes = [Paragraph(note) for note in self.notes]
+        sections = [Section("Norms", [*notes, self._layer_table(), *plots], [*notes, *self._worst_norms()])]
         if self.saturation:
-            sections.append(Section("Activations", [_activation_table(self.saturation)]))
+            sections.append(Section("Activations", [_activation_table(self.saturation)], self._worst_activations()))
+        if not self.brief:
+            sections = [replace(section, brief=None) for section in sections]
         return Document("Watch", summary, sections, tone)
+
+    def _worst_norms(self) -> list[Block]:
+        """Return what a terminal shows: the flagged norms, or those that are farthest off, a few of them."""
+        flagged = [layer for layer in self.layers if layer.flagged]
+        order = sorted(flagged or self.layers, key=lambda layer: -(finite_or_none(layer.distance) or 0.0))
+        shown = order[: _SHOWN if flagged else _SHOWN_WELL]
+        rows: list[list[Cell]] = [
+            [
+                layer.name or "(the model)",
+                layer.status,
+                layer.distance,
+                layer.bound,
+                None if layer.status in ("too few samples", "not called") else _words(layer.worst(1)),
+            ]
+            for layer in shown
+        ]
+        more = len(order) - len(shown)
+        what = "are flagged" if flagged else "are nearer"
+        rest = f" {more} more {what}; result.whole() or --verbose shows all." if more else ""
+        return [
+            Table(
+                ["norm", "verdict", "distance", "at least", "worst channel"],
+                rows,
+                caption=f"In stored standard deviations σ. Flagged: at least {self.tolerance:g}.{rest}",
+                tones={i: "bad" for i, layer in enumerate(shown) if layer.flagged},
+            )
+        ]
+
+    def _worst_activations(self) -> list[Block]:
+        """Return the activations that have lost most of their units, a few of them, and how many there are."""
+        lost = [use for use in self.saturation if _mostly_lost(use)]
+        dead = sum(len(use.dead or ()) for use in self.saturation)
+        count = f"{len(self.saturation)} activation{'s' * (len(self.saturation) != 1)}"
+        text = f"{count}: {dead} dead units behind ReLU; {len(lost)} with most of their units or values lost."
+        return [Paragraph(text), *([_activation_table(lost[:_SHOWN_WELL])] if lost else [])]
 
     def _summary(self) -> tuple[str, Tone]:
         flagged = [layer for layer in self.layers if layer.status == "drifted"]

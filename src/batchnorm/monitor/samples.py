@@ -59,7 +59,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, channels = x.shape[:2]
     if _kernels_read(x):
         flat = x.reshape(1, rows * channels, -1)  # a channel of the kernel is a pair (sample, channel)
-        mean, m2, _ = calls.moments(flat)
+        mean, m2, _ = calls.moments(flat, planes=True)
         return mean.reshape(rows, channels), (m2 / flat.shape[2]).reshape(rows, channels)
     home = float64_device(x.device)
     if x.dtype.itemsize < 4:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.graph.rounding import float64_device
-from batchnorm.monitor.positions import parts
+from batchnorm.monitor.positions import distance, parts
 from batchnorm.monitor.stream import PANES
 
 __all__ = ["SLOPE", "Activation", "ActivationStream", "ActivationUse", "activation_of"]
@@ -155,10 +155,11 @@ class ActivationStream:
         with self._lock:
             first, pane = self._samples, self._pane()
             self._samples += 1 if unit_dim == 0 else z.shape[0]
+            if pane.fired:
+                pane.values += z.numel() // self.units // (distance(z.shape) if unit_dim == 1 else 1)
+                return
         seen = parts(z, first) if unit_dim == 1 else [z]
-        found: list[Tensor] = []
-        if not pane.fired:
-            found = [self._of(part, [d for d in range(part.dim()) if d != unit_dim]) for part in seen]
+        found = [self._of(part, [d for d in range(part.dim()) if d != unit_dim]) for part in seen]
         with self._lock:
             pane.values += sum(part.numel() for part in seen) // self.units
             for each in found:

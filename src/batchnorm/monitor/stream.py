@@ -105,10 +105,14 @@ class SampleMoments:
         member = torch.nn.functional.one_hot(number % GROUPS, GROUPS).T.double()  # (G, N)
         count = member @ finite.double()
 
+        some, group, whole = count.clamp(min=1), number % GROUPS, bool(finite.all())
+
         def moments(values: Tensor) -> Moments:
-            values = torch.where(finite, values, 0.0)
-            mean = (member @ values) / count.clamp(min=1)
-            deviation = torch.where(finite, values - mean[number % GROUPS], 0.0)
+            values = values if whole else torch.where(finite, values, 0.0)
+            mean = (member @ values) / some
+            deviation = values - mean[group]
+            if not whole:
+                deviation = torch.where(finite, deviation, 0.0)
             return Moments(count.flatten(), mean.flatten(), (member @ deviation.square()).flatten())
 
         return cls(moments(a), moments(b))
@@ -155,7 +159,7 @@ class LayerStream:
         self._total = 0  # samples, each counted once, also where the norm is called several times in one forward
         self._values = 0  # looked at, per channel, masked positions included
         self._panes: dict[int, _Pane] = {}
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._waiting: list[tuple[Tensor, Tensor, int]] = []
         self._numbers = 0
 
     def add(
@@ -178,14 +182,11 @@ class LayerStream:
         else:
             first = self._reserve(samples_in(x, samples), first)
             statistics = sample_statistics(x, None, samples, first)
-        home = self.reference.mean.device
-        mean, variance = (t.to(home) for t in statistics)
-        number = torch.arange(first, first + len(mean), device=home)
         with self._lock:
-            self._waiting.append((mean, variance, number))
+            self._waiting.append((*statistics, first))
             self.calls += 1
-            self._values += len(x) * looked_at(tuple(x.shape))
-            self._numbers += mean.numel()
+            self._values += x.shape[0] * looked_at(x.shape)
+            self._numbers += statistics[0].numel()
             if self._numbers > _WAITING:
                 self._settle()
         return first
@@ -231,7 +232,9 @@ class LayerStream:
         """Sum up what waits. Small batches wait for each other: summing up costs more than they do."""
         if not self._waiting:
             return
-        mean, variance, number = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        home = self.reference.mean.device
+        mean, variance = (torch.cat([part[i].to(home) for part in self._waiting]) for i in (0, 1))
+        number = torch.cat([torch.arange(first, first + len(rows), device=home) for rows, _, first in self._waiting])
         self._waiting.clear()
         self._numbers = 0
         unit = self.reference.std

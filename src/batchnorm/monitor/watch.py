@@ -79,9 +79,10 @@ def watch(
         model: any model with stored statistics.
         names: of norms, of modules that hold norms, or patterns; None for all.
         reference: what the norms are compared with in place of their stored statistics: the population that
-            :func:`batchnorm.recalibrate` returned (``result.population``), or :meth:`Watch.population` of a watch over
-            data known to be good, or one of these read with ``Population.load``. For models whose stored statistics are
-            not those of their data, such as ones fine-tuned with frozen norms.
+            :func:`batchnorm.recalibrate` returned (``result.population``) for the model as it has become by that; or
+            what :func:`batchnorm.monitor.measure` measured on a model as it is, one fine-tuned with frozen norms, whose
+            stored statistics are of other data, or a folded one, which has none; or one of these read with
+            ``Population.load``.
         every: look at the first of every so many calls of the model.
         window: let only the last so many samples count, at least 32; None for all. Samples leave it a quarter of the
             window at a time, so that it holds between three quarters and the whole.
@@ -217,8 +218,8 @@ class Watch:
         if self._by_buffers and any(layer.flagged and layer.name in frozen for layer in layers):
             notes.append(
                 f"{len(frozen)} of {len(self._norms)} norms are frozen: what they have stored is the data of before "
-                "the freeze. If the model was trained on other data since, compare with a population of those: "
-                "watch(model, reference=population)."
+                "the freeze. If the model was trained on other data since, compare with those: "
+                "watch(model, reference=batchnorm.monitor.measure(model, batches))."
             )
         if self._known.refused:
             first = next(iter(self._known.refused.values()))
@@ -241,8 +242,8 @@ def _check_numbers(every: int, window: int | None, tolerance: float, level: floa
 
 _NO_NORM = (
     "watch: {} has no batch norm with stored statistics; there is nothing to compare the data with. "
-    "Watch a model that has norms with track_running_stats=True; a folded one beside the population of its data: "
-    "watch(model, reference=population)."
+    "Watch a model that has norms with track_running_stats=True; a folded one beside what is measured on good data: "
+    "watch(model, reference=batchnorm.monitor.measure(model, batches))."
 )
 
 

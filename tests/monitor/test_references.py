@@ -1,0 +1,112 @@
+"""Models are compared with a population where their stored statistics are not those of their data, or are gone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm
+from batchnorm.errors import ArgumentTypeError, ShapeError, StateError, UnknownNameError
+from batchnorm.monitor import measure, watch
+from batchnorm.statistics import Population
+
+
+def images(n: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU()
+    ).eval()
+    batchnorm.recalibrate(net, images(512, 1).split(32), progress=False)
+    return net
+
+
+def verdict(model: nn.Module, x: torch.Tensor, reference: Population | None) -> str:
+    with torch.no_grad(), watch(model, reference=reference) as w:
+        model(x)
+    return w.result().verdict
+
+
+def test_a_model_fine_tuned_with_frozen_norms_is_watched_beside_the_population_of_its_data(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    batchnorm.freeze(model)
+    new = images(512, 2, 1.5)  # what it works on since
+    with torch.no_grad(), watch(model) as w:
+        model(new)
+    assert w.result().drifted
+    assert "2 of 2 norms are frozen" in w.result().notes[0]
+    reference = measure(model, new.split(32))
+    kept = Population.load(reference.save(tmp_path / "population.safetensors"))
+    for population in (reference, kept):
+        assert verdict(model, images(128, 3, 1.5), population) == "as stored"
+        assert verdict(model, images(128, 3), population) == "drifted"
+
+
+def test_what_recalibrate_measured_is_a_reference(model: nn.Module) -> None:
+    population = batchnorm.recalibrate(model, images(512, 5).split(32), progress=False).population
+    model[4].running_mean += 3  # the stored statistics are not looked at
+    assert verdict(model, images(128, 3), population) == "as stored"
+    assert verdict(model, images(128, 3, 0.6), population) == "drifted"
+
+
+def test_a_folded_model_is_watched_where_its_norms_were(model: nn.Module) -> None:
+    population = batchnorm.recalibrate(model, images(512, 5).split(32), progress=False).population
+    folded = batchnorm.fold(model, images(2, 0)).model
+    with pytest.raises(StateError, match=r"watch\(model, reference=batchnorm.monitor.measure\(model, batches\)\)"):
+        watch(folded)
+    with pytest.raises(StateError, match=r"1 is no norm in this model \(Identity\).*measure what does"):
+        watch(folded, reference=population)  # what the norm was given passes there no more
+    reference = measure(folded, images(512, 5).split(32))
+    assert set(reference.layers) == {"1@input", "4@input"}
+    flagged = [verdict(folded, images(64, seed), reference) for seed in range(10, 20)]
+    assert flagged == ["as stored"] * 10
+    assert verdict(folded, images(64, 3, 0.6), reference) == "drifted"
+
+
+def test_other_populations_are_refused_in_words(model: nn.Module) -> None:
+    population = batchnorm.recalibrate(model, images(64, 5).split(32), progress=False).population
+    with pytest.raises(StateError, match="the model has no module 4"):
+        watch(nn.Sequential(nn.Linear(2, 2)), reference=Population({"4": population.layers["4"]}))
+    with pytest.raises(ShapeError, match="1: expected statistics of 8 channels, those of the norm; got 6"):
+        watch(model, reference=Population({"1": population.layers["4"]}))
+    with pytest.raises(ArgumentTypeError, match="expected a Population"):
+        watch(model, reference="population.safetensors")
+    with (
+        torch.no_grad(),
+        watch(model, reference=Population({"1": population.layers["1"], "x": population.layers["4"]})) as w,
+    ):
+        model(images(64, 6))
+    assert [layer.name for layer in w.result().layers] == ["1"]
+    assert "the model has no module x" in w.result().notes[0]
+
+
+def test_measure_leaves_nothing_behind_and_names_what_it_lacks(model: nn.Module) -> None:
+    with pytest.raises(UnknownNameError, match="'7'"):
+        measure(model, [images(4, 0)], "7")
+    with pytest.raises(StateError, match="two batches or more"):
+        measure(model, [images(4, 0)])
+    with pytest.raises(RuntimeError):
+        measure(model, [images(4, 0), torch.zeros(2, 5)])
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_results_fit_a_screen_and_a_line(model: nn.Module) -> None:
+    norms = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(60))).eval()
+    norms[0].num_batches_tracked += 1
+    with torch.no_grad(), watch(norms) as w:
+        norms(torch.randn(64, 3, generator=torch.Generator().manual_seed(0)))
+    result = w.result()
+    assert "\n" not in repr(result)
+    assert len(repr(result)) < 120
+    assert len(str(result).splitlines()) <= 24
+    assert all(f" {index} " in str(result.whole()) for index in range(60))
+    with torch.no_grad(), watch(norms) as w:
+        norms(torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) + 1)
+    assert len(str(w.result()).splitlines()) <= 40
+    assert "48 more are flagged" in " ".join(str(w.result()).split())
