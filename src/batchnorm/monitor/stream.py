@@ -233,7 +233,8 @@ class LayerStream:
         if not self._waiting:
             return
         home = self.reference.mean.device
-        mean, variance = (torch.cat([part[i].to(home) for part in self._waiting]) for i in (0, 1))
+        mean = torch.cat([rows.to(home) for rows, _, _ in self._waiting])
+        variance = torch.cat([rows.to(home) for _, rows, _ in self._waiting])
         number = torch.cat([torch.arange(first, first + len(rows), device=home) for rows, _, first in self._waiting])
         self._waiting.clear()
         self._numbers = 0
