@@ -65,7 +65,7 @@ def watch(
 
     In a service that never ends, ``window`` lets only the last samples count, so that what is new is not lost in what
     was good before, and ``every`` looks at a part of the calls only, so that the others cost next to nothing.
-    Memory is bounded in any case: about 0.8 kB a channel, four times as much with a window, and half a megabyte a norm
+    Memory is bounded in any case: about 0.8 kB a channel, four times as much with a window, and two megabytes a norm
     for what waits to be summed up.
 
     Of large feature maps some rows are looked at (see :mod:`batchnorm.monitor.positions`); the standard errors contain
