@@ -166,6 +166,33 @@ def _join(b: _Builder, read: int) -> None:
     b.function(join, run[join], (read, other), (c, *size))
 
 
+def _beside(b: _Builder, read: int) -> None:
+    """Add a norm and convolutions that all read one value, and that value itself: branches to be made one kernel."""
+    c, *_ = shape = b.shapes[read]
+    ends = []
+    for _ in range(b.rng.choice([1, 1, 2])):
+        kernel, dilation = b.rng.choice([(1, 1), (3, 1), (3, 2)])
+        settings = {"padding": dilation * (kernel // 2), "dilation": dilation, "groups": b.rng.choice([1, c])}
+        kind = nn.Conv2d if b.rng.random() < 0.8 else nn.ConvTranspose2d
+        b.layer(kind(c, c, kernel, bias=b.rng.random() < 0.5, **settings), read, shape)
+        if b.rng.random() < 0.5:
+            _norm(b, len(b.shapes) - 1)
+        ends.append(len(b.shapes) - 1)
+    _norm(b, read)
+    ends.append(len(b.shapes) - 1)
+    if b.rng.random() < 0.3:
+        b.function("twice", lambda x: 2 * x, (ends.pop(),), shape)
+        ends.append(len(b.shapes) - 1)
+    if b.rng.random() < 0.3:
+        ends.append(read)
+    b.rng.shuffle(ends)
+    total = ends[0]
+    for end in ends[1:]:
+        join = b.rng.choice(["add", "add", "sub"])
+        b.function(join, torch.add if join == "add" else torch.sub, (total, end), shape)
+        total = len(b.shapes) - 1
+
+
 def _arrange(b: _Builder, read: int) -> None:
     """Shuffle, flip, cut or turn channels."""
     c, *size = b.shapes[read]
@@ -199,7 +226,7 @@ def _linear(b: _Builder, read: int) -> None:
 
 
 _OF_IMAGES = [_conv] * 5 + [_norm] * 6 + [_activation] * 3 + [_join] * 2 + [_arrange] * 2
-_OF_IMAGES += [_transposed, _pool, _upsample, _again, _flatten]
+_OF_IMAGES += [_transposed, _pool, _upsample, _again, _flatten, _beside, _beside]
 _OF_ROWS = [_linear] * 3 + [_norm] * 3 + [_activation, _join, _arrange]
 
 

@@ -59,3 +59,17 @@ def dense() -> nn.Module:
 
     modules = {"stem": _conv(), "bn1": nn.BatchNorm2d(4), "a": _conv(), "bn2": nn.BatchNorm2d(8)}
     return positive(lively(Wired(wiring, **modules, b=nn.Conv2d(8, 4, 1))))
+
+
+@pattern(FAMILY, "three branches: relu(conv → bn + 1×1 conv → bn + bn)", IMAGES)
+def three_branches() -> nn.Module:
+    wiring = lambda m, x: F.relu(m.bn3(m.c3(x)) + m.bn1(m.c1(x)) + m.bn0(x))  # noqa: E731
+    norms = {name: nn.BatchNorm2d(4) for name in ("bn3", "bn1", "bn0")}
+    return lively(Wired(wiring, c3=_conv(), c1=nn.Conv2d(4, 4, 1), **norms))
+
+
+@pattern(FAMILY, "x + γ (depthwise conv → bn − bn)", IMAGES)
+def mixer() -> nn.Module:
+    wiring = lambda m, x: x + 0.5 * (m.bn1(m.conv(x)) - m.bn0(x))  # noqa: E731
+    depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    return lively(Wired(wiring, conv=depthwise, bn1=nn.BatchNorm2d(4), bn0=nn.BatchNorm2d(4)))

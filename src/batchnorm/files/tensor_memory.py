@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
-__all__ = ["bytes_of", "without_repeats"]
+__all__ = ["Footprint", "bytes_of", "footprint", "without_repeats"]
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
@@ -24,6 +26,26 @@ def bytes_of(tensor: Tensor) -> Tensor:
     """
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+
+
+Footprint: TypeAlias = tuple[int, torch.dtype, tuple[tuple[int, int], ...]]
+
+
+def footprint(tensor: Tensor) -> Footprint:
+    """Return which places in memory a tensor's elements take, whatever their order: its address alone does not tell.
+
+    >>> square = torch.zeros(3, 3)
+    >>> footprint(square) == footprint(square.t()) == footprint(square.view(-1))
+    True
+    >>> square[0].data_ptr() == square[:, 0].data_ptr(), footprint(square[0]) == footprint(square[:, 0])
+    (True, False)
+    """
+    axes: list[tuple[int, int]] = []
+    for stride, size in sorted(axis for axis in zip(tensor.stride(), tensor.shape, strict=True) if axis[1] != 1):
+        if axes and stride == axes[-1][0] * axes[-1][1]:
+            stride, size = axes[-1][0], axes.pop()[1] * size
+        axes.append((stride, size))
+    return tensor.data_ptr(), tensor.dtype, tuple(axes)
 
 
 def without_repeats(tensor: Tensor) -> Tensor:

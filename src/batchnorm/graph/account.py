@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 from torch.nn import Identity, Module
 
@@ -55,7 +56,7 @@ def _told_of(step: Step, plan: Plan, new: Collection[str]) -> FoldedNorm:
         step.name,
         ", ".join(host.name for host in step.into),
         ", ".join(kinds),
-        "back" if step.after is None else "on" if step.before is None else "both",
+        _way(step),
         _sentence(step, plan, bordered),
         tuple(dict.fromkeys(family(call) for call in crossed_calls(step, plan))),
         Saving.of(
@@ -64,6 +65,12 @@ def _told_of(step: Step, plan: Plan, new: Collection[str]) -> FoldedNorm:
             [call for host in bordered for call in host.calls],
         ),
     )
+
+
+def _way(step: Step) -> Literal["back", "on", "both", "beside"]:
+    if step.beside is not None:
+        return "beside"
+    return "back" if step.after is None else "on" if step.before is None else "both"
 
 
 def crossed_calls(step: Step, plan: Plan) -> list[Call]:
@@ -75,6 +82,13 @@ def crossed_calls(step: Step, plan: Plan) -> list[Call]:
 
 def _sentence(step: Step, plan: Plan, bordered: Sequence[Host]) -> str:
     crossed = crossed_calls(step, plan)
+    if step.beside is not None:
+        across = list(dict.fromkeys(family(call) for call in crossed))
+        way = f" across {listed(across, _MOST_NAMED)}" if across else ""
+        return (
+            f"It is added{way} to {_named(step.into)}, which reads the same and takes its shift into the bias, and its "
+            "scale, less the 1 of the identity that stays, into the middle of the kernel."
+        )
     start = step.use.calls[0].index
     back = _into(_before(step), [c for c in crossed if c.index < start])
     on = _into(_after(step), [c for c in crossed if c.index > start])

@@ -113,6 +113,23 @@ class LinearOperator:
             return merged, affine.shift.clone()
         return merged, affine.scale * bias.detach().double() + affine.shift
 
+    def absorb_beside(self, affine: Affine, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        r"""Return weight and bias, float64, with which the operator adds to its output ``affine`` of what it reads.
+
+        .. math::
+
+            (W * x + b) + (s x + t) = (W + s\,\delta) * x + (b + t)
+
+        δ is the kernel that hands on each channel: 1 at its middle tap, from a channel to itself. With as many channels
+        out as in, of g groups of n each, channel c is the (c mod n)-th of its group; a weight of a transposed
+        convolution has its axes the other way round, which makes no difference here.
+        """
+        merged = weight.detach().double().clone(memory_format=torch.contiguous_format)
+        channels = torch.arange(len(merged))
+        middle = merged.reshape(*merged.shape[:2], -1)  # a view; of an odd number of taps along every axis
+        middle[channels, channels % merged.shape[1], middle.shape[2] // 2] += affine.scale
+        return merged, affine.shift.clone() if bias is None else bias.detach().double() + affine.shift
+
     def absorb_inner(
         self, affine: Affine, weight: Tensor, bias: Tensor | None, groups: int
     ) -> tuple[Tensor, Tensor | None]:

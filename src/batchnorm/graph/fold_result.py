@@ -34,7 +34,8 @@ class FoldedNorm:
         into: the module that absorbed it; several are separated by commas.
         kind: what they compute: ``"convolution"``, ``"transposed convolution"``, ``"linear"``, ``"embedding"`` or
             ``"norm"``.
-        way: ``"back"`` to what runs before it, ``"on"`` to what runs after it, or ``"both"``, cut in two.
+        way: ``"back"`` to what runs before it, ``"on"`` to what runs after it, ``"both"``, cut in two, or ``"beside"``
+            it, to what reads the same and is added to it.
         sentence: which part of it went where.
         crossed: the operators between it and those modules, each once.
         saving: what a pass is spared by that.
@@ -43,7 +44,7 @@ class FoldedNorm:
     norm: str
     into: str
     kind: str
-    way: Literal["back", "on", "both"]
+    way: Literal["back", "on", "both", "beside"]
     sentence: str
     crossed: tuple[str, ...]
     saving: Saving

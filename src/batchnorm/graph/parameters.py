@@ -118,6 +118,24 @@ class Parameters:
         before = self.borders.get(host.name, torch.zeros_like(shift))
         self.borders[host.name] = (before - shift) / scale
 
+    def absorb_beside(self, calls: Sequence[Call], map_: Map) -> Host:
+        """Let a linear operator add a map of what it reads to what it computes.
+
+        Raises:
+            Refusal: it cannot.
+        """
+        with Refusal.at(*calls):
+            host = find_host(self.model, self.graph, tuple(calls), needs_bias=True)
+        shape = calls[0].output.shape
+        operator = LINEAR_OPERATORS[calls[0].name]
+        axis = operator.channel_axis(len(shape))
+        affine = Affine(*map_.along(axis, shape[axis]))
+        merged, bias = operator.absorb_beside(affine, self._weight(host), self._bias(host))
+        assert host.bias_name is not None
+        self.hosts[host.name] = host
+        self.changed |= {host.weight_name: merged, host.bias_name: bias}
+        return host
+
     def _absorb_into(self, calls: Sequence[Call], side: Side, map_: Map) -> Host:
         call = calls[0]
         # a norm before which it stands gives it a bias in any case: the names in a state dict hang on no values

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch.nn import Module
 
 from batchnorm.graph.aliasing import norm_input, require_not_written_into
+from batchnorm.graph.beside import find_beside
 from batchnorm.graph.dataflow import Call, Graph, Value
 from batchnorm.graph.fold_result import LeftNorm
 from batchnorm.graph.hosts import Host
@@ -39,6 +40,8 @@ class Step:
         after: the part that those after it absorb.
         crossed: the values between it and them, which change.
         led_back: names of those who take in the inverse, because they read a value that changes.
+        beside: what one of them adds that reads what the norm reads, where an identity stays in a sum with it.
+        sums: those sums, whose values do not change.
     """
 
     use: NormUse
@@ -49,6 +52,8 @@ class Step:
     after: Map | None
     crossed: frozenset[Value]
     led_back: frozenset[str] = frozenset()
+    beside: Map | None = None
+    sums: tuple[Call, ...] = ()
 
     @property
     def name(self) -> str:
@@ -69,6 +74,7 @@ class Plan:
         with_borders: whether convolutions may pad with other values than zeros.
         obstacles: the operators that stand in the way of norms that stay, by the norm's name.
         sharing: whether a map may cross values that others read, who take in its inverse.
+        beside: whether operators may take in what norms do beside them.
         leftovers: those of the norms left that become multiply-adds.
     """
 
@@ -80,6 +86,7 @@ class Plan:
     with_borders: bool = False
     obstacles: dict[str, tuple[Call, ...]] = field(default_factory=dict)
     sharing: bool = True
+    beside: bool = True
     leftovers: list[Leftover] = field(default_factory=list)
 
     @property
@@ -94,13 +101,20 @@ class Plan:
 
 
 def make_plan(
-    model: Module, graph: Graph, banned: Collection[str] = (), *, with_borders: bool = False, sharing: bool = True
+    model: Module,
+    graph: Graph,
+    banned: Collection[str] = (),
+    *,
+    with_borders: bool = False,
+    sharing: bool = True,
+    beside: bool = True,
 ) -> Plan:
     """Find out which norms can go, and where.
 
     Each is tried in the order of execution, in the ways of :mod:`batchnorm.graph.ways`; norms that go make room for
-    others, so that those that are left are tried again as long as one more goes. What is left then is tried once more,
-    with values that others read too: they take in the inverse of what the norm was.
+    others, so that those that are left are tried again as long as one more goes. What is left then is tried with what
+    stands beside it (:mod:`batchnorm.graph.beside`), and after that with values that others read too: they take in the
+    inverse of what the norm was.
 
     Args:
         model: the model; it is not changed.
@@ -108,37 +122,42 @@ def make_plan(
         banned: names of norms that are to stay.
         with_borders: whether convolutions may be made to pad with other values than zeros.
         sharing: whether a map may cross values that others read.
+        beside: whether operators may take in what norms do beside them.
     """
     uses = norm_uses(model, graph)
     unreached = unreached_norms(model, uses)
     order = {name: i for i, name in reversed(list(enumerate([*(use.name for use in uses), *unreached])))}
-    plan = Plan(graph, [], [], Parameters.of(model, graph), order, with_borders, sharing=sharing)
+    plan = Plan(graph, [], [], Parameters.of(model, graph), order, with_borders, sharing=sharing, beside=beside)
     waiting = [use for use in uses if use.name not in banned]
     reasons: dict[str, LeftNorm] = {}
-    shares = False
-    while waiting:
+    stages = [_step, *[_step_beside] * beside, *[_step_sharing] * sharing]
+    stage = 0
+    while waiting and stage < len(stages):
         before = len(plan.steps)
         for use in waiting:
             try:
                 require_no_alternative(model, use.owner, unreached)
-                plan.steps.append(_step(model, graph, use, plan, shares))
+                plan.steps.append(stages[stage](model, graph, use, plan))
                 reasons.pop(use.name, None)
             except Refusal as refusal:
-                if shares and use.name in reasons:  # told already
+                if stage and use.name in reasons:  # told already
+                    _add_to(reasons, use.name, plan, refusal)
                     continue
                 reasons[use.name] = LeftNorm(use.name, describe_source(graph, use), str(refusal))
                 plan.obstacles[use.name] = refusal.calls
         waiting = [use for use in waiting if use.name in reasons]
-        if len(plan.steps) == before:
-            if shares or not sharing:
-                break
-            shares = True
+        # what has gone beside something else may have made room for others to go their own way
+        stage = stage + 1 if len(plan.steps) == before else 0 if stages[stage] is _step_beside else stage
     plan.left += [LeftNorm(name, None, "The example inputs do not reach it.") for name in unreached]
     plan.left[:0] = reasons.values()
     return plan
 
 
-def _step(model: Module, graph: Graph, use: NormUse, plan: Plan, sharing: bool) -> Step:
+def _step_sharing(model: Module, graph: Graph, use: NormUse, plan: Plan) -> Step:
+    return _step(model, graph, use, plan, sharing=True)
+
+
+def _step(model: Module, graph: Graph, use: NormUse, plan: Plan, sharing: bool = False) -> Step:
     state, stays = check_norm(graph, use)
     map_ = norm_map(plan.parameters, state)
     if sharing:
@@ -158,6 +177,41 @@ def _step(model: Module, graph: Graph, use: NormUse, plan: Plan, sharing: bool) 
         plan.parameters = parameters
         return Step(use, use.calls[0].module, stays, ends.hosts, before, after, ends.crossed, ends.led_back)
     raise _refused(refusals.pop("back"), refusals.pop("on"), list(refusals.values()))
+
+
+def _step_beside(model: Module, graph: Graph, use: NormUse, plan: Plan) -> Step:
+    state, stays = check_norm(graph, use)
+    gone = plan.gone
+    refusal = Refusal("")
+    for found in find_beside(graph, use, norm_map(plan.parameters, state), plan.parameters, gone.__contains__):
+        try:
+            if isinstance(found, Refusal):
+                raise found
+            parameters = plan.parameters.copy()
+            host = parameters.absorb_beside(found.calls, found.map)
+            require_not_written_into(graph, use, gone)
+        except Refusal as why:
+            refusal = refusal if str(refusal) else _Beside(str(why), calls=why.calls)
+            continue
+        plan.parameters = parameters
+        module = use.calls[0].module
+        return Step(use, module, stays, (host,), None, None, found.crossed, beside=found.map, sums=found.sums)
+    raise refusal
+
+
+class _Beside(Refusal):
+    """Why what stands beside a norm cannot take it in."""
+
+
+def _add_to(reasons: dict[str, LeftNorm], name: str, plan: Plan, refusal: Refusal) -> None:
+    """Tell of a norm that stays also why what stands beside it cannot take it in."""
+    known = reasons[name]
+    if isinstance(refusal, _Beside) and _ALSO not in known.reason:
+        reasons[name] = replace(known, reason=f"{known.reason}{_ALSO}{_lower(str(refusal))}")
+        plan.obstacles[name] = (*plan.obstacles[name], *refusal.calls)
+
+
+_ALSO = " Nor can what it is added to: "
 
 
 def _refused(back: Refusal, on: Refusal, cut: Sequence[Refusal]) -> Refusal:

@@ -92,6 +92,9 @@ class Proof:
                 number = -1 if source is None else next((i for i, v in enumerate(source.outputs) if v is value), -1)
                 if source is not None and number >= 0 and call.output not in self._crossed:
                     watched[call.index] = ((source.index, number), step)
+            for call in step.sums:
+                if call.output not in self._crossed:
+                    watched.setdefault(call.index, ((call.index, 0), step))
             for host in step.into:
                 for call in host.calls:
                     if call.output not in self._crossed and call not in gone:

@@ -29,12 +29,13 @@ __all__ = ["Options", "Settled", "copy_to_try", "settle"]
 
 @dataclass(frozen=True)
 class Options:
-    """What a fold may do; see :func:`batchnorm.fold`, and for ``sharing`` :class:`batchnorm.graph.plan.Plan`."""
+    """What a fold may do; see :func:`batchnorm.fold`, and for the last two :class:`batchnorm.graph.plan.Plan`."""
 
     borders: bool = False
     keep_range: bool = False
     fuse: bool = False
     sharing: bool = True
+    beside: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,9 @@ def settle(model: Module, graph: Graph, example_inputs: Any, options: Options) -
     banned: dict[str, str] = {}
     kept: dict[str, str] = {}  # norms that do not become multiply-adds either
     while True:
-        plan = make_plan(model, graph, banned, with_borders=options.borders, sharing=options.sharing)
+        plan = make_plan(
+            model, graph, banned, with_borders=options.borders, sharing=options.sharing, beside=options.beside
+        )
         if options.fuse:
             plan.leftovers = find_leftovers(model, plan, kept)
         parameters, problems = _rounded(model, plan, options.keep_range)
@@ -158,7 +161,9 @@ def _guilty_steps(model: Module, plan: Plan, example_inputs: Any, banned: Collec
     found: list[str] = []
     for half in (names[: len(names) // 2], names[len(names) // 2 :]):
         stay = {*banned, *names} - set(half)
-        part = make_plan(model, plan.graph, stay, with_borders=plan.with_borders, sharing=plan.sharing)
+        part = make_plan(
+            model, plan.graph, stay, with_borders=plan.with_borders, sharing=plan.sharing, beside=plan.beside
+        )
         if _stops(model, part, example_inputs):
             found += _guilty_steps(model, part, example_inputs, stay)
     if not found:

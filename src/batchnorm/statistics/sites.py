@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import StateError, UnknownNameError
+from batchnorm.files.tensor_memory import Footprint, footprint, without_repeats
 from batchnorm.nn.frozen import state_of
 from batchnorm.nn.redirect import original_of
 from batchnorm.nn.require import lazy_names
@@ -72,12 +73,16 @@ class Left:
     reason: str
 
 
-_Key: TypeAlias = tuple[int, int, torch.dtype]
-
-
-def _key(tensor: Tensor) -> _Key:
-    """Identify a buffer by its memory, which is the same whoever hands the tensor on (a scripted module, a detach)."""
-    return tensor.data_ptr(), tensor.numel(), tensor.dtype
+def _require_own_memory(name: str, owner: Module, keys: tuple[str, str, str | None]) -> None:
+    """Refuse buffers of which channels share memory, so that none of them can be written by itself."""
+    for key in keys:
+        buffer = None if key is None else getattr(owner, key)
+        if buffer is not None and without_repeats(buffer).shape != buffer.shape:
+            where = f"{name}.{key}".removeprefix(".")
+            raise StateError(
+                f"recalibrate: {where} is one value, expanded to {buffer.numel()} channels, and cannot hold one for "
+                f"each. Give it memory of its own: model.get_submodule({name!r}).{key} = buffer.clone()."
+            )
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ class Sites:
         self.left: dict[str, Left] = {}
         self.unknown_calls = 0
         self._model = model
-        self._by_key: dict[_Key, Site | None] = {}
+        # a buffer is the same memory whoever hands the tensor on (a scripted module, a detach)
+        self._by_key: dict[Footprint, Site | None] = {}
         self._buffers = _loose_buffers(model)
         norms, self._loose_names = _select(model, names, {b.site_name for b in self._buffers.values()})
         self._check_lazy(model)
@@ -133,7 +139,9 @@ class Sites:
             self.left[name] = Left(name, reason)
         measured = chosen and not reason
         keys = (MEAN, VARIANCE, BATCHES if getattr(norm, BATCHES, None) is not None else None)
-        self._by_key.setdefault(_key(mean), Site(name, norm, keys, name) if measured else None)
+        if measured:
+            _require_own_memory(name, norm, keys)
+        self._by_key.setdefault(footprint(mean), Site(name, norm, keys, name) if measured else None)
 
     def _check_lazy(self, model: Module) -> None:
         lazy = lazy_names(model)
@@ -166,7 +174,7 @@ class Sites:
 
     def is_loose(self, buffer: Tensor) -> bool:
         """Return whether a buffer is measured if a functional norm turns out to be given it."""
-        found = self._buffers.get(_key(buffer))
+        found = self._buffers.get(footprint(buffer))
         if found is None:
             return False
         if self._loose_names is None:
@@ -195,7 +203,7 @@ class Sites:
         try:
             owner = self._model.get_submodule(owner_name)
             new = Site(name, owner, keys, owner_name)
-            key = _key(new.running_mean)
+            key = footprint(new.running_mean)
         except AttributeError as error:
             raise StateError(
                 f"recalibrate: another process measured {name or 'a norm'}, which {type(self._model).__name__} does "
@@ -212,21 +220,21 @@ class Sites:
         if original is not None:
             self._leave_out(original)
             return None
-        key = _key(running_mean)
+        key = footprint(running_mean)
         if key not in self._by_key:
             self._by_key[key] = self._functional(running_mean, running_var)
         return self._by_key[key]
 
     def _leave_out(self, running_mean: Tensor) -> None:
         """Note that a norm of these statistics does not normalize by them, for the model's own code says so."""
-        site = self._by_key.get(_key(running_mean))
+        site = self._by_key.get(footprint(running_mean))
         if site is not None:
             reason = "normalizes by each batch, in a block use('batch', ...) that the model's own code opens"
             self.left[site.name] = Left(site.name, reason)
 
     def _functional(self, running_mean: Tensor, running_var: Tensor) -> Site | None:
         """Return the site of a functional norm, met for the first time."""
-        mean, variance = self._buffers.get(_key(running_mean)), self._buffers.get(_key(running_var))
+        mean, variance = self._buffers.get(footprint(running_mean)), self._buffers.get(footprint(running_var))
         if mean is None or variance is None or mean.owner is not variance.owner:
             self.unknown_calls += 1
             return None
@@ -242,10 +250,10 @@ class Sites:
         return Site(name, mean.owner, keys, mean.prefix.removesuffix("."))
 
 
-def _loose_buffers(model: Module) -> dict[_Key, _Buffer]:
+def _loose_buffers(model: Module) -> dict[Footprint, _Buffer]:
     """Return the floating-point buffers that belong to no norm module: a functional norm may be given any two."""
     return {
-        _key(buffer): _Buffer(module, f"{prefix}." if prefix else "", key, _why_frozen(model, module))
+        footprint(buffer): _Buffer(module, f"{prefix}." if prefix else "", key, _why_frozen(model, module))
         for prefix, module in model.named_modules()
         if not isinstance(module, _NormBase)
         for key, buffer in module.named_buffers(recurse=False)
@@ -258,10 +266,11 @@ def has_loose_pair(model: Module) -> bool:
     return _any_pair(_loose_buffers(model))
 
 
-def _any_pair(buffers: dict[_Key, _Buffer]) -> bool:
+def _any_pair(buffers: dict[Footprint, _Buffer]) -> bool:
     """Return whether some module holds two buffers of one size, as a functional norm needs them."""
     seen: set[tuple[int, int]] = set()
-    for (_, size, _), buffer in buffers.items():
+    for (_, _, axes), buffer in buffers.items():
+        size = math.prod(size for _, size in axes)
         if (id(buffer.owner), size) in seen:
             return True
         seen.add((id(buffer.owner), size))

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.cli.errors import CommandError, reason
 from batchnorm.cli.output import note
 from batchnorm.errors import closest
+from batchnorm.files.tensor_memory import Footprint, footprint
 from batchnorm.nn.prefixes import wrapper_prefix
 
 __all__ = ["fit_weights", "read_weights"]
@@ -72,9 +73,10 @@ def fit_weights(model: Module, state: Mapping[str, Tensor], path: Path) -> None:
         raise CommandError(f"--weights {path} does not fit {type(model).__name__}: {_misfits(missing, unexpected)}.")
 
 
-def _address(entry: Any) -> int | None:
+def _address(entry: Any) -> Footprint | None:
     """Return where a tensor's values are; None for what has none."""
-    return (entry.data_ptr() or None) if isinstance(entry, Tensor) and not is_lazy(entry) else None
+    has_values = isinstance(entry, Tensor) and not is_lazy(entry) and entry.data_ptr() != 0
+    return footprint(entry) if has_values else None
 
 
 def _misfits(missing: list[str], unexpected: list[str]) -> str:

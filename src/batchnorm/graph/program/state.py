@@ -121,7 +121,7 @@ def memory_of(value: Any) -> object:
     """Return what two tensors have in common that are one."""
     if not isinstance(value, Tensor) or not value.numel():
         return id(value)
-    return value.untyped_storage().data_ptr(), value.storage_offset(), value.shape
+    return value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype
 
 
 _KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
