@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Footprint", "bytes_of", "footprint", "without_repeats"]
+__all__ = ["Footprint", "bytes_of", "footprint", "repeats", "without_repeats"]
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
@@ -58,3 +58,8 @@ def without_repeats(tensor: Tensor) -> Tensor:
         if size > 1 and stride == 0:
             tensor = tensor.narrow(axis, 0, 1)
     return tensor
+
+
+def repeats(tensor: Tensor) -> bool:
+    """Whether a tensor is expanded: it has elements that are the same place in memory, and cannot be written."""
+    return tensor.layout == torch.strided and without_repeats(tensor).shape != tensor.shape

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import ArgumentTypeError, NonFiniteError, ShapeError, StateError
+from batchnorm.files.tensor_memory import repeats
 from batchnorm.moments import Moments
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.transaction import transaction
@@ -263,5 +265,12 @@ def _double(value: Tensor) -> Tensor:
 
 
 def _write(merged: Module, new: Mapping[str, Tensor]) -> None:
+    # the values of an expanded buffer's channels differ now: it gets memory for each
+    dense: dict[int, Tensor] = {}
+    for module in merged.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not is_lazy(buffer) and repeats(buffer):
+                own_memory = buffer.clone(memory_format=torch.contiguous_format)
+                module._buffers[name] = dense.setdefault(id(buffer), own_memory)
     own = {entry.name: entry.tensor for entry in entries_of(merged)}
     write_all([(own[name], value) for name, value in new.items()])

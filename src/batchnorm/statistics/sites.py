@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import StateError, UnknownNameError
-from batchnorm.files.tensor_memory import Footprint, footprint, without_repeats
+from batchnorm.files.tensor_memory import Footprint, footprint, repeats
 from batchnorm.nn.frozen import state_of
 from batchnorm.nn.redirect import original_of
 from batchnorm.nn.require import lazy_names
@@ -77,7 +77,7 @@ def _require_own_memory(name: str, owner: Module, keys: tuple[str, str, str | No
     """Refuse buffers of which channels share memory, so that none of them can be written by itself."""
     for key in keys:
         buffer = None if key is None else getattr(owner, key)
-        if buffer is not None and without_repeats(buffer).shape != buffer.shape:
+        if buffer is not None and repeats(buffer):
             where = f"{name}.{key}".removeprefix(".")
             raise StateError(
                 f"recalibrate: {where} is one value, expanded to {buffer.numel()} channels, and cannot hold one for "
