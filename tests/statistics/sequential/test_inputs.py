@@ -32,7 +32,7 @@ def test_batches_in_one_memory_are_refused_while_they_are_held() -> None:
         recalibrate(network(), OneBuffer())
 
 
-@pytest.mark.parametrize("memory", [None, 10_000])
+@pytest.mark.parametrize("memory", [None, 60_000])
 def test_a_long_stream_in_one_memory_is_refused_whether_it_fits_or_not(memory: Any) -> None:
     def stream() -> Any:
         batch = torch.empty(2, 3, 8, 8)

@@ -114,7 +114,8 @@ class Inputs:
         if not isinstance(self._stream, list | tuple):  # there they are held anyway
             # each time that it comes, even if it is the same tensor again: a stream without end is to meet the limit
             self.nbytes += _OVERHEAD + sum(t.nbytes for t in tensors_of(batch))
-        if self.nbytes <= self._limit:
+        # what can be walked through again leaves half of the room to the runs
+        if self.nbytes <= (self._limit if isinstance(self._stream, Iterator) else self._limit / 2):
             return
         if isinstance(self._stream, Iterator):
             raise StateError(

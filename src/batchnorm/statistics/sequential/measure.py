@@ -25,6 +25,7 @@ from batchnorm.statistics.sequential.ambient import Ambient
 from batchnorm.statistics.sequential.groups import Groups
 from batchnorm.statistics.sequential.inputs import Inputs, tensors_of
 from batchnorm.statistics.sequential.order import order_of
+from batchnorm.statistics.sequential.resident import Resident
 from batchnorm.statistics.sequential.run import Run, Stuck
 from batchnorm.statistics.sequential.settle import Settling, distance
 from batchnorm.statistics.sequential.shelf import Shelf
@@ -79,6 +80,9 @@ class Sequential:
         self._limit = limit
         self._cache = cache
         self._ambient = Ambient()
+        # elsewhere the bytes of the tensors are counted
+        on_cpu = all(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers()))
+        self._resident = Resident() if on_cpu else None
         self._tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
         self._joins = True
         self._joined = False  # whether any batches were, in the last sweep
@@ -200,7 +204,9 @@ class Sequential:
             shelf = None
             if self._cache is not None and not self._apart:
                 shelf = stack.enter_context(Shelf(self._cache))
-            waiting = Waiting(0 if self._apart else max(0.0, self._limit - inputs.nbytes), shelf, apart=self._apart)
+            waiting = Waiting(
+                lambda: 0 if self._apart else self._limit - inputs.nbytes, self._fits, shelf, apart=self._apart
+            )
 
             def start(index: int, batch: Any) -> Run:
                 return self._start(index, batch, shelf, held=inputs.held)
@@ -241,6 +247,9 @@ class Sequential:
         if not held:  # the run alone keeps the batch
             run.storages.hold(tensors_of(batch))
         return run
+
+    def _fits(self) -> bool:
+        return self._resident is None or self._resident.within(self._limit)
 
     # -- what may go wrong unseen --------------------------------------------------------------------------------------
 

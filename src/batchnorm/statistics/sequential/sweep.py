@@ -161,6 +161,7 @@ class Sweep:
         self.travellers.append(traveller)
         if self.failure is None:
             self._set_out(traveller, joined(group))
+            self._make_room()
 
     @property
     def batches(self) -> int:
@@ -264,6 +265,14 @@ class Sweep:
         run = self._begin_run(traveller.index, batch)
         del batch
         self._travel(traveller, run)
+
+    def _make_room(self) -> None:
+        """Let fewer wait in memory, the last first, if the batches that are held have grown into their place."""
+        for traveller in reversed(self.travellers):
+            if not self._waiting.too_much:
+                return
+            if traveller.run is not None and not self._waiting.shrink(traveller.run):
+                traveller.run = traveller.arrival = None
 
     def _begin_run(self, index: int, batch: Any) -> Run:
         while True:
