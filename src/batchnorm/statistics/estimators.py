@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
+from batchnorm.statistics.parts import Parts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,6 +31,10 @@ class Estimator(ABC):
     def add(self, batch: Moments) -> None:
         """Take in one batch."""
         self.pooled = self.pooled.merge(batch)
+
+    def add_parts(self, batches: Parts) -> None:
+        """Take in many batches."""
+        self.pooled = self.pooled.merge(batches.together())
 
     def merge(self, other: Self) -> Self:
         """Return what both have taken in, together: the batches of this one first."""
@@ -105,6 +110,17 @@ class Within(Estimator):
         weight = enters / self._batches.clamp(min=1)
         variance = torch.where(enters, batch.variance(correction=1), 0.0)
         self._mean = self._mean + (batch.mean - self._mean) * weight
+        self._variance = self._variance + (variance - self._variance) * weight
+
+    def add_parts(self, batches: Parts) -> None:
+        """Take in many batches, unless they have a single value per channel."""
+        super().add_parts(batches)
+        if batches.count < 2:
+            return
+        self._batches = self._batches + len(batches)
+        weight = len(batches) / self._batches
+        variance = (batches.m2 / (batches.count - 1)).mean(0)
+        self._mean = self._mean + (batches.mean.mean(0) - self._mean) * weight
         self._variance = self._variance + (variance - self._variance) * weight
 
     def merge(self, other: Self) -> Self:

@@ -70,7 +70,8 @@ def recalibrate(
     while all earlier ones are on their final statistics, rounded as they are stored: every norm's buffers hold the
     exact moments of what it will meet in eval mode on this stream, however it is cut into batches. The batches wait for
     each other at every norm, each in a thread of its own, only one of which runs at a time; so it costs about one
-    forward pass over the stream. It takes the memory of what they hold meanwhile: beyond ``memory``, batches are put
+    forward pass over the stream. Small batches are joined, where the model is seen to treat them as it does single
+    ones. Waiting takes the memory of what they hold meanwhile: beyond ``memory``, batches are put
     into a folder on disk (``cache``), or run again from the first layer for every norm, at up to as many passes as
     there are norms. A norm that is called several times in a forward pass depends on its own statistics; it is measured
     again, in up to 40 passes, until they come to rest, or ``result.notes`` name it. All others are exact either way.

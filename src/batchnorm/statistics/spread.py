@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
+from batchnorm.statistics.parts import Parts
 
 __all__ = ["MOST_GROUPS", "Spread", "errors_of"]
 
@@ -55,6 +56,19 @@ class Spread:
     def add(self, moments: Moments, batch: int) -> None:
         """Take in what was met in the batch of that index; several times, and in any order, if it came so."""
         self._put(batch // self._batches_a_group, moments)
+        self._bound()
+
+    def add_parts(self, batches: Parts, first: int) -> None:
+        """Take in what was met in many batches that follow each other; ``first`` is the index of the first of them."""
+        start = 0
+        while start < len(batches):
+            key = (first + start) // self._batches_a_group
+            end = min((key + 1) * self._batches_a_group - first, len(batches))
+            self._put(key, batches.together(start, end))
+            self._bound()
+            start = end
+
+    def _bound(self) -> None:
         while len(self._groups) > MOST_GROUPS:
             self._batches_a_group *= 2
             groups, self._groups = self._groups, {}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from batchnorm.moments import Moments
 from batchnorm.statistics.estimators import Estimator
+from batchnorm.statistics.parts import Parts
 from batchnorm.statistics.ranks import Ranks
 from batchnorm.statistics.sites import Site, Sites
 from batchnorm.statistics.spread import Spread, errors_of
@@ -59,6 +60,22 @@ class Tally:
         self.calls += 1
         self.batches += first
         self.single_calls += fewest < 2
+
+    def add_parts(self, met: Parts, batch: int, *, first: bool) -> None:
+        """Take in what one call was given for many batches that follow each other.
+
+        Args:
+            met: the moments of each.
+            batch: the index of the first of them.
+            first: whether it is the first call in these batches.
+        """
+        self.estimator.add_parts(met)
+        if met.count == 0:
+            return
+        self.spread.add_parts(met, batch)
+        self.calls += len(met)
+        self.batches += first * len(met)
+        self.single_calls += (met.count < 2) * len(met)
 
     def standard_errors(self) -> tuple[Tensor, Tensor]:
         """Return those of the mean and of the variance, float64, shape (C,); infinite after a single batch."""

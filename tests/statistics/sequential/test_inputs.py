@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from batchnorm.errors import StateError
 from batchnorm.statistics import recalibrate
+from batchnorm.statistics.sequential import inputs
 
 
 class OneBuffer:
@@ -28,6 +30,40 @@ class OneBuffer:
 def test_batches_in_one_memory_are_refused_while_they_are_held() -> None:
     with pytest.raises(StateError, match=r"every batch in the same memory.*yield batch\.clone"):
         recalibrate(network(), OneBuffer())
+
+
+@pytest.mark.parametrize("memory", [None, 60_000])
+def test_a_long_stream_in_one_memory_is_refused_whether_it_fits_or_not(memory: Any) -> None:
+    def stream() -> Any:
+        batch = torch.empty(2, 3, 8, 8)
+        for values in images(*[2] * 60):
+            yield batch.copy_(values)
+
+    class Loader:
+        def __iter__(self) -> Any:
+            return stream()
+
+    with pytest.raises(StateError, match=r"every batch in the same memory.*yield batch\.clone"):
+        recalibrate(network(), Loader(), memory=memory)
+
+
+@pytest.mark.parametrize("kind", ["new", "one", "views", "restarts"])
+def test_a_stream_without_end_meets_the_limit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it yields: new tensors, one tensor again and again, parts of one, or a loader that can start again."""
+    monkeypatch.setattr(inputs, "_MOST_UNHELD", 300)
+    one = images(200)[0]
+
+    def stream() -> Any:
+        for i in count():
+            yield {"new": one[:2].clone, "views": lambda i=i: one[i % 100 : i % 100 + 2]}.get(kind, lambda: one[:2])()
+
+    class Loader:
+        def __iter__(self) -> Any:
+            return stream()
+
+    said = "tells no length.*may be endless" if kind == "restarts" else "walked through only once.*islice"
+    with pytest.raises(StateError, match=said):
+        recalibrate(network(), Loader() if kind == "restarts" else stream(), memory=300_000)
 
 
 def test_batches_in_one_memory_are_measured_if_they_are_taken_from_the_stream_again() -> None:

@@ -13,9 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 from batchnorm.errors import StateError
 from batchnorm.files.tensor_memory import bytes_of
-from batchnorm.statistics.stream import numbered
+from batchnorm.statistics.stream import length_of, numbered
 
 __all__ = ["Inputs", "tensors_of"]
+
+
+_OVERHEAD = 4096
+"""What a batch takes beside its values: the objects that stand for it and its way."""
+_MOST_UNHELD = 10_000
+"""A stream that is not held and tells no length is taken for endless after so many batches."""
 
 
 class Inputs:
@@ -34,8 +40,8 @@ class Inputs:
         self._held: list[Any] | None = []
         self._versions: list[list[int]] = []
         self._marks: list[int] = []  # what each batch was like; while they are held, the first only
+        self._most = _MOST_UNHELD
         self.nbytes = 0  # of the batches held here and nowhere else
-        self._counted: set[int] = set()
         self.ended = False
 
     @property
@@ -58,6 +64,7 @@ class Inputs:
         if self._held is not None:
             self._hold(batch)
         else:
+            self._require_end()
             self._marks.append(_mark(batch))
         return batch
 
@@ -105,23 +112,37 @@ class Inputs:
         self._held.append(batch)
         self._versions.append(_versions(batch))
         if not isinstance(self._stream, list | tuple):  # there they are held anyway
-            # batches may be parts of one tensor
-            memory = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_of(batch)}
-            self.nbytes += sum(size for key, size in memory.items() if key not in self._counted)
-            self._counted.update(memory)
-        if self.nbytes <= self._limit:
+            # each time that it comes, even if it is the same tensor again: a stream without end is to meet the limit
+            self.nbytes += _OVERHEAD + sum(t.nbytes for t in tensors_of(batch))
+        # what can be walked through again leaves half of the room to the runs
+        if self.nbytes <= (self._limit if isinstance(self._stream, Iterator) else self._limit / 2):
             return
         if isinstance(self._stream, Iterator):
             raise StateError(
                 f"recalibrate: a {type(self._stream).__name__} can be walked through only once, and its batches do not "
-                f"fit into memory: {len(self._held)} of them take {self.nbytes / 1e9:.2g} GB, "
+                f"fit into memory: {len(self._held)} of them count as {self.nbytes / 1e9:.2g} GB, "
                 f"{self._limit / 1e9:.2g} GB are allowed. Pass a list or a DataLoader, fewer batches "
                 "(itertools.islice), tolerance=0.01, a larger memory=, or order='parallel', which keeps no batch. The "
                 "model is as it was."
             )
+        self._require_unwritten(0)  # else the marks would be those of the last batch
         self._marks = [_mark(one) for one in self._held]
+        self._most = max(_MOST_UNHELD, 10 * len(self._held))
         self._held = None
         self.nbytes = 0
+
+    def _require_end(self) -> None:
+        """Refuse a stream that does not tell its length and goes on and on.
+
+        Raises:
+            StateError: it does.
+        """
+        if len(self._marks) >= self._most and length_of(self._stream) is None:
+            raise StateError(
+                f"recalibrate: the stream tells no length (__len__), does not fit into memory "
+                f"({self._limit / 1e9:.2g} GB are allowed), and has not ended after {len(self._marks)} batches; "
+                "it may be endless. Pass fewer batches (itertools.islice), or tolerance=0.01. The model is as it was."
+            )
 
     def _require_unwritten(self, index: int) -> None:
         assert self._held is not None

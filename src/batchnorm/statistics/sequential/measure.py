@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from math import ceil, exp, inf, isfinite
@@ -22,8 +22,10 @@ from batchnorm.statistics.failures import explained
 from batchnorm.statistics.outcome import Outcome
 from batchnorm.statistics.ranks import Ranks
 from batchnorm.statistics.sequential.ambient import Ambient
+from batchnorm.statistics.sequential.groups import Groups
 from batchnorm.statistics.sequential.inputs import Inputs, tensors_of
 from batchnorm.statistics.sequential.order import order_of
+from batchnorm.statistics.sequential.resident import Resident
 from batchnorm.statistics.sequential.run import Run, Stuck
 from batchnorm.statistics.sequential.settle import Settling, distance
 from batchnorm.statistics.sequential.shelf import Shelf
@@ -31,7 +33,7 @@ from batchnorm.statistics.sequential.sweep import Disturbed, RunFailed, Sweep, T
 from batchnorm.statistics.sequential.waiting import Waiting
 from batchnorm.statistics.sites import Address, Site, Sites
 from batchnorm.statistics.stream import empty_stream
-from batchnorm.statistics.tally import merge_spreads
+from batchnorm.statistics.tally import Tally, merge_spreads
 from batchnorm.statistics.values import Statistics, statistics_of
 
 __all__ = ["Sequential"]
@@ -78,7 +80,12 @@ class Sequential:
         self._limit = limit
         self._cache = cache
         self._ambient = Ambient()
+        # elsewhere the bytes of the tensors are counted
+        on_cpu = all(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers()))
+        self._resident = Resident() if on_cpu else None
         self._tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+        self._joins = True
+        self._joined = False  # whether any batches were, in the last sweep
         self._apart = False
         self._notes: list[str] = []
 
@@ -93,7 +100,7 @@ class Sequential:
         while True:
             sweep = self._settle(inputs, number, advance)
             merge_spreads(self._ranks, sweep.tallies)
-            used = len(sweep.travellers)
+            used = sweep.batches
             outcome = Outcome(sweep.tallies, sum(self._ranks.agree(used)), tuple(self._notes))
             if outcome.batches == 0:
                 raise empty_stream("recalibrate", type(stream).__name__)
@@ -162,27 +169,28 @@ class Sequential:
         order: Sequence[Address],
         advance: Callable[[], None],
     ) -> Sweep:
-        """Sweep once; again with the batches kept apart, if they disturb each other."""
-        if not self._apart:
+        """Sweep once; again without joining them, then with the batches kept apart, if they disturb each other."""
+        while True:
             try:
                 sweep = self._sweep_once(inputs, number, pinned, order, advance)
                 if all(self._ranks.agree(self._undisturbed(sweep, inputs))):
                     return sweep
             except Disturbed:
                 pass
-            self._apart = True
-            self._notes.append(
-                "The model keeps something of a batch, or a lock, between its layers, so that batches cannot wait side "
-                "by side: each was run again for every norm."
-            )
-        sweep = self._sweep_once(inputs, number, pinned, order, advance)
-        if not all(self._ranks.agree(self._undisturbed(sweep, inputs))):
-            raise StateError(
-                "recalibrate: the model gives another result when the same batch is run again, in eval mode: it draws "
-                "random numbers of its own, or remembers earlier batches. order='sequential' cannot measure it; use "
-                "order='parallel'. The model is as it was."
-            )
-        return sweep
+            if any(self._ranks.agree(self._joined)):
+                self._joins = False
+            elif not self._apart:
+                self._apart = True
+                self._notes.append(
+                    "The model keeps something of a batch, or a lock, between its layers, so that batches cannot wait "
+                    "side by side: each was run again for every norm."
+                )
+            else:
+                raise StateError(
+                    "recalibrate: the model gives another result when the same batch is run again, in eval mode: it "
+                    "draws random numbers of its own, or remembers earlier batches. order='sequential' cannot measure "
+                    "it; use order='parallel'. The model is as it was."
+                )
 
     def _sweep_once(
         self,
@@ -196,37 +204,40 @@ class Sequential:
             shelf = None
             if self._cache is not None and not self._apart:
                 shelf = stack.enter_context(Shelf(self._cache))
-            waiting = Waiting(0 if self._apart else max(0.0, self._limit - inputs.nbytes), shelf, apart=self._apart)
+            waiting = Waiting(
+                lambda: 0 if self._apart else self._limit - inputs.nbytes, self._fits, shelf, apart=self._apart
+            )
 
             def start(index: int, batch: Any) -> Run:
                 return self._start(index, batch, shelf, held=inputs.held)
 
-            sweep = Sweep(start, self._sites, self._estimator, self._ranks, waiting, pinned, order, apart=self._apart)
+            groups = Groups(self._call, self._limit, joins=self._joins and not self._apart)
+            sweep = Sweep(
+                *(start, self._sites, self._estimator, self._ranks, waiting, pinned, order),
+                apart=self._apart,
+                copied=groups.copied,
+            )
             stack.callback(sweep.close)
+            self._joined = False
             try:
-                known = len(inputs) if number is None else min(number, len(inputs))
-                for index, batch in inputs.again(range(known)):
-                    sweep.begin(index, batch)
-                while not inputs.ended and (number is None or len(sweep.travellers) < number):
-                    batch = inputs.new()
-                    if not inputs.ended:
-                        sweep.begin(len(sweep.travellers), batch)
-                        del batch
+                for group in groups.of(_first(inputs, number), lambda: len(sweep.travellers)):
+                    self._joined |= len(group) > 1
+                    sweep.begin(group)
+                    group.clear()
                 sweep.finish(inputs, advance)
             except RunFailed as failure:
-                raise self._explained(failure, inputs) from failure.error
+                raise self._explained(failure.index, failure.error, inputs) from failure.error
             except Disturbed:
                 own = sweep.failure
-                if own is not None and not isinstance(own.error, Stuck):
+                if own is not None and not own.joined and not isinstance(own.error, Stuck):
                     error = self._fails_alone(sweep, inputs, own.index, shelf)
                     if error is not None:
-                        raise self._explained(RunFailed(own.index, error), inputs) from error
+                        raise self._explained(own.index, error, inputs) from error
                 raise
             return sweep
 
-    def _explained(self, failure: RunFailed, inputs: Inputs) -> BatchNormError:
-        batch = inputs.one(failure.index)
-        return explained("recalibrate", failure.error, self._model, failure.index, batch, self._call)
+    def _explained(self, index: int, error: Exception, inputs: Inputs) -> BatchNormError:
+        return explained("recalibrate", error, self._model, index, inputs.one(index), self._call)
 
     def _start(self, index: int, batch: Any, shelf: Shelf | None, *, held: bool = True) -> Run:
         others = [*self._tensors, *tensors_of(batch)]
@@ -236,6 +247,9 @@ class Sequential:
         if not held:  # the run alone keeps the batch
             run.storages.hold(tensors_of(batch))
         return run
+
+    def _fits(self) -> bool:
+        return self._resident is None or self._resident.within(self._limit)
 
     # -- what may go wrong unseen --------------------------------------------------------------------------------------
 
@@ -253,15 +267,17 @@ class Sequential:
             run.abandon()
 
     def _undisturbed(self, sweep: Sweep, inputs: Inputs) -> bool:
-        """Return whether the first batch, run once more by itself, brings to each norm what it brought before."""
+        """Return whether some batches, run once more by themselves, bring to each norm what they brought before."""
         if len(sweep.travellers) < 2:
             return True
-        first: Traveller = sweep.travellers[0]
-        run = self._start(0, inputs.one(0), None)
+        return all(self._repeats(index, traveller, sweep, inputs) for index, traveller in _witnesses(sweep))
+
+    def _repeats(self, index: int, traveller: Traveller, sweep: Sweep, inputs: Inputs) -> bool:
+        run = self._start(index, inputs.one(index), None)
         try:
             run.start()
             with below_autograd():
-                return _repeats(run, first, sweep)
+                return _repeats(run, index, traveller, sweep)
         except Exception:  # alone it fails: it is not the same run
             return False
         finally:
@@ -282,14 +298,37 @@ def _goes_through(run: Run, sweep: Sweep) -> None:
         arrival = run.go(arrival.call.run_on(*sweep.normalizes_by(arrival.site)))
 
 
-def _repeats(run: Run, first: Traveller, sweep: Sweep) -> bool:
-    """Return whether a run brings to the norms what the traveller brought."""
+def _first(inputs: Inputs, number: int | None) -> Iterator[tuple[int, Any]]:
+    """Yield so many batches with their indices, those that were met before and new ones; None for all."""
+    known = len(inputs) if number is None else min(number, len(inputs))
+    yield from inputs.again(range(known))
+    index = known
+    while not inputs.ended and (number is None or index < number):
+        batch = inputs.new()
+        if not inputs.ended:
+            yield index, batch
+            del batch
+            index += 1
+
+
+def _witnesses(sweep: Sweep) -> list[tuple[int, Traveller]]:
+    """Return the batches that are run again: the first, and some of those that were joined, of each size of a group."""
+    groups = sweep.joined
+    some = [groups[i * (len(groups) - 1) // 4] for i in range(5)] if groups else []
+    chosen = [sweep.travellers[0], *some, *{t.number: t for t in groups}.values()]
+    return [(index, t) for t in dict.fromkeys(chosen) for index in t.brought]
+
+
+def _repeats(run: Run, index: int, traveller: Traveller, sweep: Sweep) -> bool:
+    """Return whether the run of a batch brings to the norms what it brought before."""
     arrival = run.go()
-    for site, before in zip(first.way, first.brought, strict=True):
+    for site, before in zip(traveller.way, traveller.brought[index], strict=True):
         if arrival is None or arrival.site is not site:
             return False
-        met = moments_of(arrival.call.input, arrival.call.mask)
-        if not _alike(before, met, sweep.tallies[site].eps):
+        met, tally = moments_of(arrival.call.input, arrival.call.mask), sweep.tallies[site]
+        if traveller.number == 1 and not _alike(before, met, tally.eps):
+            return False
+        if traveller.number > 1 and not _alike_in(tally, before, met, arrival.call.input.dtype):
             return False
         arrival = run.go(arrival.call.run_on(*sweep.normalizes_by(site)))
     return arrival is None
@@ -327,6 +366,21 @@ def _alike(a: Moments, b: Moments, eps: float) -> bool:
     if a.num_features != b.num_features or not bool((a.count == b.count).all()):
         return False
     return distance((a.mean, a.variance().nan_to_num()), (b.mean, b.variance().nan_to_num()), eps) <= _SAME
+
+
+def _alike_in(tally: Tally, a: Moments, b: Moments, dtype: torch.dtype) -> bool:
+    """Return whether moments of a joined batch and of the batch by itself differ by rounding, beside all values.
+
+    A sum over another number of samples is rounded otherwise: by some units in the last place, which grow on their way
+    through the layers.
+    """
+    if a.num_features != b.num_features or not bool((a.count == b.count).all()):
+        return False
+    scale = (tally.estimator.pooled.variance() + tally.eps).clamp(min=_TINY)
+    mean = (a.mean - b.mean).abs() / scale.sqrt()
+    variance = (a.variance() - b.variance()).abs() / scale
+    unit = torch.finfo(dtype).eps
+    return float(mean.maximum(variance).max()) <= min(1000 * unit, max(8 * unit, 0.01))
 
 
 def _more(number: int, factor: float) -> int:

@@ -22,6 +22,9 @@ from batchnorm.statistics.sites import Site, Sites
 __all__ = ["Arrival", "Run", "Stuck"]
 
 
+_LOOKING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+
+
 @dataclass(frozen=True)
 class Arrival:
     """The batch has reached a norm that is to be measured.
@@ -75,6 +78,9 @@ class Run:
         others: tensors that are there anyway, and do not count as the run's.
         seed: of torch's random numbers, should the model draw some, so that another run of this batch draws the same.
         before_work: is given the arguments of each operator before it runs.
+
+    Attributes:
+        looks_at_values: whether some operator told the model's code, or a branch of it, what its values are.
     """
 
     def __init__(
@@ -95,6 +101,7 @@ class Run:
         self._random = torch.Generator().manual_seed(seed).get_state()
         self._requests: SimpleQueue[Any] = SimpleQueue()
         self._replies: SimpleQueue[Any] = SimpleQueue()
+        self.looks_at_values = False
         self._abandoned = False
         self._thread = threading.Thread(target=self._ambient.context.copy().run, args=(self._body,), daemon=True)
 
@@ -229,6 +236,7 @@ class _Stops(TorchDispatchMode):
     ) -> Any:
         given = kwargs or {}
         if isinstance(func, HigherOrderOperator):
+            self._run.looks_at_values = True
             return run_with_functions(self, func, args, given)
         norm = NormCall.of(func, args, given)
         if norm is not None:
@@ -236,6 +244,8 @@ class _Stops(TorchDispatchMode):
             if site is not None:
                 return self._run.ask(Arrival(site, norm, self._run.visit(site)))
             return self._run.ask(_Work(norm.run, norm.given))
+        if not _LOOKING.isdisjoint(func.tags):
+            self._run.looks_at_values = True
         if func.is_view:
             return func(*args, **given)
         return self._run.ask(_Work(lambda: func(*args, **given), (args, given)))

@@ -13,7 +13,10 @@ from batchnorm.moments import Moments
 from batchnorm.nn.calling import below_autograd
 from batchnorm.statistics.collect import counts_of, moments_of, require_channels, require_finite
 from batchnorm.statistics.estimators import Estimator
+from batchnorm.statistics.operators import NormCall
+from batchnorm.statistics.parts import Parts
 from batchnorm.statistics.ranks import Ranks
+from batchnorm.statistics.sequential.groups import Group, joined
 from batchnorm.statistics.sequential.inputs import Inputs
 from batchnorm.statistics.sequential.run import Arrival, Run, Stuck
 from batchnorm.statistics.sequential.settle import distances
@@ -22,18 +25,23 @@ from batchnorm.statistics.sites import Address, Site, Sites
 from batchnorm.statistics.tally import Tally, merge_tallies
 from batchnorm.statistics.values import Statistics, statistics_of
 
-__all__ = ["Disturbed", "RunFailed", "Sweep", "Traveller"]
+__all__ = ["Disturbed", "RunFailed", "Sweep", "Traveller", "Unjoinable"]
 
 _PATIENCE = 60.0
 """After so many seconds without an operator a batch is taken to wait for a lock that another one holds."""
 
 
-class RunFailed(Exception):  # noqa: N818
-    """The model failed on a batch, or what it made of it cannot be measured."""
+_WITNESSES = 8
+"""So many batches of the first group are run again by themselves, to see that nothing depends on their neighbours."""
 
-    def __init__(self, index: int, error: Exception) -> None:
-        super().__init__(index, error)
-        self.index = index
+
+class RunFailed(Exception):  # noqa: N818
+    """The model failed on a batch, or on several that were joined, or what it made of it cannot be measured."""
+
+    def __init__(self, traveller: Traveller, error: Exception) -> None:
+        super().__init__(traveller.index, error)
+        self.index = traveller.index
+        self.joined = traveller.number > 1
         self.error = error
 
 
@@ -41,25 +49,50 @@ class Disturbed(Exception):  # noqa: N818
     """A batch failed while others were on their way; perhaps because of them."""
 
 
+class Unjoinable(Exception):  # noqa: N818
+    """What came to a norm cannot be told apart by the batches that were joined."""
+
+
 @dataclass(eq=False)
 class Traveller:
-    """One batch.
+    """One batch, or several small ones that follow each other and were joined.
 
     Attributes:
-        index: its place in the stream.
+        index: the place of the first in the stream.
+        number: how many there are.
         counted: how many of its visits to each norm are in that norm's tally.
-        way: the norms in the order of its visits, and what it brought, for the first batch only.
+        way: the norms in the order of its visits.
+        brought: what some of the batches brought there, by their index: a single batch only if it is the first.
         at: the norm that it waits at, whether its run is kept or not; None once it has left the model.
         arrival: the call that its run waits in, if it is kept.
     """
 
     index: int
+    number: int = 1
     counted: Counter[Site] = field(default_factory=Counter)
     way: list[Site] = field(default_factory=list)
-    brought: list[Moments] = field(default_factory=list)
+    brought: dict[int, list[Moments]] = field(default_factory=dict)
     at: Site | None = None
     run: Run | None = None
     arrival: Arrival | None = None
+
+    def __post_init__(self) -> None:
+        """Choose the batches that are remembered: one, in another place from group to group; more where asked."""
+        if self.index == 0:
+            self.brought[0] = []
+        elif self.number > 1:
+            self.remember(1)
+
+    def remember(self, number: int) -> None:
+        """Remember so many of the batches, evenly spaced."""
+        for k in range(number):
+            place = (self.index + k * self.number // number) % self.number
+            self.brought[self.index + place] = []
+
+    @property
+    def indices(self) -> range:
+        """The places of the batches in the stream."""
+        return range(self.index, self.index + self.number)
 
 
 class Sweep:
@@ -80,6 +113,7 @@ class Sweep:
             the same. Those that are called several times in a forward pass.
         order: the order of the norms, as far as it is known.
         apart: whether no batch waits while another is on its way, so that a failure is the batch's own.
+        copied: returns a copy of what the model reads of a batch, to be joined with others.
 
     Attributes:
         tallies: what each norm met; of all processes, once :meth:`finish` has returned.
@@ -101,6 +135,7 @@ class Sweep:
         order: Sequence[Address],
         *,
         apart: bool,
+        copied: Callable[[Any], Any],
     ) -> None:
         self.tallies: dict[Site, Tally] = {}
         self.final: dict[Site, Statistics] = {}
@@ -111,18 +146,32 @@ class Sweep:
         self._ranks = ranks
         self._waiting = waiting
         self._apart = apart
+        self._copied = copied
         self._active: Run | None = None
         self.failure: RunFailed | None = None
         self.pinned = pinned
         self._rank_of = {address: i for i, address in enumerate(order)}
         self.travellers: list[Traveller] = []
 
-    def begin(self, index: int, batch: Any) -> None:
-        """Send a batch, the next one, as far as it goes."""
-        traveller = Traveller(index)
+    def begin(self, group: Group) -> None:
+        """Send the next batches, joined, as far as they go."""
+        traveller = Traveller(group[0][0], len(group))
+        if traveller.number > 1 and not self.joined:
+            traveller.remember(_WITNESSES)
         self.travellers.append(traveller)
         if self.failure is None:
-            self._set_out(traveller, batch)
+            self._set_out(traveller, joined(group))
+            self._make_room()
+
+    @property
+    def batches(self) -> int:
+        """How many batches were sent."""
+        return sum(t.number for t in self.travellers)
+
+    @property
+    def joined(self) -> list[Traveller]:
+        """Those of more than one batch."""
+        return [t for t in self.travellers if t.number > 1]
 
     def finish(self, inputs: Inputs, advance: Callable[[], None]) -> None:
         """Make one norm after another final, until every batch has left the model; in all processes together.
@@ -201,14 +250,29 @@ class Sweep:
             if traveller.arrival is not None and self.failure is None:
                 self._go_on(traveller)
         again = {t.index: t for t in here if t.at is site and self.failure is None}
-        for index, batch in inputs.again(sorted(again)):
-            if self.failure is None:
-                self._set_out(again[index], batch)
+        group: Group = []
+        for index, batch in inputs.again([index for t in again.values() for index in t.indices]):
+            if self.failure is not None:
+                continue
+            traveller = again[index if not group else group[0][0]]
+            group.append((index, batch if traveller.number == 1 else self._copied(batch)))
+            if len(group) == traveller.number:
+                whole, group = joined(group), []
+                self._set_out(traveller, whole)
+                del whole
 
     def _set_out(self, traveller: Traveller, batch: Any) -> None:
         run = self._begin_run(traveller.index, batch)
         del batch
         self._travel(traveller, run)
+
+    def _make_room(self) -> None:
+        """Let fewer wait in memory, the last first, if the batches that are held have grown into their place."""
+        for traveller in reversed(self.travellers):
+            if not self._waiting.too_much:
+                return
+            if traveller.run is not None and not self._waiting.shrink(traveller.run):
+                traveller.run = traveller.arrival = None
 
     def _begin_run(self, index: int, batch: Any) -> Run:
         while True:
@@ -242,11 +306,11 @@ class Sweep:
             with below_autograd():
                 arrival = self._to_next_wait(traveller, run)
         except Stuck as error:  # it is left once those who wait are
-            self.failure = RunFailed(traveller.index, error)
+            self.failure = RunFailed(traveller, error)
             return
         except Exception as error:
             run.abandon()
-            failure = RunFailed(traveller.index, error)
+            failure = RunFailed(traveller, error)
             if self._apart or len(self.travellers) == 1:
                 raise failure from error
             self.failure = failure
@@ -262,10 +326,12 @@ class Sweep:
         answer = None if arrival is None else self._pass(run, arrival)
         patience = _PATIENCE if self._waiting else None
         while (arrival := run.go(answer, patience)) is not None:
+            _require_joinable(traveller, run)
             self._count(traveller, arrival)
             if not self.lets_pass(arrival.site):
                 return arrival
             answer = self._pass(run, arrival)
+        _require_joinable(traveller, run)
         return None
 
     def _count(self, traveller: Traveller, arrival: Arrival) -> None:
@@ -274,23 +340,57 @@ class Sweep:
         if arrival.visit <= traveller.counted[site]:
             return
         self._waiting.require(call.given)
+        if traveller.number > 1:
+            self._count_joined(traveller, arrival)
+        else:
+            self._count_one(traveller, arrival)
+        traveller.counted[site] += 1
+        traveller.way.append(site)
+        if site in self.final and site not in self.pinned:
+            self.late.add(site)
+
+    def _count_one(self, traveller: Traveller, arrival: Arrival) -> None:
+        site, call = arrival.site, arrival.call
         met = moments_of(call.input, call.mask)
         require_channels(site, met)
         require_finite(site, met)
-        tally = self.tallies.get(site)
-        if tally is None:
-            tally = self.tallies[site] = Tally(self._estimator(met.num_features, call.input.device), call.eps)
+        tally = self._tally(site, met.num_features, call)
         fewest, most = counts_of(call.input, met, call.mask)
         tally.add(met, traveller.index, first=arrival.visit == 1, fewest=fewest, most=most)
-        traveller.counted[site] += 1
-        traveller.way.append(site)
-        if traveller.index == 0:
-            traveller.brought.append(met)
-        if site in self.final and site not in self.pinned:
-            self.late.add(site)
+        for brought in traveller.brought.values():
+            brought.append(met)
+
+    def _count_joined(self, traveller: Traveller, arrival: Arrival) -> None:
+        site, call = arrival.site, arrival.call
+        if call.mask is not None or len(call.input) % traveller.number or not call.input.numel():
+            raise Unjoinable
+        parts = Parts.of(call.input, traveller.number)
+        met = parts.together()
+        require_channels(site, met)
+        require_finite(site, met)
+        tally = self._tally(site, met.num_features, call)
+        tally.add_parts(parts, traveller.index, first=arrival.visit == 1)
+        for index, brought in traveller.brought.items():
+            brought.append(parts.one(index - traveller.index))
+
+    def _tally(self, site: Site, channels: int, call: NormCall) -> Tally:
+        tally = self.tallies.get(site)
+        if tally is None:
+            tally = self.tallies[site] = Tally(self._estimator(channels, call.input.device), call.eps)
+        return tally
 
     def _pass(self, run: Run, arrival: Arrival) -> Tensor:
         self._waiting.require(arrival.call.given)
         answer: Tensor = arrival.call.run_on(*self.normalizes_by(arrival.site))
         run.storages.note(answer)
         return answer
+
+
+def _require_joinable(traveller: Traveller, run: Run) -> None:
+    """Refuse joined batches whose way through the model may depend on their values.
+
+    Raises:
+        Unjoinable: it may.
+    """
+    if traveller.number > 1 and run.looks_at_values:
+        raise Unjoinable

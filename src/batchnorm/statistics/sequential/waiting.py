@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from batchnorm.statistics.sequential.run import Run
@@ -17,13 +18,17 @@ class Waiting:
     """Keeps runs within a limit; those beyond it go to disk, or are left and start anew.
 
     Args:
-        limit: how many bytes the waiting runs may take together.
+        room: returns how many bytes the waiting runs may take together now.
+        fits: returns whether the process as a whole takes no more memory than it may.
         shelf: where the others are put; None leaves them.
     """
 
-    def __init__(self, limit: float, shelf: Shelf | None, *, apart: bool = False) -> None:
+    def __init__(
+        self, room: Callable[[], float], fits: Callable[[], bool], shelf: Shelf | None, *, apart: bool = False
+    ) -> None:
         self.most_runs = 0 if apart else MOST_RUNS
-        self._limit = limit
+        self._room = room
+        self._fits = fits
         self._shelf = shelf
         self._nbytes: dict[Run, int] = {}  # of those in memory; 0 for those on the shelf
         self._total = 0
@@ -36,7 +41,7 @@ class Waiting:
         """Take in a run that waits; False if it had to be left, for lack of memory."""
         nbytes = run.storages.nbytes()
         if len(self._nbytes) < self.most_runs:
-            if self._total + nbytes <= self._limit:
+            if self._total + nbytes <= self._room() and self._fits():
                 self._nbytes[run] = nbytes
                 self._total += nbytes
                 return True
@@ -52,6 +57,22 @@ class Waiting:
         self._total -= self._nbytes.pop(run)
         if self._shelf is not None:
             self._shelf.bring(run)
+
+    @property
+    def too_much(self) -> bool:
+        """Whether what waits in memory has to become less, because something else has grown."""
+        return self._total > 0 and (self._total > self._room() or not self._fits())
+
+    def shrink(self, run: Run) -> bool:
+        """Take the memory of a run that waits; False if it had to be left."""
+        if self._shelf is None:
+            self.leave(run)
+            return False
+        if self._nbytes[run]:
+            self._shelf.put(run)
+            self._total -= self._nbytes[run]
+            self._nbytes[run] = 0
+        return True
 
     def leave(self, run: Run) -> None:
         """Give up a run that waits."""
