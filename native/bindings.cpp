@@ -153,10 +153,12 @@ NB_MODULE(_native, m) {
     nb::class_<Plan>(m, "Plan", "What all calls on inputs of one size and layout share; the calls themselves.")
         .def(
             "__init__",
-            [](Plan* plan, int layout, int dtype, int64_t outer, int64_t channels, int64_t inner, int activation) {
-                new (plan) Plan{{Layout(layout), DType(dtype), outer, channels, inner}, Activation(activation)};
+            [](Plan* plan, int layout, int dtype, int64_t outer, int64_t channels, int64_t inner, int activation,
+               double slope) {
+                new (plan) Plan{{Layout(layout), DType(dtype), outer, channels, inner},
+                                Activation(Activation::Function(activation), slope)};
             },
-            "layout"_a, "dtype"_a, "outer"_a, "channels"_a, "inner"_a, "activation"_a)
+            "layout"_a, "dtype"_a, "outer"_a, "channels"_a, "inner"_a, "activation"_a, "slope"_a = 0.01)
         .def("bit_words", [](const Plan& plan) { return words(plan.shape); })
         .def("bit_run", [](const Plan& plan) { return bit_run(plan.shape); })
         .def("bits_per_word", [](const Plan& plan) { return per_word(plan.shape); })

@@ -19,7 +19,7 @@ from batchnorm.functional.operator import batch_norm_operator, composite
 from batchnorm.functional.running_statistics import NOBODY, Counters
 from batchnorm.functional.torchs import torch_batch_norm
 from batchnorm.functional.validation import HALF, check_extras, check_valid_counts, first_problem
-from batchnorm.kernels.activation import ACTIVATIONS
+from batchnorm.kernels.activation import activation_called
 from batchnorm.kernels.contract import Request
 from batchnorm.moments import Moments, expand_mask
 
@@ -63,8 +63,8 @@ def batch_norm(
         training: take the statistics from the batch.
         momentum: weight of the new batch in the running statistics.
         eps: added to the variance; same unit.
-        activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"relu6"``, ``"hardswish"``, ``"silu"``, ``"sigmoid"``,
-            ``"tanh"``, ``"gelu"`` (with erf), or None.
+        activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"leaky_relu(0.2)"`` (any slope), ``"relu6"``,
+            ``"hardswish"``, ``"silu"``, ``"sigmoid"``, ``"tanh"``, ``"gelu"`` (with erf), or None.
         residual: added before the activation; shape and dtype of the input.
         mask: bool, True where a position is valid; shape (N, \*space), or one that broadcasts to the input's. What
             stands at the other positions, even NaN, has no influence: it enters no statistic, and output and gradients
@@ -211,7 +211,11 @@ def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tenso
     if activation is None:
         return y
     over = _OVER.get(activation) if alone else None
-    return ACTIVATIONS[activation].function(y) if over is None else over(y)
+    if over is not None:
+        return over(y)
+    found = activation_called(activation)
+    assert found is not None
+    return found.function(y)
 
 
 def _operator() -> Callable[..., Tensor]:

@@ -21,7 +21,7 @@ from batchnorm.errors import (
     UnsupportedDtypeError,
     closest,
 )
-from batchnorm.kernels.activation import ACTIVATIONS
+from batchnorm.kernels.activation import ACTIVATIONS, activation_called
 from batchnorm.moments import expand_mask
 
 __all__ = ["HALF", "check_activation", "check_extras", "check_valid_counts", "first_problem", "too_few_values"]
@@ -188,9 +188,9 @@ def check_activation(where: str, activation: str) -> None:
         raise ArgumentTypeError(
             f"{where}: activation must be one of {', '.join(ACTIVATIONS)} or None; got {type(activation).__name__}."
         )
-    if activation not in ACTIVATIONS:
+    if activation_called(activation) is None:
         raise UnknownNameError(
-            f"{where}: activation {activation!r} is unknown; there are {', '.join(ACTIVATIONS)}"
+            f"{where}: activation {activation!r} is unknown; there are {', '.join(ACTIVATIONS)}, and leaky_relu(slope)"
             f"{closest(activation, ACTIVATIONS) or '.'}"
         )
 
