@@ -161,31 +161,44 @@ def normalize(
         check_extras(_text(where), input, activation, residual, mask)
     if backend is None:
         backend = dispatch.choose(Request(input, weight, bias, training, activation, residual, mask))
-    if backend != "torch":
-        _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
-        if training and mask is not None:
-            check_valid_counts(_text(where), input, mask)
-        return _operator()(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            mask,
-            residual,
-            activation,
-            backend,
-            *counters,
-        )
-    try:
-        y = torch_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, counters)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
-        raise
-    return _finish(y, residual, activation) if extras else y
+    if backend == "torch":
+        try:
+            y = torch_batch_norm(
+                input,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                training,
+                momentum,
+                eps,
+                counters,
+                forced=dispatch.is_forced(),
+            )
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
+            raise
+        if y is not None:
+            return _finish(y, residual, activation) if extras else y
+        backend = dispatch.instead_of_torch(Request(input, weight, bias, training, activation, residual))
+    _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training and mask is not None:
+        check_valid_counts(_text(where), input, mask)
+    return _operator()(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        mask,
+        residual,
+        activation,
+        backend,
+        *counters,
+    )
 
 
 def _beside(running: Tensor | None, parameter: Tensor | None, half: torch.dtype) -> Tensor | None:
