@@ -69,6 +69,8 @@ def _problems(
             f"{where}: expected an input of shape (N, C) or (N, C, *space); got {_shape(input)}. "
             "Add the missing dimension with input.unsqueeze(...)."
         )
+    if input.dim() >= 2 and input.shape[1] == 0:
+        yield InputError(f"{where}: expected an input with at least one channel; got {_shape(input)}.")
     yield from _state_problems(where, input, state, training)
     if eps < 0 or (training and eps == 0):
         sign = "positive during training" if training else "non-negative"
@@ -99,8 +101,8 @@ def _state_problems(
             continue
         if tensor.numel() != channels:
             yield InputError(
-                f"{where}: {name} should hold one value per channel, {channels} for an input of shape {_shape(input)}; "
-                f"it holds {tensor.numel()}. Channels come second: (N, C) or (N, C, *space)."
+                f"{where}: expected {tensor.numel()} channels, for {name} holds one value each; got {channels} in an "
+                f"input of shape {_shape(input)}. Channels come second: (N, C) or (N, C, *space)."
             )
         if tensor.device != input.device:
             yield InputError(
