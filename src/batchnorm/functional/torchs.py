@@ -79,13 +79,10 @@ by 0.03, and its variance, which has lost nothing up to 1,000, by 0.1 %."""
 
 
 def _may_lose_digits(input: Tensor) -> bool:
+    if followed():  # asked first: a compiler would record the questions below
+        return False
     return (
-        type(input) is Tensor
-        and input.is_cpu
-        and input.dtype is not torch.float64
-        and input.dim() > 1
-        and input.numel() > 0
-        and not followed()
+        type(input) is Tensor and input.is_cpu and input.dtype is torch.float32 and input.dim() > 1 and len(input) > 0
     )
 
 
