@@ -1,8 +1,6 @@
 // The activations and their slopes on packs. Float uses polynomials whose relative error is about one unit in the last
 // place; double uses the C library, lane by lane. At a kink the slope is the one that torch's backward pass takes.
 
-constexpr double LEAKY_SLOPE = 0.01;
-
 template <class A, class Function>
 INLINE Pack<A> each_lane(Pack<A> z, Function function) {
     for (int i = 0; i < Pack<A>::parts; ++i)
@@ -118,7 +116,7 @@ NOINLINE void slope_other(Activation activation, Pack<A>& z) {
         case Activation::relu:  // of a residual too, of which no bits were kept
             z = select(zero < z, one, zero);
             break;
-        case Activation::leaky_relu: z = select(zero < z, one, broadcast(A(LEAKY_SLOPE))); break;
+        case Activation::leaky_relu: z = select(zero < z, one, broadcast(A(activation.slope))); break;
         case Activation::relu6: z = select((zero < z) & (z < broadcast(A(6))), one, zero); break;
         case Activation::hardswish: {
             const Pack<A> middle = multiply_add(z, broadcast(A(1) / A(3)), broadcast(A(0.5)));
@@ -158,7 +156,7 @@ INLINE Kind kind_of(Activation activation) {
     return rectifier ? Kind::rectifier : Kind::other;
 }
 // The slope below zero of the two rectifiers; in the backward pass with bits, that of every element without its bit.
-INLINE double low_slope(Activation activation) { return activation == Activation::leaky_relu ? LEAKY_SLOPE : 0.0; }
+INLINE double low_slope(Activation activation) { return activation == Activation::leaky_relu ? activation.slope : 0.0; }
 
 template <Kind kind, class A>
 INLINE Pack<A> activate(Activation activation, const Pack<A>& low, Pack<A> z) {

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <utility>
 
+#include "digits.hpp"
 #include "kernels.hpp"
 
 namespace nb = nanobind;
@@ -153,10 +154,12 @@ NB_MODULE(_native, m) {
     nb::class_<Plan>(m, "Plan", "What all calls on inputs of one size and layout share; the calls themselves.")
         .def(
             "__init__",
-            [](Plan* plan, int layout, int dtype, int64_t outer, int64_t channels, int64_t inner, int activation) {
-                new (plan) Plan{{Layout(layout), DType(dtype), outer, channels, inner}, Activation(activation)};
+            [](Plan* plan, int layout, int dtype, int64_t outer, int64_t channels, int64_t inner, int activation,
+               double slope) {
+                new (plan) Plan{{Layout(layout), DType(dtype), outer, channels, inner},
+                                Activation(Activation::Function(activation), slope)};
             },
-            "layout"_a, "dtype"_a, "outer"_a, "channels"_a, "inner"_a, "activation"_a)
+            "layout"_a, "dtype"_a, "outer"_a, "channels"_a, "inner"_a, "activation"_a, "slope"_a = 0.01)
         .def("bit_words", [](const Plan& plan) { return words(plan.shape); })
         .def("bit_run", [](const Plan& plan) { return bit_run(plan.shape); })
         .def("bits_per_word", [](const Plan& plan) { return per_word(plan.shape); })
@@ -239,6 +242,15 @@ NB_MODULE(_native, m) {
         },
         "dtype"_a, "channels"_a, "new_mean"_a, "new_var"_a, "mean"_a, "var"_a, "batches"_a, "refusals"_a,
         "Take new running statistics but where they are not finite, and count the batch as entered or as refused.");
+    m.def(
+        "digits_lost",
+        [](int dtype, int64_t channels, uintptr_t new_mean, uintptr_t new_var, uintptr_t mean, uintptr_t var,
+           double momentum, double ratio) {
+            return digits_lost(DType(dtype), channels, at<void>(new_mean), at<void>(new_var), at<void>(mean),
+                               at<void>(var), momentum, ratio);
+        },
+        "dtype"_a, "channels"_a, "new_mean"_a, "new_var"_a, "mean"_a, "var"_a, "momentum"_a, "ratio"_a,
+        "Whether a batch's mean is more than ratio standard deviations from 0 in a channel, told by a step.");
     m.def(
         "set_stream_bytes", [](int64_t bytes) { return std::exchange(stream_bytes, bytes); }, "bytes"_a,
         "Let outputs of more bytes go around the caches; returns the limit that held. For tests and measurements.");

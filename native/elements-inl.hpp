@@ -123,7 +123,7 @@ INLINE void backward_terms(const BackwardRun<T>& run, int64_t i, Where where, Re
     PackMask<A> positive;
     if constexpr (recover) {
         positive = zero < x;
-        if constexpr (slope == Slope::sign) x = select(positive, x, x * broadcast(A(1 / LEAKY_SLOPE)));
+        if constexpr (slope == Slope::sign) x = select(positive, x, x * broadcast(A(1 / mode.activation.slope)));
         d = (x - affine.offset) * inverse;
     } else {
         d = x - affine.shift;
@@ -138,7 +138,7 @@ INLINE void backward_terms(const BackwardRun<T>& run, int64_t i, Where where, Re
     if constexpr (slope == Slope::bits) positive = mask_of<A>(run.bits[i / Pack<A>::size]);
     if constexpr (slope == Slope::bits || slope == Slope::sign) {
         // 0 and not dy·0, which is NaN for an infinite dy
-        const Pack<A> low = mode.activation == Activation::leaky_relu ? g * broadcast(A(LEAKY_SLOPE)) : zero;
+        const Pack<A> low = mode.activation == Activation::leaky_relu ? g * broadcast(A(mode.activation.slope)) : zero;
         g = select(positive, g, low);
     }
 }

@@ -18,7 +18,18 @@ enum class DType : int { float32, float64, bfloat16, float16 };
 // narrow: planes of few positions and many channels, without gaps between the channels.
 enum class Layout : int { planes, rows, narrow };
 
-enum class Activation : int { none, relu, leaky_relu, relu6, hardswish, silu, sigmoid, tanh, gelu };
+// A function and, of leaky_relu, the slope below zero. What is defined here is compiled for every instruction set: always
+// inlined, so that no machine meets another's.
+struct Activation {
+    enum Function : int { none, relu, leaky_relu, relu6, hardswish, silu, sigmoid, tanh, gelu };
+
+    Function function;
+    double slope;
+
+    __attribute__((always_inline)) constexpr Activation(Function which = none, double below_zero = 0.01)
+        : function(which), slope(below_zero) {}
+    __attribute__((always_inline)) constexpr operator Function() const { return function; }
+};
 
 struct Shape {
     Layout layout;

@@ -54,7 +54,7 @@ def channels_last(x):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS, "leaky_relu(0.2)"])
 def test_gradients_are_those_of_the_reference(activation, training):
     """In float64, where no element of these lies within rounding of a kink; both sides have the bound's errors."""
     for layout, with_residual in product((lambda x: x, channels_last), (False, True)):
@@ -102,7 +102,7 @@ def test_second_derivatives(with_residual, activation, training):
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "leaky_relu(0.2)", "relu6"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_recorded_gradients_unpack_the_bits_of_every_layout(dtype, activation):
     """The gradient with create_graph=True is the one without it; each way the bits are stored has its turn."""
@@ -315,7 +315,7 @@ def recovery_bounds(x, dy, t):
     return gradients.input, bounds.input + 1.01 * more, sums, bounds.sum_dy_xhat + 1.01 * of_sum, bounds.sum_dy
 
 
-@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "leaky_relu(0.2)"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", [lambda x: x, channels_last], ids=["planes", "rows"])
 def test_gradients_of_an_overwritten_input_are_recovered(layout, dtype, activation):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.functional import batch_norm, use_backend
 from batchnorm.functional.running_statistics import Counters
 from batchnorm.functional.torchs import torch_batch_norm
+from batchnorm.nn import BatchNorm1d, BatchNorm2d
 
 SHAPE = (6, 3, 4)
 
@@ -119,3 +121,52 @@ def test_half_parameters_beside_float32_statistics_are_torchs_mixed_mode():
                 assert torch.equal(torch.stack((mean, var)), torch.stack((m, v)))
                 assert w.grad.dtype == dtype
                 assert torch.equal(w.grad, wide.grad.to(dtype))
+
+
+# -- digits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(4096, 64), (256, 64), (3, 5), (16, 8, 4, 4)])
+@pytest.mark.parametrize("mean", [0.0, 100.0, 1e4, -1e6])
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("alone", [True, False], ids=["one channel", "all channels"])
+@pytest.mark.parametrize("native", [True, False])
+def test_small_batches_keep_their_digits(shape, mean, tracked, alone, native, monkeypatch):
+    """The bound is the contract's, with torch's 25 units for the variance of channels near 0."""
+    if not native:
+        monkeypatch.setattr("batchnorm.functional.torchs._at_once", None)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    x[:, -1 if alone else slice(None)] += mean
+    x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    layer = BatchNorm1d if x.dim() == 2 else BatchNorm2d
+    layer = layer(shape[1], momentum=0.3, track_running_stats=tracked)
+    y = layer(x.requires_grad_())
+    exact = x.detach().double()
+    dims = [0, *range(2, x.dim())]
+    of_batch = exact.var(dims)
+    rstd = (exact.var(dims, correction=0) + layer.eps).rsqrt()
+    column = lambda v: v.reshape(1, -1, *(1,) * (x.dim() - 2))  # noqa: E731
+    torch.testing.assert_close(
+        y.detach().double(), (exact - column(exact.mean(dims))) * column(rstd), rtol=1e-5, atol=1e-5
+    )
+    if tracked:
+        torch.testing.assert_close(layer.running_var.double(), 0.7 + 0.3 * of_batch, rtol=5e-6, atol=0)
+        assert layer.num_batches_tracked == 1
+    y.sum().backward()
+
+
+def test_a_forced_backend_is_taken_whatever_it_loses():
+    x = torch.randn(4096, 8) + 1e6
+    with use_backend("torch"):
+        y = BatchNorm1d(8)(x)
+    assert torch.equal(y, nn.BatchNorm1d(8)(x))
+
+
+def test_what_is_not_finite_is_left_to_the_rule_for_that():
+    layer = BatchNorm1d(2)
+    x = torch.randn(16, 2)
+    x[3, 1] = float("inf")
+    layer(x)
+    assert layer.running_mean[1] == 0
+    assert layer.num_batches_tracked == 0

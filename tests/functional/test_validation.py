@@ -20,10 +20,16 @@ def call(**changed):
 # what is changed, and a piece of our message
 BAD = {
     "one dimension": ({"input": torch.zeros(3)}, r"expected an input of shape \(N, C\).*got \(3,\)"),
-    "running_mean too short": ({"running_mean": torch.zeros(2)}, r"running_mean should hold one value per channel, 3"),
-    "running_var of one": ({"running_var": torch.ones(1)}, "running_var should hold one value per channel, 3"),
-    "weight too long": ({"weight": torch.ones(4)}, r"weight should hold .* it holds 4"),
-    "bias too long": ({"bias": torch.ones(4)}, r"bias should hold .* it holds 4"),
+    "running_mean too short": (
+        {"running_mean": torch.zeros(2)},
+        "expected 2 channels, for running_mean .* got 3 in",
+    ),
+    "running_var of one": (
+        {"running_var": torch.ones(1)},
+        "expected 1 channels, for running_var .* got 3 in",
+    ),
+    "weight too long": ({"weight": torch.ones(4)}, r"expected 4 channels, for weight holds"),
+    "bias too long": ({"bias": torch.ones(4)}, r"expected 4 channels, for bias holds"),
     "only running_var": ({"running_mean": None}, "running_mean is None"),
     "only running_mean": ({"running_var": None}, "running_var is None"),
     "integers": ({"input": X.int()}, "floating-point input .* got torch.int32"),

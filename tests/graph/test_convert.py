@@ -453,3 +453,20 @@ def test_what_was_fused_prints_and_is_plain_data():
     assert data["unfused"] == [
         {"name": "0.downsample.1", "reason": "Its output is added in place to another tensor, by add_ in 0."}
     ]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_inference_mode_changes_nothing(inplace):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    with torch.inference_mode():
+        result = convert(model, torch.randn(4, 3, 8, 8), fuse=True, inplace=inplace)
+        back = revert(result.model).model
+    assert len(result.fused) == 1
+    for one in (result.model, back):
+        assert not any(t.is_inference() for t in one.state_dict().values())
+        one.train()(torch.randn(4, 3, 8, 8)).sum().backward()
+
+
+def test_a_layer_without_channels_is_told():
+    with pytest.raises(InputError, match="expected an input with at least one channel"):
+        ours.BatchNorm1d(0)(torch.randn(4, 0, 3))

@@ -66,7 +66,12 @@ def test_in_place_operators_are_of_the_same_family() -> None:
         *((nn.ReLU(), "relu"), (nn.ReLU(inplace=True), "relu"), (nn.ReLU6(), "relu6"), (nn.Hardtanh(0, 6), "relu6")),
         *((nn.LeakyReLU(), "leaky_relu"), (nn.Hardswish(), "hardswish"), (nn.SiLU(inplace=True), "silu")),
         *((nn.Sigmoid(), "sigmoid"), (nn.Tanh(), "tanh"), (nn.GELU(), "gelu"), (nn.Hardtanh(), None)),
-        *((nn.LeakyReLU(0.2), None), (nn.GELU(approximate="tanh"), None), (nn.ELU(), None), (nn.Linear(6, 2), None)),
+        *(
+            (nn.LeakyReLU(0.2), "leaky_relu(0.2)"),
+            (nn.GELU(approximate="tanh"), None),
+            (nn.ELU(), None),
+            (nn.Linear(6, 2), None),
+        ),
     ],
     ids=repr,
 )

@@ -45,6 +45,7 @@ def find(forward, training=False, prepare=None):
         (lambda m, x: F.gelu(m.a(x) + x) + 1, [FusedNorm("a", "gelu", True, "")]),
         (lambda m, x: torch.tanh(x + m.a(x)) + 1, [FusedNorm("a", "tanh", True, "")]),
         (lambda m, x: F.leaky_relu_(m.a(x).add_(x)) + 1, [FusedNorm("a", "leaky_relu", True, "")]),
+        (lambda m, x: F.leaky_relu(m.a(x), 0.2) + 1, [FusedNorm("a", "leaky_relu(0.2)", False, "")]),
         (lambda m, x: F.hardtanh(m.a(x), 0.0, 6.0) + 1, [FusedNorm("a", "relu6", False, "")]),
         # the later of two that meet waits for less
         (lambda m, x: m.relu(m.a(x) + m.b(x)), [FusedNorm("b", "relu", True, "relu")]),
@@ -113,8 +114,8 @@ def run_between(m, x):
             "Its sum with another tensor is read by conv2d in conv, which is no activation that can be fused.",
         ),
         (
-            lambda m, x: F.leaky_relu(m.a(x), 0.2) + 1,
-            "Its output is read by leaky_relu in the model, which is no activation that can be fused.",
+            lambda m, x: F.elu(m.a(x)) + 1,
+            "Its output is read by elu in the model, which is no activation that can be fused.",
         ),
         (
             lambda m, x: F.gelu(m.a(x), approximate="tanh") + 1,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchnorm.kernels.activation import ACTIVATIONS
+from batchnorm.kernels.activation import ACTIVATIONS, activation_called, leaky_relu, slope_below_zero
 
 KINKS = torch.tensor([-3.0, 0.0, 3.0, 6.0], dtype=torch.float64)
 
@@ -33,3 +33,20 @@ def test_derivative_keeps_the_dtype(name, dtype):
 def test_leaky_relu_has_its_slope_in_full_precision():
     z = torch.tensor([-1.0], dtype=torch.float64)
     assert ACTIVATIONS["leaky_relu"].derivative(z).item() == 0.01
+
+
+@pytest.mark.parametrize("slope", [0.2, 0.1, 1e-5, 1.5, 0.0, -0.3])
+def test_leaky_relu_has_any_slope(slope):
+    name = leaky_relu(slope)
+    assert slope_below_zero(name) == slope
+    z = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64)
+    activation = activation_called(name)
+    assert activation.function(z).tolist() == [-2 * slope, 0, 3]
+    assert activation.derivative(z).tolist() == [slope, slope, 1]
+
+
+@pytest.mark.parametrize(
+    "name", ["leaky_relu()", "leaky_relu(x)", "leaky_relu(nan)", "leaky_relu(inf)", "leaky_relu(0.2", "elu"]
+)
+def test_other_names_are_none(name):
+    assert activation_called(name) is None

@@ -50,7 +50,6 @@ constexpr int64_t GUARD = 192;
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 constexpr double EPS64 = 2.220446049250313e-16;
-constexpr double LEAKY = 0.01;
 
 using Doubles = std::vector<double>;
 
@@ -264,7 +263,7 @@ Case case_of(uint64_t seed) {
         c.shape.dtype = DType(seed % 4);
         c.shape.layout = Layout(seed / 4 % 3);
         const int64_t k = int64_t(seed / 12 % LENGTHS), length = k < 70 ? k + 1 : longest[k - 70];
-        c.activation = Activation(seed / 12 % 9);
+        c.activation = Activation(Activation::Function(seed / 12 % 9), seed / 108 % 2 ? 0.2 : 0.01);
         c.residual = seed / (12 * LENGTHS) % 2 == 1;
         const int64_t most = 1 + 8000 / length;
         if (c.shape.layout != Layout::rows) {
@@ -281,7 +280,7 @@ Case case_of(uint64_t seed) {
         const Size& size = LARGE[k % LARGE_SIZES];
         c.shape = {size.layout, DType(k / LARGE_SIZES % 4), size.outer, size.channels, size.inner};
         c.residual = k / LARGE_SIZES / 4 % 2 == 1;
-        c.activation = Activation(random.below(9));
+        c.activation = Activation(Activation::Function(random.below(9)), random.below(2) ? 0.2 : 0.01);
     }
     c.weight = !random.one_in(5);
     c.bias = !random.one_in(5);
@@ -365,7 +364,7 @@ double function_of(Activation activation, double z) {
     switch (activation) {
         case Activation::none: return z;
         case Activation::relu: return z < 0 ? 0 : z;
-        case Activation::leaky_relu: return z > 0 ? z : z * LEAKY;
+        case Activation::leaky_relu: return z > 0 ? z : z * activation.slope;
         case Activation::relu6: return z < 0 ? 0 : z > 6 ? 6 : z;
         case Activation::hardswish: return z * (z < -3 ? 0 : z > 3 ? 6 : z + 3) / 6;
         case Activation::silu: return z / (1 + std::exp(-z));
@@ -380,7 +379,7 @@ double slope_of(Activation activation, double z) {
     switch (activation) {
         case Activation::none: return 1;
         case Activation::relu: return z > 0 ? 1 : 0;
-        case Activation::leaky_relu: return z > 0 ? 1 : LEAKY;
+        case Activation::leaky_relu: return z > 0 ? 1 : activation.slope;
         case Activation::relu6: return z > 0 && z < 6 ? 1 : 0;
         case Activation::hardswish: return z <= -3 ? 0 : z < 3 ? z / 3 + 0.5 : 1;
         case Activation::silu: return s * (1 + z * (1 - s));
@@ -506,7 +505,7 @@ Backward backward_of(const Case& c, const Inputs& in, const Forward& f, bool cen
         xhat.push_back((in.x[i] - f.mean[k]) * f.rstd[k]);
         big_x.push_back(f.rstd[k] * (std::fabs(in.x[i]) + std::fabs(f.mean[k])));
         const double of_z =
-            0.5 * p.eps * std::fabs(f.z[i]) + 12 * p.working * f.magnitude[i] + (none ? 1 : 1 / LEAKY) * p.tiny * p.eps;
+            0.5 * p.eps * std::fabs(f.z[i]) + 12 * p.working * f.magnitude[i] + (none ? 1 : 1 / c.activation.slope) * p.tiny * p.eps;
         loss.push_back(recovered[k] ? of_z / std::fabs(in.weight[k]) : 0);
         g_sum[k].add(g[i]);
         gx_sum[k].add(g[i] * xhat[i]);

@@ -331,3 +331,10 @@ def test_compiled_code_cannot_enter():
         torch.compile(step, backend="eager")(X)
     assert same(before, state(norm))
     assert "forward" not in norm.__dict__
+
+
+def test_the_model_in_the_first_place_is_told():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    message = 'expected "batch" or "running" first and the model second; got Sequential'
+    with pytest.raises(ArgumentTypeError, match=message), batchnorm.use(model, "batch"):
+        pass

@@ -19,7 +19,7 @@ from batchnorm.functional.operator import batch_norm_operator, composite
 from batchnorm.functional.running_statistics import NOBODY, Counters
 from batchnorm.functional.torchs import torch_batch_norm
 from batchnorm.functional.validation import HALF, check_extras, check_valid_counts, first_problem
-from batchnorm.kernels.activation import ACTIVATIONS
+from batchnorm.kernels.activation import activation_called
 from batchnorm.kernels.contract import Request
 from batchnorm.moments import Moments, expand_mask
 
@@ -63,8 +63,8 @@ def batch_norm(
         training: take the statistics from the batch.
         momentum: weight of the new batch in the running statistics.
         eps: added to the variance; same unit.
-        activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"relu6"``, ``"hardswish"``, ``"silu"``, ``"sigmoid"``,
-            ``"tanh"``, ``"gelu"`` (with erf), or None.
+        activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"leaky_relu(0.2)"`` (any slope), ``"relu6"``,
+            ``"hardswish"``, ``"silu"``, ``"sigmoid"``, ``"tanh"``, ``"gelu"`` (with erf), or None.
         residual: added before the activation; shape and dtype of the input.
         mask: bool, True where a position is valid; shape (N, \*space), or one that broadcasts to the input's. What
             stands at the other positions, even NaN, has no influence: it enters no statistic, and output and gradients
@@ -161,31 +161,44 @@ def normalize(
         check_extras(_text(where), input, activation, residual, mask)
     if backend is None:
         backend = dispatch.choose(Request(input, weight, bias, training, activation, residual, mask))
-    if backend != "torch":
-        _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
-        if training and mask is not None:
-            check_valid_counts(_text(where), input, mask)
-        return _operator()(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            mask,
-            residual,
-            activation,
-            backend,
-            *counters,
-        )
-    try:
-        y = torch_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, counters)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
-        raise
-    return _finish(y, residual, activation) if extras else y
+    if backend == "torch":
+        try:
+            y = torch_batch_norm(
+                input,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                training,
+                momentum,
+                eps,
+                counters,
+                forced=dispatch.is_forced(),
+            )
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
+            raise
+        if y is not None:
+            return _finish(y, residual, activation) if extras else y
+        backend = dispatch.instead_of_torch(Request(input, weight, bias, training, activation, residual))
+    _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training and mask is not None:
+        check_valid_counts(_text(where), input, mask)
+    return _operator()(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        mask,
+        residual,
+        activation,
+        backend,
+        *counters,
+    )
 
 
 def _beside(running: Tensor | None, parameter: Tensor | None, half: torch.dtype) -> Tensor | None:
@@ -211,7 +224,11 @@ def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tenso
     if activation is None:
         return y
     over = _OVER.get(activation) if alone else None
-    return ACTIVATIONS[activation].function(y) if over is None else over(y)
+    if over is not None:
+        return over(y)
+    found = activation_called(activation)
+    assert found is not None
+    return found.function(y)
 
 
 def _operator() -> Callable[..., Tensor]:

@@ -22,7 +22,17 @@ from batchnorm.kernels.native import NATIVE, missing
 from batchnorm.kernels.native.backend import SMALLEST, pays
 from batchnorm.kernels.reference import REFERENCE
 
-__all__ = ["active_backend", "at_once", "backend", "backends", "choose", "register", "use_backend"]
+__all__ = [
+    "active_backend",
+    "at_once",
+    "backend",
+    "backends",
+    "choose",
+    "instead_of_torch",
+    "is_forced",
+    "register",
+    "use_backend",
+]
 
 
 class Candidate(Protocol):
@@ -220,6 +230,16 @@ def at_once(input: Tensor, training: bool, fused: bool) -> str | None:
     if not isinstance(input, Tensor) or input.numel() < SMALLEST:
         return "torch"
     return NATIVE.name if pays(input, training, fused) else "torch"
+
+
+def is_forced() -> bool:
+    """Return whether :func:`use_backend` has said which backend serves the calls here."""
+    return _forced_name() is not None
+
+
+def instead_of_torch(request: Request) -> str:
+    """Return the backend of a call that torch's kernel would lose the digits of: native if it can, however small."""
+    return NATIVE.name if missing is None and NATIVE.refusal(request) is None else REFERENCE.name
 
 
 def _forced_name() -> str | None:

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from batchnorm.errors import StateError
 from batchnorm.functional.observing import followed, observed
 from batchnorm.functional.running_statistics import NOBODY, Counters, is_counter
-from batchnorm.kernels.activation import ACTIVATIONS, LEAKY_SLOPE
+from batchnorm.kernels.activation import ACTIVATIONS, slope_below_zero
 from batchnorm.kernels.contract import Transform
 from batchnorm.kernels.native import calls
 from batchnorm.kernels.native.calls import Running, Saved
@@ -54,7 +54,7 @@ def fused_batch_norm(
         return None
     if not _is_plain(x) or x.dim() < 2 or x.dtype not in DTYPES:
         return None
-    if activation is not None and (type(activation) is not str or activation not in ACTIVATIONS):
+    if activation is not None and not _is_known(activation):
         return None
     if residual is not None and not (_is_plain(residual) and residual.shape == x.shape and residual.dtype is x.dtype):
         return None
@@ -89,6 +89,10 @@ def fused_batch_norm(
     y, _ = calls.forward(x, weight, bias, residual, activation, eps, running, inplace=inplace)
     _count_writes(running, x if y is x else None)
     return y
+
+
+def _is_known(activation: object) -> bool:
+    return type(activation) is str and (activation in ACTIVATIONS or slope_below_zero(activation) is not None)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -174,7 +178,8 @@ def _differentiable_gradients(
     if bits is not None:
         # A slope that is 1 here and another number there has no derivative of its own, so it may be a factor of dy;
         # then there is no activation left, and the values of the residual do not matter.
-        dy = torch.where(calls.unpack_bits(bits, x), dy, LEAKY_SLOPE * dy if activation == "leaky_relu" else 0.0)
+        slope = slope_below_zero(activation)
+        dy = torch.where(calls.unpack_bits(bits, x), dy, 0.0 if slope is None else slope * dy)
         activation = None
     if added and residual is None:
         residual = dy

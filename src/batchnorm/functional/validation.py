@@ -21,7 +21,7 @@ from batchnorm.errors import (
     UnsupportedDtypeError,
     closest,
 )
-from batchnorm.kernels.activation import ACTIVATIONS
+from batchnorm.kernels.activation import ACTIVATIONS, activation_called
 from batchnorm.moments import expand_mask
 
 __all__ = ["HALF", "check_activation", "check_extras", "check_valid_counts", "first_problem", "too_few_values"]
@@ -69,6 +69,8 @@ def _problems(
             f"{where}: expected an input of shape (N, C) or (N, C, *space); got {_shape(input)}. "
             "Add the missing dimension with input.unsqueeze(...)."
         )
+    if input.dim() >= 2 and input.shape[1] == 0:
+        yield InputError(f"{where}: expected an input with at least one channel; got {_shape(input)}.")
     yield from _state_problems(where, input, state, training)
     if eps < 0 or (training and eps == 0):
         sign = "positive during training" if training else "non-negative"
@@ -99,8 +101,8 @@ def _state_problems(
             continue
         if tensor.numel() != channels:
             yield InputError(
-                f"{where}: {name} should hold one value per channel, {channels} for an input of shape {_shape(input)}; "
-                f"it holds {tensor.numel()}. Channels come second: (N, C) or (N, C, *space)."
+                f"{where}: expected {tensor.numel()} channels, for {name} holds one value each; got {channels} in an "
+                f"input of shape {_shape(input)}. Channels come second: (N, C) or (N, C, *space)."
             )
         if tensor.device != input.device:
             yield InputError(
@@ -188,9 +190,9 @@ def check_activation(where: str, activation: str) -> None:
         raise ArgumentTypeError(
             f"{where}: activation must be one of {', '.join(ACTIVATIONS)} or None; got {type(activation).__name__}."
         )
-    if activation not in ACTIVATIONS:
+    if activation_called(activation) is None:
         raise UnknownNameError(
-            f"{where}: activation {activation!r} is unknown; there are {', '.join(ACTIVATIONS)}"
+            f"{where}: activation {activation!r} is unknown; there are {', '.join(ACTIVATIONS)}, and leaky_relu(slope)"
             f"{closest(activation, ACTIVATIONS) or '.'}"
         )
 

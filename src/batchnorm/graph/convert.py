@@ -87,10 +87,12 @@ def convert(model: Module, example_inputs: Any = None, *, fuse: bool = False, in
             f"convert: expected example_inputs with fuse=True only; got {type(example_inputs).__name__} without it. "
             "Pass fuse=True, or leave them out."
         )
-    target = _target("convert", model, inplace)
     fused: tuple[FusedNorm, ...] = ()
     unfused: tuple[tuple[str, str], ...] = ()
-    with norms_put_back(target):
+    # tensors that are made in inference mode, those of the copy among them, could not be trained or written into later
+    with torch.inference_mode(False):
+        target = _target("convert", model, inplace)
+    with torch.inference_mode(False), norms_put_back(target):
         converted, left = swap(target, OURS)
         if fuse:
             fused, unfused = _fuse(target, example_inputs)
@@ -132,8 +134,9 @@ def revert(model: Module, *, inplace: bool = False) -> ConvertResult:
     ]
     if stuck:
         raise StateError("revert: torch's layers cannot take the place of these.\n" + "\n".join(stuck))
-    target = _target("revert", model, inplace)
-    return ConvertResult(target, *swap(target, TORCHS), "revert")
+    with torch.inference_mode(False):
+        target = _target("revert", model, inplace)
+        return ConvertResult(target, *swap(target, TORCHS), "revert")
 
 
 def _target(verb: str, model: Module, inplace: bool) -> Module:

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from batchnorm.graph.affine import LINEAR_OPERATORS
 from batchnorm.graph.dataflow import Call, Value
-from batchnorm.kernels.activation import ACTIVATIONS
+from batchnorm.kernels.activation import ACTIVATIONS, leaky_relu
 
 __all__ = [
     "BATCH_NORMS",
@@ -106,13 +106,15 @@ def activation_kind(call: Call) -> Kind | None:
 _FUSED_WITH: dict[str, dict[str, object]] = {
     "gelu": {"approximate": "none"},
     "hardtanh": {"min_val": 0, "max_val": 6},
-    "leaky_relu": {"negative_slope": 0.01},
 }
 
 
 def fusible_activation(call: Call) -> str | None:
-    """Return the name in ``ACTIVATIONS`` of the function that the operator computes, None if it is none of them."""
+    """Return the name, as a fused call knows it, of the function that the operator computes; None if it knows none."""
     name = family(call)
+    if name == "leaky_relu" and call.op.namespace == "aten":
+        slope = call.args["negative_slope"]
+        return leaky_relu(slope) if isinstance(slope, float | int) else None
     if any(call.args.get(key) != value for key, value in _FUSED_WITH.get(name, {}).items()):
         return None
     name = "relu6" if name == "hardtanh" else name

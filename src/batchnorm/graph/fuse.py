@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch.nn import Module
+from torch.nn import Identity, Module
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.graph.convert_result import FusedNorm
@@ -87,7 +87,8 @@ def _require_layer(norm: NormModule) -> None:
 
 def _norm_call(run: ModuleCall) -> Call:
     calls = [call for call in run.calls if is_norm(call)]
-    if len(calls) != 1 or not run.plain or run.outputs != (calls[0].output,):
+    inside = any(not isinstance(part, Identity) for part in run.module.children())  # timm's: the activation
+    if len(calls) != 1 or not run.plain or (run.outputs != (calls[0].output,) and not inside):
         raise Refusal("It is called with more than its input.")
     return calls[0]
 

@@ -8,6 +8,7 @@ every parameter moved by a unit in its last place).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -131,7 +132,11 @@ def _runner(training: bool | None, grad: bool) -> Callable[[Module, Any], list[N
         with untouched(model), torch.set_grad_enabled(grad), compiled_modules_eager, deferring_always():
             if training is not None:
                 model.train(training)
-            outputs = named_tensors(call_on_example(model, fresh_inputs(example_inputs)))
+            try:
+                outputs = named_tensors(call_on_example(model, fresh_inputs(example_inputs)))
+            except Exception as error:
+                clear_frames(error.__traceback__)  # what waits there takes its step as it is forgotten: now, not later
+                raise
             return [*outputs, *_buffers(model)]
 
     return run

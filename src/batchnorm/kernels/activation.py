@@ -1,4 +1,7 @@
-"""The activations that can be fused behind a normalization: one table, name → function and derivative."""
+"""The activations that can be fused behind a normalization: one table, name → function and derivative.
+
+``"leaky_relu"`` has the slope 0.01 below zero; ``"leaky_relu(0.2)"`` is the one with the slope 0.2, and so on.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "LEAKY_SLOPE", "Activation"]
+__all__ = ["ACTIVATIONS", "Activation", "activation_called", "leaky_relu", "slope_below_zero"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,19 @@ class Activation:
     derivative: Callable[[Tensor], Tensor]
 
 
-LEAKY_SLOPE = 0.01
-"""Slope of ``leaky_relu`` below zero."""
+_SLOPE = 0.01
 
 
 def _relu(z: Tensor) -> Tensor:
     return (z > 0).to(z.dtype)
 
 
-def _leaky_relu(z: Tensor) -> Tensor:
-    # ones_like, not 1.0: of two Python numbers where() would make float32, and 0.01 is not the same there
-    return torch.where(z > 0, torch.ones_like(z), LEAKY_SLOPE)
+def _leaky(slope: float) -> Activation:
+    def derivative(z: Tensor) -> Tensor:
+        # ones_like, not 1.0: of two Python numbers where() would make float32, and 0.01 is not the same there
+        return torch.where(z > 0, torch.ones_like(z), slope)
+
+    return Activation(lambda z: F.leaky_relu(z, slope), derivative)
 
 
 def _relu6(z: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def _gelu(z: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(F.relu, _relu),
-    "leaky_relu": Activation(F.leaky_relu, _leaky_relu),
+    "leaky_relu": _leaky(_SLOPE),
     "relu6": Activation(F.relu6, _relu6),
     "hardswish": Activation(F.hardswish, _hardswish),
     "silu": Activation(F.silu, _silu),
@@ -79,3 +84,38 @@ ACTIVATIONS: dict[str, Activation] = {
     "tanh": Activation(torch.tanh, _tanh),
     "gelu": Activation(F.gelu, _gelu),  # the exact one, with erf
 }
+
+
+def leaky_relu(slope: float) -> str:
+    """Return the name of the leaky ReLU with this slope below zero.
+
+    >>> leaky_relu(0.01), leaky_relu(0.2)
+    ('leaky_relu', 'leaky_relu(0.2)')
+    """
+    return "leaky_relu" if slope == _SLOPE else f"leaky_relu({float(slope)!r})"
+
+
+def slope_below_zero(name: str | None) -> float | None:
+    """Return the slope below zero that the name of a leaky ReLU says; None if it is no such name.
+
+    >>> slope_below_zero("leaky_relu"), slope_below_zero("leaky_relu(0.2)"), slope_below_zero("relu")
+    (0.01, 0.2, None)
+    """
+    if name == "leaky_relu":
+        return _SLOPE
+    if name is None or not name.startswith("leaky_relu(") or not name.endswith(")"):
+        return None
+    try:
+        slope = float(name[len("leaky_relu(") : -1])
+    except ValueError:
+        return None
+    return slope if math.isfinite(slope) else None
+
+
+def activation_called(name: str) -> Activation | None:
+    """Return the activation of this name, one of ``ACTIVATIONS`` or a leaky ReLU with its slope; None if none is."""
+    found = ACTIVATIONS.get(name)
+    if found is not None:
+        return found
+    slope = slope_below_zero(name)
+    return None if slope is None else _leaky(slope)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.activation import ACTIVATIONS
+from batchnorm.kernels.activation import Activation, activation_called
 from batchnorm.kernels.contract import Backend, Gradients, Reduced, Request, Transform
 from batchnorm.moments import Moments
 
@@ -35,7 +35,7 @@ class Reference(Backend):
         """Return activation(weight · x̂ + bias + residual), rounded once."""
         z = _before_activation(_standardized(x, transform), x, transform)
         if transform.activation is not None:
-            z = ACTIVATIONS[transform.activation].function(z)
+            z = _called(transform.activation).function(z)
         return _valid(z, transform.mask).to(x.dtype)
 
     def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Reduced:
@@ -108,7 +108,13 @@ def _through_activation(dy: Tensor, xhat: Tensor, x: Tensor, t: Transform) -> Te
     g = _valid(dy.double(), t.mask)
     if t.activation is None:
         return g
-    return g * _valid(ACTIVATIONS[t.activation].derivative(_before_activation(xhat, x, t)), t.mask)
+    return g * _valid(_called(t.activation).derivative(_before_activation(xhat, x, t)), t.mask)
 
 
 REFERENCE = Reference()
+
+
+def _called(name: str) -> Activation:
+    found = activation_called(name)
+    assert found is not None, name
+    return found

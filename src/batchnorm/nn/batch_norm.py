@@ -117,30 +117,44 @@ class _Layer(Guarded, torch.nn.modules.batchnorm._BatchNorm):
             # A script knows neither our errors nor our operator; what it can hold is torch's own layer.
             if residual is not None or mask is not None or self.activation is not None:
                 raise RuntimeError("a scripted batch norm takes no residual, mask or activation; use torch.export")
-            factor = 0.0
-            if self.momentum is not None:
-                factor = self.momentum
-            if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-                if self.momentum is None:
-                    factor = 1.0 / float(self.num_batches_tracked)
-            keep = not self.training or self.track_running_stats
-            return F.batch_norm(
-                input,
-                self.running_mean if keep else None,
-                self.running_var if keep else None,
-                self.weight,
-                self.bias,
-                self.training or (self.running_mean is None and self.running_var is None),
-                factor,
-                self.eps,
-            )
+            return self._scripted(input)
         else:  # noqa: RET505  only a branch of its own is left out of a script
-            if self.fused and residual is None and mask is None:
-                pending = defer(self, input)
-                if pending is not None:
-                    return pending
-            return self._normalize(input, residual, mask)
+            return (
+                self._deferred(input) if residual is None and mask is None else self._normalize(input, residual, mask)
+            )
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        """Normalize in a script, which takes only finite steps too."""
+        factor = 0.0
+        if self.momentum is not None:
+            factor = self.momentum
+        keep = not self.training or self.track_running_stats
+        mean = self.running_mean if keep else None
+        var = self.running_var if keep else None
+        batches = self.num_batches_tracked
+        if not self.training or mean is None or var is None:
+            if self.training and self.track_running_stats and batches is not None:
+                batches.add_(1)
+            batch = self.training or (mean is None and var is None)
+            return F.batch_norm(input, mean, var, self.weight, self.bias, batch, factor, self.eps)
+        if self.momentum is None and batches is not None:
+            factor = 1.0 / (float(batches) + 1.0)
+        new_mean, new_var = mean.clone(), var.clone()
+        y = F.batch_norm(input, new_mean, new_var, self.weight, self.bias, True, factor, self.eps)
+        finite = torch.isfinite(new_mean) & torch.isfinite(new_var)
+        mean.copy_(torch.where(finite, new_mean, mean))
+        var.copy_(torch.where(finite, new_var, var))
+        if batches is not None:
+            batches.add_(finite.all().to(batches.dtype))
+        return y
+
+    def _deferred(self, input: Tensor) -> Tensor:
+        """Normalize; of a layer that is fused, return a tensor that waits for what follows."""
+        if self.fused:
+            pending = defer(self, input)
+            if pending is not None:
+                return pending
+        return self._normalize(input, None, None)
 
     def _normalize(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, update: bool | None = None

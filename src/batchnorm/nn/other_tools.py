@@ -97,9 +97,12 @@ def _beyond_torchs(norm: Module, tool: _Tool) -> list[tuple[str, str]]:
 
     found = []
     activation = getattr(norm, "activation", None)
+    own = [type(m).__name__ for m in norm._modules.values() if m is not None and not isinstance(m, torch.nn.Identity)]
     if activation is not None:
         remedy = "Build it without activation, and put a module with the activation behind it."
         found.append((f"applies {activation}", remedy))
+    elif own and not tool.name.startswith("timm"):  # timm's layers hold their activation, and timm hands it on
+        found.append((f"runs {own[-1]}", "Use timm.layers.convert_sync_batchnorm, or batchnorm.fold."))
     if not tool.keeps_shift and norm.weight is None and norm.bias is not None:
         remedy = "Build it with scale=True; norm.weight.requires_grad_(False) keeps γ at 1."
         found.append(("has a shift β without a scale γ", remedy))

@@ -16,9 +16,13 @@ tensor without memory, and an error rather than wrong numbers.
 
 from __future__ import annotations
 
+import sys
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,10 +31,11 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
 from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 from batchnorm.errors import StateError
 from batchnorm.functional import dispatch
-from batchnorm.kernels.activation import ACTIVATIONS
+from batchnorm.kernels.activation import ACTIVATIONS, leaky_relu
 from batchnorm.nn.frozen import THAWED, state_of
 from batchnorm.nn.recomputation import recomputing
 from batchnorm.nn.redirect import shallow_copy
@@ -64,8 +69,13 @@ def defer(layer: _Layer, input: Any) -> Pending | None:
     ):
         return None
     layer._check_input_dim(input)
+    if input.shape[1] != layer.num_features or (layer.training and input.numel() <= layer.num_features):
+        return None  # an error, now
     source = _Source(layer, input)
-    return Pending(source) if source.countable else None
+    if not source.countable:
+        return None
+    source.open()
+    return Pending(source)
 
 
 _always: ContextVar[bool] = ContextVar("batchnorm_defer_always", default=False)
@@ -113,7 +123,9 @@ def _hooked(layer: _Layer) -> bool:
 class _Source:
     """One call of a layer that has not been computed yet, or has.
 
-    The layer's statistics are updated by the first computation and by no other; by none if a checkpoint runs again.
+    The layer's statistics are updated by the first computation and by no other; by none if a checkpoint runs again. A
+    call whose output nobody reads updates them when it is forgotten, or when the layer is called again in this thread:
+    so steps are taken in the order of the calls.
 
     Attributes:
         layer: a stand-in with the tensors and settings that the layer had when it was called.
@@ -123,6 +135,8 @@ class _Source:
         differentiable: whether one of the tensors takes part in them.
         countable: whether each of the tensors counts how often it is written into.
         output: the norm's own output, if somebody asked for it.
+        thread: in which the layer was called.
+        seen: how many steps each thread had taken then.
     """
 
     def __init__(self, layer: _Layer, input: Tensor) -> None:
@@ -139,6 +153,31 @@ class _Source:
         self.output: Tensor | None = None
         self._output_version = 0
         self._computed = False
+        self._steps = _steps_of(layer) if layer.training and not self.recomputed else None
+        self._owes = False
+        self.thread = get_ident()
+        self.seen: dict[int, int] = {}
+
+    def open(self) -> None:
+        """Owe the statistics a step from now on, after those that are still owed in this thread."""
+        if self._steps is not None:
+            self._steps.settle()
+            self._steps.begin(self)
+            self._versions = _versions(self._read)
+            self._owes = True
+
+    def step(self) -> None:
+        """Let the batch enter the running statistics if that is still to be done, without an output."""
+        if self._owes:
+            with torch.inference_mode(False), torch.no_grad():
+                self.compute(None, None)
+
+    def __del__(self) -> None:
+        if getattr(self, "_owes", False) and not sys.is_finalizing():
+            try:
+                self.step()
+            except Exception as error:  # which nobody could catch
+                warnings.warn(f"{error} Its running statistics took no step.", RuntimeWarning, stacklevel=2)
 
     @contextmanager
     def mode(self) -> Iterator[None]:
@@ -156,15 +195,21 @@ class _Source:
         Raises:
             StateError: one of the tensors has been written into since the layer was called.
         """
-        layer = self.layer
+        layer, self._owes = self.layer, False
         # once the batch has been added to the running statistics they decide nothing any more
-        read = self._read[:3] if self._computed and layer.training else self._read
+        done = self._computed or (self._steps is not None and self._steps.others_moved(self))
+        read = self._read[:3] if done and layer.training else self._read
         now = _versions(read)
         if now is None or self._versions is None or now != self._versions[: len(read)]:
             raise self._stale(now)
         self._require_memory()
         layer.__dict__["activation"] = activation
-        y: Tensor = layer._normalize(self.input, residual, None, not (self._computed or self.recomputed))
+        update = not (self._computed or self.recomputed)
+        if self._steps is None or not update:
+            y: Tensor = layer._normalize(self.input, residual, None, update)
+        else:
+            with self._steps.moving():
+                y = layer._normalize(self.input, residual, None, update)
         self._computed = True
         return y
 
@@ -197,6 +242,58 @@ class _Source:
             "layers compute their output when it is read. Convert the model again, on example inputs that take this "
             "way through it, or write out of place."
         )
+
+
+class _Steps:
+    """The steps of one pair of running statistics: which are owed, and which thread has moved them how often.
+
+    Threads that train one model write into its statistics as they come, and a step is right on whatever it finds. What
+    is no other thread's step is somebody's write between the layer's call and its step, which has to be noticed.
+    """
+
+    def __init__(self) -> None:
+        self._owed: dict[int, weakref.ref[_Source]] = {}
+        self._begun: dict[int, int] = {}
+        self._ended: dict[int, int] = {}
+
+    def settle(self) -> None:
+        """Take the step that is owed for the last call in this thread."""
+        reference = self._owed.pop(get_ident(), None)
+        source = None if reference is None else reference()
+        if source is not None:
+            source.step()
+
+    def begin(self, source: _Source) -> None:
+        """Note a call that owes a step."""
+        self._owed[get_ident()] = weakref.ref(source)
+        source.seen = dict(self._ended)
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Count the step that the block takes."""
+        me = get_ident()
+        self._begun[me] = self._begun.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            self._ended[me] = self._ended.get(me, 0) + 1
+
+    def others_moved(self, source: _Source) -> bool:
+        """Return whether another thread has, or may have, taken a step since the call of ``source``."""
+        begun = dict(self._begun)
+        return any(n > source.seen.get(thread, 0) for thread, n in begun.items() if thread != source.thread)
+
+
+_steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _steps_of(layer: _Layer) -> _Steps | None:
+    """Return the steps of a layer's running statistics, shared by all that share these; None if it keeps none."""
+    mean = layer.running_mean if layer.track_running_stats else None
+    if mean is None:
+        return None
+    steps: _Steps | None = _steps.get(mean)
+    return _steps.setdefault(mean, _Steps()) if steps is None else steps
 
 
 class Pending(Tensor):
@@ -371,13 +468,14 @@ def _fits(residual: Any, pending: Pending) -> bool:
 
 def _activate(known: _Known, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return the activated output, computed in one call; None where torch is to compute it."""
-    in_place = known.matches(args[1:], kwargs)
-    if in_place is None or not args or not _is_open(args[0]) or _watched():
+    found = known.matches(args[1:], kwargs)
+    if found is None or not args or not _is_open(args[0]) or _watched():
         return None
     pending: Pending = args[0]
     _require_reachable(pending)
     _require_same_residual(pending)
-    y = pending._source.compute(known.activation, pending._residual)
+    activation, in_place = found
+    y = pending._source.compute(activation, pending._residual)
     if in_place:  # whoever holds the tensor sees it activated
         pending._result = y
         pending._residual = None
@@ -391,7 +489,7 @@ class _Known(NamedTuple):
     """A function of torch that is an activation, for certain arguments.
 
     Attributes:
-        activation: its name in ``ACTIVATIONS``.
+        activation: its name in ``ACTIVATIONS``; of leaky ReLU the slope is among the arguments.
         in_place: whether it always works in place.
         takes: its parameters after the input: name, default, and the value that it must have (None: any).
     """
@@ -400,19 +498,25 @@ class _Known(NamedTuple):
     in_place: bool = False
     takes: tuple[tuple[str, Any, Any], ...] = ()
 
-    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
-        """Return whether the call works in place, or None if it is another function than the fused one."""
+    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, bool] | None:
+        """Return the activation and whether the call works in place; None if it is no function that can be fused."""
         names = [name for name, *_ in self.takes]
         if len(args) > len(names) or not kwargs.keys() <= set(names):
             return None
         given = {name: default for name, default, _ in self.takes} | dict(zip(names, args, strict=False)) | kwargs
         if any(needed is not None and given[name] != needed for name, _, needed in self.takes):
             return None
-        return self.in_place or bool(given.get("inplace", False))
+        activation = self.activation
+        if activation == "leaky_relu":
+            slope = given["negative_slope"]
+            if not isinstance(slope, float | int):
+                return None
+            activation = leaky_relu(slope)
+        return activation, self.in_place or bool(given.get("inplace", False))
 
 
 def _known_functions() -> dict[Any, _Known]:
-    slope = ("negative_slope", 0.01, 0.01)
+    slope = ("negative_slope", 0.01, None)
     cuts = (("min_val", -1.0, 0.0), ("max_val", 1.0, 6.0))
     inplace = ("inplace", False, None)
     parameters: dict[str, tuple[tuple[str, Any, Any], ...]] = {

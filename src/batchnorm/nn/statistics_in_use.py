@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from batchnorm.errors import StateError, UnknownNameError, closest
+from batchnorm.errors import ArgumentTypeError, StateError, UnknownNameError, closest
 from batchnorm.nn.frozen import state_of
 from batchnorm.nn.redirect import Rule, norms_for, redirected, rule_of, set_aside
 from batchnorm.nn.select import NormModule
@@ -97,7 +97,7 @@ def use(statistics: str, model: Module, names: str | Sequence[str] | None = None
 
     Raises:
         UnknownNameError: ``statistics`` is something else; or a name means no norm.
-        ArgumentTypeError: ``model`` is no module.
+        ArgumentTypeError: ``model`` is no module, or stands first.
         StateError: the model holds scripted norms, or is ``DataParallel``; or ``"running"`` is asked of a norm that
             keeps no running statistics; or the block is entered in compiled code, where it would change something.
 
@@ -112,6 +112,11 @@ def use(statistics: str, model: Module, names: str | Sequence[str] | None = None
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, algorithms 1 and 2.
     """
+    if isinstance(statistics, Module):
+        raise ArgumentTypeError(
+            f'use: expected "batch" or "running" first and the model second; got {type(statistics).__name__} first. '
+            f'Write use("batch", model).'
+        )
     if statistics not in ("batch", "running"):
         raise UnknownNameError(
             f'use: statistics {statistics!r} are unknown; there are "batch" and "running"'

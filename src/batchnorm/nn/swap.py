@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.frozen import THAWED, state_of
+from batchnorm.nn.norm_act import timms_classes
 from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import NormModule, named_norms
 from batchnorm.nn.transaction import on_failure
@@ -22,11 +23,17 @@ OURS: dict[type[Module], type[Module]] = {
     torch.nn.BatchNorm2d: BatchNorm2d,
     torch.nn.BatchNorm3d: BatchNorm3d,
 }
-"""Torch's layers, and those of this library that take their place."""
+"""Torch's layers, and those of this library that take their place; timm's are added when a model may have them."""
 
 TORCHS = {ours: torchs for torchs, ours in OURS.items()}
 # What our layers have beyond torch's: nothing of it stays behind.
 _EXTRA_ATTRIBUTES = ("activation", "inplace", "fused", "layer_name", "_refused")
+
+
+def _meet_timms() -> None:
+    for timms, ours in timms_classes().items():
+        OURS[timms] = ours
+        TORCHS[ours] = timms
 
 
 @contextmanager
@@ -61,6 +68,7 @@ def swap(
     Returns:
         The names of the norms that changed, and (name, reason) of those that did not.
     """
+    _meet_timms()
     norms = named_norms(model)
     left = {name: why for name, norm in norms.items() if (why := why_left(norm, classes)) is not None}
     todo = {name: norm for name, norm in norms.items() if name not in left}
@@ -120,6 +128,7 @@ def why_left(norm: Module, classes: Mapping[type[Module], type[Module]]) -> str 
 
 def cannot_revert(norm: Module) -> str | None:
     """Return why torch's layer cannot take the place of one of this library's, as a clause; None if it can."""
+    _meet_timms()
     if not isinstance(norm, tuple(TORCHS)):
         return None
     if type(norm) in TORCHS:

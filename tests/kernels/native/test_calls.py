@@ -20,7 +20,7 @@ from batchnorm.moments import Moments
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 EPS = 1e-5
-KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
+KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "leaky_relu(0.2)": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
 DTYPES = list(ACCURACY)
 LAYOUTS = {
     "contiguous": lambda make, n, c, s: make(n, c, *s),
@@ -223,7 +223,7 @@ CORNERS = [
     *[(2, 1, 1), (3, 5, 2), (2, 16, 16), (4, 2, 15), (3, 3, 1031), (130, 2, 8), (2, 1, 20_000), (1, 2, 17_000)],
     *[(2, 3, 4, 4), (1, 2, 1, 9), (4, 20, 7, 7), (2, 3, 1, 1), (2, 2, 3, 2, 5), (1, 7, 2, 3, 4), (40, 33, 3, 1, 1)],
 ]
-WAYS = [None, *ACTIVATIONS]
+WAYS = [None, *ACTIVATIONS, "leaky_relu(0.2)"]
 
 
 @pytest.mark.parametrize("name", available_isas())

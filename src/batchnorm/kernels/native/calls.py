@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.activation import ACTIVATIONS
+from batchnorm.kernels.activation import ACTIVATIONS, slope_below_zero
 from batchnorm.kernels.native.layout import (
     DTYPES,
     NARROW,
@@ -40,6 +40,7 @@ __all__ = [
     "backward_sums",
     "compute_dtype",
     "forward",
+    "invertible",
     "moments",
     "normalize",
     "train_backward",
@@ -49,12 +50,7 @@ __all__ = [
 ]
 
 _ACTIVATIONS: dict[str | None, int] = {None: 0, **{name: 1 + i for i, name in enumerate(ACTIVATIONS)}}
-_BY_BITS = ("relu", "leaky_relu", "relu6")  # slope of two values: a bit tells which
-INVERTIBLE = (None, "leaky_relu")
-"""Activations whose input can be told from the output to the last digits.
-
-Sigmoid and tanh have inverses too, but where they saturate these multiply a rounding error without bound.
-"""
+_LEAST_SLOPE = 0.01
 
 # Fresh outputs of at least so many bytes are asked to lie on large pages; see docs/performance.md.
 _HUGE = 4 << 20
@@ -150,13 +146,38 @@ def _plan(
         layout = layout._replace(kind=PLANES)
     return Plan(
         layout,
-        library.Plan(layout.kind, DTYPES[dtype], *layout[1:], _ACTIVATIONS[activation]),
+        library.Plan(layout.kind, DTYPES[dtype], *layout[1:], *_told(activation)),
         steps(like_it, layout),
         is_dense(like_it),
         steps(new, layout) if lies_so else None,
         new.numel() * new.element_size(),
         torch.empty(3, shape[1], dtype=torch.float64, device="cpu"),
     )
+
+
+def _told(activation: str | None) -> tuple[int] | tuple[int, float]:
+    """Return how the extension is told of an activation: by number, and of a leaky ReLU by its slope too."""
+    number = _ACTIVATIONS.get(activation)
+    if number is not None:
+        return (number,)
+    slope = slope_below_zero(activation)
+    assert slope is not None
+    return _ACTIVATIONS["leaky_relu"], slope
+
+
+def _by_bits(activation: str | None) -> bool:
+    """Whether the derivative has two values, so that a bit tells which."""
+    return activation in ("relu", "relu6") or slope_below_zero(activation) is not None
+
+
+def invertible(activation: str | None) -> bool:
+    """Whether the input can be told from the output to the last digits.
+
+    Sigmoid and tanh have inverses too, but where they saturate these multiply a rounding error without bound; so does
+    the inverse of a leaky ReLU with a small slope.
+    """
+    slope = slope_below_zero(activation)
+    return activation is None or (slope is not None and slope >= _LEAST_SLOPE)
 
 
 def _planned(x: Tensor, activation: str | None, planes: bool = False) -> tuple[Tensor, Plan]:
@@ -289,7 +310,7 @@ def forward(
     y, of_y = (x, of_x) if in_place else _fresh(x, plan)
     of_residual = NOTHING if residual is None else view(residual, plan.layout)
     bits = None
-    if backward and residual is not None and activation in _BY_BITS:
+    if backward and residual is not None and _by_bits(activation):
         bits = torch.empty(plan.kernels.bit_words(), dtype=torch.int16, device="cpu")
     at_bits = _address(bits)
     parameters = (at_weight, at_bias, statistics.data_ptr(), torch.get_num_threads())
@@ -319,7 +340,7 @@ def _recoverable(
     plan: Plan, x: Tensor, residual: _Optional, activation: str | None, at_weight: int, at_bias: int
 ) -> tuple[bool, _Optional, _Optional]:
     """Return whether y may take the place of x, and what must be kept of x for that."""
-    if residual is not None or activation not in INVERTIBLE:
+    if residual is not None or not invertible(activation):
         return False, None, None
     layout = plan.layout
     unsafe = plan.kernels.mark_unrecoverable(at_weight, at_bias, 0)
