@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,8 +46,37 @@ class RandomModel(nn.Module):
         return "\n".join([*lines, f"return {', '.join(f'v{i}' for i in self.returned)}"])
 
 
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(f"v{i}" for i in numbers)
+class Sometimes(nn.Module):
+    """A norm that runs for some inputs only."""
+
+    def __init__(self, norm: nn.Module, name: str) -> None:
+        super().__init__()
+        self.norm, self.name = norm, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x, normalized or not."""
+        return self.norm(x) if _CONDITIONS[self.name](x) else x
+
+
+_CONDITIONS: dict[str, Callable[[Tensor], bool]] = {
+    "more than one": lambda x: len(x) > 1,
+    "at most two": lambda x: len(x) <= 2,
+    "narrow": lambda x: x.shape[-1] <= _SIDE,
+    "positive": lambda x: float(x.detach().mean()) > 0,
+}
+
+
+class Parted(nn.Module):
+    """A norm of the first places along an axis; what is behind them, if anything is, stays as it is."""
+
+    def __init__(self, norm: nn.Module, axis: int, size: int) -> None:
+        super().__init__()
+        self.norm, self.axis, self.size = norm, axis, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x, a part of it normalized."""
+        first, *rest = x.tensor_split([self.size], self.axis)
+        return torch.cat([self.norm(first), *rest], self.axis)
 
 
 class _Builder:
@@ -123,6 +152,39 @@ def _again(b: _Builder, read: int) -> None:
         number = b.rng.choice(able)
         b.model.steps.append((f"{number} again", number, (read,)))
         b.shapes.append(b.shapes[read])
+
+
+def _partly(b: _Builder, read: int) -> None:
+    """Normalize some inputs, or some places."""
+    c, h, w = b.shapes[read]
+    if b.rng.random() < 0.5:
+        b.layer(Sometimes(nn.BatchNorm2d(c), b.rng.choice(list(_CONDITIONS))), read, (c, h, w))
+    else:
+        axis, size = b.rng.choice([(0, 2), (0, 4), (2, h), (3, w), (3, w + 3), (3, max(w - 1, 1))])
+        b.layer(Parted(nn.BatchNorm2d(c), axis, size), read, (c, h, w))
+
+
+def _sized(b: _Builder, read: int) -> None:
+    """Compute with the sizes of the input."""
+    c, h, w = b.shapes[read]
+    multiple = b.rng.choice([2, 3, 4])
+    padded = (c, h + -h % multiple, w + -w % multiple)
+    ways: list[tuple[str, Callable[[Tensor], Tensor], tuple[int, ...]]] = [
+        ("over the width", lambda x: x / x.shape[-1], (c, h, w)),
+        ("times the batch", lambda x: x * len(x), (c, h, w)),
+        ("plus the height", lambda x: x + x.shape[-2], (c, h, w)),
+        ("over the root of the area", lambda x: x / (x.shape[-1] * x.shape[-2]) ** 0.5, (c, h, w)),
+        ("by blocks of eight", lambda x: x * (x.shape[-1] // 8 + 1), (c, h, w)),
+        ("by places", lambda x: x * torch.arange(1, x.shape[-1] + 1).to(x), (c, h, w)),
+        ("pooled to half", lambda x: F.adaptive_avg_pool2d(x, (-(-x.shape[-2] // 2), -(-x.shape[-1] // 2))),
+         (c, -(-h // 2), -(-w // 2))),
+        (f"padded to a multiple of {multiple}",
+         lambda x: F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple)), padded),
+        ("views", lambda x: x.view(len(x), x.shape[1], -1).view(x.shape), (c, h, w)),
+        ("rolled by the batch", lambda x: x.roll(len(x) - 2, 1), (c, h, w)),
+    ]  # fmt: skip
+    name, run, shape = b.rng.choice(ways)
+    b.function(name, run, (read,), shape)
 
 
 def _activation(b: _Builder, read: int) -> None:
@@ -226,7 +288,7 @@ def _linear(b: _Builder, read: int) -> None:
 
 
 _OF_IMAGES = [_conv] * 5 + [_norm] * 6 + [_activation] * 3 + [_join] * 2 + [_arrange] * 2
-_OF_IMAGES += [_transposed, _pool, _upsample, _again, _flatten, _beside, _beside]
+_OF_IMAGES += [_transposed, _pool, _upsample, _again, _flatten, _beside, _beside, _partly, _sized, _sized]
 _OF_ROWS = [_linear] * 3 + [_norm] * 3 + [_activation, _join, _arrange]
 
 

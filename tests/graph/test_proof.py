@@ -130,7 +130,9 @@ def test_whether_random_inputs_were_compared_is_told():
 
     zeros = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
     assert fold(lively(Zeros()), zeros).on_random_inputs is True
-    assert fold(lively(Two()), zeros).on_random_inputs is False
+    left = fold(lively(Two()), zeros)
+    assert left.on_random_inputs is None
+    assert "but not with random inputs" in left.left[0].reason
     assert fold(nn.Linear(3, 3), torch.randn(2, 3)).on_random_inputs is None
 
 

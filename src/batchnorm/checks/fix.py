@@ -12,6 +12,7 @@ from batchnorm.checks.rule import Finding, Rule
 from batchnorm.checks.selection import find
 from batchnorm.checks.verify import Comparison, trace_in_mode
 from batchnorm.errors import BatchNormError, VerificationError
+from batchnorm.graph.sizes import runs_of
 from batchnorm.graph.trace import trace
 from batchnorm.graph.verify import Agreement
 from batchnorm.nn.copying import copy_model
@@ -128,6 +129,7 @@ class _Fixer:
         self.failed: dict[tuple[str, str], str] = {}
         self.notes: dict[str, None] = {}
         self._inputs = inputs
+        self._runs = runs_of("fix", model, inputs)
         self._rules = rules
 
     def attempt(self, findings: Sequence[Finding]) -> None:
@@ -163,7 +165,7 @@ class _Fixer:
 
     def _prove(self, candidate: Module, findings: Sequence[Finding], dropped: Sequence[str]) -> None:
         """Compare the candidate with the model in both modes; raises VerificationError."""
-        comparison = Comparison(self.model, candidate, self._inputs, findings, self._rules, dropped)
+        comparison = Comparison(self.model, candidate, self._runs, findings, self._rules, dropped)
         agreement = comparison.in_mode(training=False)
         try:
             trace_in_mode(self.model, self._inputs, training=True)

@@ -1,8 +1,9 @@
-"""Whether safe fixes are safe: the model before and after them, compared on the example inputs in one mode.
+"""Whether safe fixes are safe: the model before and after them, compared in one mode.
 
-Three things have to hold. The same operators run on the same values, but for the tensors that were dropped. What each
-fix changed computes the same within the rounding of float64 (the fix's own proof). And the outputs differ by no more
-than rounding explains (:mod:`batchnorm.graph.verify`).
+Three things have to hold, on the example inputs and on others of other sizes (:mod:`batchnorm.graph.sizes`). The same
+operators run on the same values, but for the tensors that were dropped. What each fix changed computes the same within
+the rounding of float64 (the fix's own proof). And the outputs differ by no more than rounding explains
+(:mod:`batchnorm.graph.verify`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch.nn import Module
 
 from batchnorm.checks.patterns import layer_name
 from batchnorm.checks.rule import Finding, Rule
-from batchnorm.errors import VerificationError
+from batchnorm.errors import InputError, VerificationError
 from batchnorm.graph.compare import difference as dataflow_difference
 from batchnorm.graph.dataflow import Graph
 from batchnorm.graph.outputs import difference
+from batchnorm.graph.several import Several
 from batchnorm.graph.trace import trace
 from batchnorm.graph.verify import Agreement, Reference, run
 from batchnorm.nn.snapshot import untouched
@@ -46,7 +48,7 @@ class Comparison:
     Args:
         before: the model as it was.
         after: the fixed model.
-        example_inputs: what both run on.
+        runs: what both run on, the example inputs first.
         findings: what was fixed.
         rules: the rules that ran.
         dropped: keys that the state dict lost.
@@ -56,14 +58,15 @@ class Comparison:
         self,
         before: Module,
         after: Module,
-        example_inputs: Any,
+        runs: Several,
         findings: Sequence[Finding],
         rules: Sequence[type[Rule]],
         dropped: Sequence[str],
     ) -> None:
         self._before = before
         self._after = after
-        self._inputs = example_inputs
+        self._runs = runs
+        self._inputs = runs.inputs[0]
         self._findings = findings
         self._rules = {rule.code: rule for rule in rules}
         self._dropped = dropped
@@ -76,21 +79,35 @@ class Comparison:
             InputError: one of them fails on the inputs.
         """
         with _mode(self._before, training), _mode(self._after, training):
-            graph = trace(self._before, self._inputs)
-            self._require_findings(graph, training)
-            self._require_same_dataflow(graph)
+            runs = self._that_run()
+            graph = trace(self._before, runs)
+            for number, label in enumerate(runs.labels):
+                self._require_findings(graph.of_run(number), training, f" with {label}" if number else "")
+            self._require_same_dataflow(graph, runs)
             return self._require_same_outputs()
 
-    def _require_findings(self, graph: Graph, training: bool) -> None:
-        """The other mode may take other ways through the model: the rule has to find the same there, or nothing."""
+    def _that_run(self) -> Several:
+        """Return the inputs on which the model runs in the mode that it is in; the example's in any case."""
+        given, *others = zip(self._runs.inputs, self._runs.labels, strict=True)
+        kept = [given]
+        for inputs, label in others:
+            try:
+                run(self._before, inputs)
+            except InputError:  # a batch of one, in training
+                continue
+            kept.append((inputs, label))
+        return Several(tuple(inputs for inputs, _ in kept), tuple(label for _, label in kept))
+
+    def _require_findings(self, graph: Graph, training: bool, where: str) -> None:
+        """Other modes and sizes may take other ways through the model: the rule has to find the same, or nothing."""
         for finding in self._findings:
             again = self._rules[finding.code]().find(self._before, graph)
             found = any((f.code, f.layer) == (finding.code, finding.layer) and f.fix is not None for f in again)
             if not found and any(layer_name(call) == finding.layer for call in graph.calls):
                 mode = "training" if training else "eval"
-                raise VerificationError(f"It would not be safe in {mode} mode, in which the model runs other code.")
+                raise VerificationError(f"It would not be safe in {mode} mode{where}: the model runs other code then.")
 
-    def _require_same_dataflow(self, graph: Graph) -> None:
+    def _require_same_dataflow(self, graph: Graph, runs: Several) -> None:
         fixes = [finding.fix for finding in self._findings if finding.fix is not None]
         proofs = [fix.proof(self._before, self._after) for fix in fixes if fix.proof is not None]
 
@@ -98,7 +115,7 @@ class Comparison:
             for proof in proofs:
                 proof(*event)
 
-        found = dataflow_difference(graph, trace(self._after, self._inputs, observer=observe), (), {}, self._dropped)
+        found = dataflow_difference(graph, trace(self._after, runs, observer=observe), (), {}, self._dropped)
         if found is not None:
             raise VerificationError(f"The fixed model computes something else: {found}.")
         for proof in proofs:

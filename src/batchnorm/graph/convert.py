@@ -11,6 +11,7 @@ from batchnorm.errors import ArgumentTypeError, StateError
 from batchnorm.graph.convert_result import ConvertResult, FusedNorm
 from batchnorm.graph.fuse import find_fusions
 from batchnorm.graph.fuse_check import mark, mark_those_that_hold
+from batchnorm.graph.sizes import runs_of
 from batchnorm.graph.trace import trace
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_module, require_readable
@@ -148,7 +149,12 @@ def _fuse(model: Module, example_inputs: Any) -> tuple[tuple[FusedNorm, ...], tu
     norms = named_norms(model)
     with torch.inference_mode(False):
         mark(norms, ())
-        found, refused = find_fusions(model, trace(model, example_inputs))
-        refused |= mark_those_that_hold(model, example_inputs, norms, list(found))
+        runs = runs_of("convert", model, example_inputs)
+        graph = trace(model, runs)
+        found, refused = find_fusions(model, graph)
+        alone, _ = find_fusions(model, graph.of_run(0))
+        for name in refused.keys() & alone.keys():
+            refused[name] = f"With the example inputs it could be, but not with inputs of other sizes. {refused[name]}"
+        refused |= mark_those_that_hold(model, runs, norms, list(found))
     fused = tuple(norm for name, norm in found.items() if name not in refused)
     return fused, tuple((name, refused[name]) for name in norms if name in refused)

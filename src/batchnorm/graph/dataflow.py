@@ -49,6 +49,7 @@ class Call:
         args: every argument by its name in the operator's schema, defaults filled in; tensors as :class:`Value`.
         outputs: the values it computed, in order.
         module: qualified name of the innermost module whose forward was running; ``""`` is the model itself.
+        run: in which of several runs, counted from 0.
     """
 
     index: int
@@ -56,6 +57,7 @@ class Call:
     args: Mapping[str, Any]
     outputs: tuple[Value, ...]
     module: str
+    run: int = 0
 
     @property
     def name(self) -> str:
@@ -98,6 +100,7 @@ class ModuleCall:
 
     ``calls`` are those between its begin and its end, nested modules included. ``plain`` says that it was called with
     one tensor and nothing else, and returned one tensor: such a run can be stood in for by ``torch.nn.Identity``.
+    ``run`` counts the model's runs, of several.
     """
 
     name: str
@@ -106,10 +109,11 @@ class ModuleCall:
     outputs: tuple[Value, ...] = ()
     calls: list[Call] = field(default_factory=list)
     plain: bool = False
+    run: int = 0
 
 
 class Graph:
-    """Every operator call of one forward pass, in order of execution."""
+    """Every operator call of one forward pass, or of several one after the other, in order of execution."""
 
     def __init__(
         self,
@@ -126,6 +130,17 @@ class Graph:
         for call in calls:
             for value in dict.fromkeys(call.tensor_args()):
                 self._readers[value].append(call)
+
+    def of_run(self, run: int) -> Graph:
+        """Return the dataflow of one of several runs, made of the same calls and values."""
+        calls = [call for call in self.calls if call.run == run]
+        own = {value for call in calls for value in (*call.tensor_args(), *call.outputs)}
+        return Graph(
+            calls,
+            [item for item in self.module_calls if item.run == run],
+            tuple(value for value in self.inputs if value in own),
+            tuple(value for value in self.outputs if value in own),
+        )
 
     def readers(self, value: Value) -> tuple[Call, ...]:
         """Return the calls that read ``value``, each once, in order."""

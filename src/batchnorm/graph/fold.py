@@ -11,11 +11,12 @@ from torch.fx import GraphModule
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
-from batchnorm.errors import InputError, StateError
+from batchnorm.errors import ArgumentTypeError, InputError, StateError
 from batchnorm.graph.fold_model import Options, fold_model, fold_with_normalization
 from batchnorm.graph.fold_result import FoldResult
 from batchnorm.graph.input_norm import WithNormalizedInput
 from batchnorm.graph.program.fold_program import fold_program
+from batchnorm.graph.sizes import Accepts
 from batchnorm.nn.require import require_readable
 from batchnorm.nn.transaction import transaction
 
@@ -33,6 +34,7 @@ def fold(
     borders: bool = False,
     keep_range: bool = False,
     fuse: bool = False,
+    examples: Sequence[Any] = (),
 ) -> FoldResult:
     r"""Absorb every norm that can be absorbed by the operators before and after it.
 
@@ -50,10 +52,15 @@ def fold(
     the reason.
 
     The model is run on copies, as it is: in the modes, dtypes and on the devices it is in. What is folded is what the
-    pass shows, so the inputs must take the way through the model that matters. Where a norm that they do not reach
-    stands beside one that they do (``bns.0`` and ``bns.1``), neither is folded: other inputs may take the other. Every
-    value is compared in float64 with what it was, and the folded model with the original end to end (about sixteen
-    forward passes in all, seven of them in float64).
+    runs show, so the inputs must take the way through the model that matters. One run takes numbers, pads, slices and
+    branches that depend on sizes or values for constants, so there are several (:mod:`batchnorm.graph.sizes`): on the
+    example inputs, on random ones like them, on others of other sizes (batch, and each further axis) and with other
+    numbers among the arguments, as far as the model runs there, and on ``examples``. What does not hold in all of them
+    is not folded, and the reason says where it does not. Sizes at which the model stops, and ways through its code that
+    no run took, are named in ``result.warnings``. Where a norm that no run reaches stands beside one that one does
+    (``bns.0`` and ``bns.1``), neither is folded: other inputs may take the other. Every value of all runs is compared
+    in float64 with what it was, and the folded model with the original end to end (about eighteen passes on the example
+    in all, seven of them in float64; the other sizes are small).
 
     Args:
         model: any model that runs; call ``model.eval()`` first. Or a program, ``torch.fx.GraphModule`` or
@@ -73,6 +80,8 @@ def fold(
             (:class:`batchnorm.nn.scale_shift.ScaleShift`), computed in one pass with the activation behind it where
             that is a module of torch's own and reads nothing else. Otherwise they stay the modules that they are. Not
             for programs: what runs those fuses by itself.
+        examples: further example inputs, each as ``example_inputs``: ways through the model that those do not take, a
+            flag that is set, say. What is folded holds for them too.
 
     Returns:
         The folded model, of the same class: its norms are ``torch.nn.Identity``, or the activation that they also ran;
@@ -101,13 +110,14 @@ def fold(
         >>> result.error <= result.bound
         True
     """
+    others = _listed(examples)
 
-    def fold_module(module: Module, inputs: Any, inplace: bool = False) -> FoldResult:
+    def fold_module(module: Module, inputs: Any, inplace: bool = False, accepts: Accepts | None = None) -> FoldResult:
         require_readable("fold", module)
         if input_mean is None and input_std is None:
-            return fold_model(module, inputs, inplace, Options(borders, keep_range, fuse))
+            return fold_model(module, inputs, inplace, Options(borders, keep_range, fuse), others, accepts)
         outer = WithNormalizedInput(module, inputs, input_mean, input_std)
-        return fold_with_normalization(outer, inputs, inplace, Options(True, keep_range, fuse))
+        return fold_with_normalization(outer, inputs, inplace, Options(True, keep_range, fuse), others, accepts)
 
     if isinstance(model, GraphModule | ExportedProgram):
         if fuse:
@@ -118,3 +128,17 @@ def fold(
     if isinstance(model, DistributedDataParallel):
         raise StateError("fold: DistributedDataParallel writes into the buffers before each pass. Fold model.module.")
     return fold_module(model, example_inputs, inplace)
+
+
+def _listed(examples: Any) -> list[Any]:
+    """Return further example inputs as a list.
+
+    Raises:
+        ArgumentTypeError: they are no sequence: one tensor, or one dict of keyword arguments.
+    """
+    if not isinstance(examples, list | tuple):
+        raise ArgumentTypeError(
+            f"fold: examples: expected a list of inputs, each a tensor, a tuple or a dict; got a "
+            f"{type(examples).__name__}. Pass examples=[...]."
+        )
+    return list(examples)

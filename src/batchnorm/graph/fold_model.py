@@ -19,16 +19,17 @@ from batchnorm.graph.dataflow import Graph, Value
 from batchnorm.graph.fold_result import Costs, FoldResult, Pictures
 from batchnorm.graph.input_norm import INNER, NORMALIZATION, WithNormalizedInput, outer_name
 from batchnorm.graph.norms import norm_uses
-from batchnorm.graph.own_weights import ComputedWeights, same_weights, untie
+from batchnorm.graph.own_weights import ComputedWeights, untie
 from batchnorm.graph.pairs import Pairs
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.pictures import draw_folded, draw_left, renamed
 from batchnorm.graph.plan import Plan
 from batchnorm.graph.quantization import FoldedWeight, folded_weights
-from batchnorm.graph.random_inputs import random_like
 from batchnorm.graph.ranges import lost_ranges
 from batchnorm.graph.rewrite import Rewrite, round_parameters
 from batchnorm.graph.settle import Options, Settled, copy_to_try, settle
+from batchnorm.graph.several import Several
+from batchnorm.graph.sizes import Accepts, Runs, find_runs
 from batchnorm.graph.stand_in import StandIn
 from batchnorm.graph.threads import threads_for_float64
 from batchnorm.graph.trace import trace
@@ -38,8 +39,23 @@ from batchnorm.nn.transaction import on_failure
 __all__ = ["Options", "fold_model", "fold_with_normalization"]
 
 
-def fold_model(model: Module, example_inputs: Any, inplace: bool, options: Options) -> FoldResult:
+def fold_model(
+    model: Module,
+    example_inputs: Any,
+    inplace: bool,
+    options: Options,
+    examples: Sequence[Any] = (),
+    accepts: Accepts | None = None,
+) -> FoldResult:
     """Fold a module; see :func:`batchnorm.fold`.
+
+    Args:
+        model: the module.
+        example_inputs: what it is run on.
+        inplace: whether it is changed itself.
+        options: what may be done.
+        examples: what else it is run on.
+        accepts: whether inputs of other sizes are such as it is meant for; None takes all on which it runs.
 
     Raises:
         InputError, StateError, VerificationError: as that says.
@@ -47,24 +63,29 @@ def fold_model(model: Module, example_inputs: Any, inplace: bool, options: Optio
     with torch.inference_mode(False):
         work = copy_to_try(model)
         run(work, example_inputs)  # what a model keeps from its first call is there in all that follow
-        graph, stored = _with_own_weights(work, example_inputs)
-        settled = settle(work, graph, example_inputs, options)
+        labels = ("the example inputs", *(f"examples[{number}]" for number in range(len(examples))))
+        runs = find_runs(lambda: copy_to_try(model), Several((example_inputs, *examples), labels), accepts)
+        run(work, runs.warming)
+        graph, stored = _with_own_weights(work, runs)
+        settled = settle(work, graph, runs, options)
         plan = settled.plan
         if isinstance(model, WithNormalizedInput):
             _require_normalization(plan)
         stored = {name: layer for name, layer in stored.items() if name in plan.parameters.hosts}
-        result = _told(model, work, settled)
+        result = replace(_told(model, work, settled), sizes=runs.told, unseen=runs.warnings)
         if plan.changes:
             try:
-                agreement, exact = _compared(model, work, settled, example_inputs, bool(stored))
+                agreement, exact = _compared(model, work, settled, runs.of_user, bool(stored))
             except VerificationError:
                 # who recovers a value from what a norm made of it loses digits, and so does x + (s − 1) x where s is
                 # small: more than rounding explains, perhaps
                 if any(step.led_back for step in plan.steps):
-                    return fold_model(model, example_inputs, inplace, replace(options, sharing=False))
-                if any(step.beside is not None for step in plan.steps):
-                    return fold_model(model, example_inputs, inplace, replace(options, beside=False))
-                raise
+                    without = replace(options, sharing=False)
+                elif any(step.beside is not None for step in plan.steps):
+                    without = replace(options, beside=False)
+                else:
+                    raise
+                return fold_model(model, example_inputs, inplace, without, examples, accepts)
             result = replace(result, error=agreement.error, bound=agreement.bound, error_float64=exact)
             assert result.costs is not None
             after = Cost.of(work, trace(work, example_inputs))  # it has been folded for the comparison
@@ -77,34 +98,16 @@ def fold_model(model: Module, example_inputs: Any, inplace: bool, options: Optio
     return replace(result, model=target)
 
 
-def _with_own_weights(work: Module, example_inputs: Any) -> tuple[Graph, dict[str, Module]]:
+def _with_own_weights(work: Module, runs: Runs) -> tuple[Graph, dict[str, Module]]:
     """Give the layers weights of their own; return the dataflow, and the layers whose computed weights are stored."""
     untie(work)
     weights = ComputedWeights()
-    graph = trace(work, example_inputs, observer=weights.observe)
-    stored = _steady(work, example_inputs, weights.layers(graph))
-    stored = _bearable(work, example_inputs, stored)
+    graph = trace(work, runs.all, observer=weights.observe)
+    stored = _bearable(work, runs.all, weights.layers(graph))
     if not stored:
         return graph, {}
     Rewrite().replace(work, stored)
-    return trace(work, example_inputs), {name: copy.deepcopy(layer) for name, layer in stored.items()}
-
-
-def _steady(work: Module, example_inputs: Any, stored: dict[str, Module]) -> dict[str, Module]:
-    """Return the plain layers whose weights are the same on random inputs; all, if the model fails on those."""
-    if not stored:
-        return {}
-    weights = ComputedWeights()
-    try:
-        graph = trace(work, random_like(example_inputs), observer=weights.observe)
-    except InputError:
-        return stored
-    again, reached = weights.layers(graph), {run.name for run in graph.module_calls}
-    return {
-        name: layer
-        for name, layer in stored.items()
-        if name not in reached or (name in again and same_weights(layer, again[name]))
-    }
+    return trace(work, runs.all), {name: copy.deepcopy(layer) for name, layer in stored.items()}
 
 
 def _bearable(work: Module, example_inputs: Any, stored: dict[str, Module]) -> dict[str, Module]:
@@ -130,13 +133,14 @@ def _runs_with(work: Module, example_inputs: Any, stored: dict[str, Module]) -> 
 
 
 def _told(model: Module, work: Module, settled: Settled) -> FoldResult:
-    """Return the account of a plan, before anything has been compared."""
-    plan = settled.plan
+    """Return the account of a plan, as the example's run shows it, before anything has been compared."""
+    plan = settled.plan.of_run(0)
     becomes = {item.name: item.told for item in plan.leftovers}
     told = tell(plan)
     left = [replace(item, becomes=becomes.get(item.norm)) for item in plan.left]
     left.sort(key=lambda item: plan.order[item.norm])
     running = {use.name: use.calls[0] for use in norm_uses(work, plan.graph)}
+    reached = [item for item in told if item.norm in running]
     cost = Cost.of(work, plan.graph)
     return FoldResult(
         model,
@@ -146,7 +150,7 @@ def _told(model: Module, work: Module, settled: Settled) -> FoldResult:
         bound=0.0,
         on_random_inputs=settled.on_random_inputs,
         costs=Costs(cost, cost),
-        pictures=Pictures(draw_folded(plan, told), draw_left(plan, left, running)),
+        pictures=Pictures(draw_folded(plan, reached), draw_left(plan, left, running)),
         lost=lost_ranges(work, plan.parameters, settled.parameters),
     )
 
@@ -231,10 +235,15 @@ def _all_or_nothing() -> Iterator[Rewrite]:
 
 
 def fold_with_normalization(
-    outer: WithNormalizedInput, example_inputs: Any, inplace: bool, options: Options
+    outer: WithNormalizedInput,
+    example_inputs: Any,
+    inplace: bool,
+    options: Options,
+    examples: Sequence[Any] = (),
+    accepts: Accepts | None = None,
 ) -> FoldResult:
     """Fold a model together with the normalization of its input, and return the result for the model itself."""
-    result = fold_model(outer, example_inputs, inplace, options)
+    result = fold_model(outer, example_inputs, inplace, options, examples, accepts)
     assert result.pairs is not None
     told = [
         replace(item, norm=outer_name(item.norm), into=outer_name(item.into), sentence=outer_name(item.sentence))

@@ -35,8 +35,10 @@ def sections(result: FoldResult) -> list[Section]:
             found.append(Section("What a pass takes", [_costs(result.costs)], brief=[]))
     if result.lost:
         remedy = "fold(..., keep_range=True) leaves those norms."
-        lines = [Paragraph(line, "bad") for line in result.warnings]
+        lines = [Paragraph(str(item), "bad") for item in result.lost]
         found.append(Section("Lost range", [*lines, Paragraph(remedy)]))
+    if result.unseen:
+        found.append(Section("Not seen", [Paragraph(line, "bad") for line in result.unseen]))
     if result.measured is not None:
         found.append(Section("Measured", [_measured(result.measured)]))
     became = [item for item in result.left if item.becomes is not None]

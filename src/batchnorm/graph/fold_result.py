@@ -104,8 +104,10 @@ class FoldResult(Result):
         bound: what rounding allows there (see :mod:`batchnorm.graph.verify`).
         error_float64: the same difference when both compute in float64; None where the model does not run in float64,
             or nothing was folded.
-        on_random_inputs: whether every value was compared on random inputs as well as on the example's; not where the
-            model fails on those, or takes another way. None if nothing was changed.
+        on_random_inputs: whether every value was compared on random inputs of the example's shape as well as on the
+            example's; not where the model fails on those. None if nothing was changed.
+        sizes: on what else every value was compared, as phrases: inputs of other sizes and values, other numbers.
+        unseen: what no run has shown, as sentences: sizes at which the model does not run, code that was not reached.
         pairs: what the model had before, for :func:`batchnorm.unfold`; None if nothing was folded, or for a program.
         original: the program that was folded; None for a module.
         lost: folded weights of which channels lose range in their type (see :mod:`batchnorm.graph.ranges`).
@@ -124,6 +126,8 @@ class FoldResult(Result):
     on_random_inputs: bool | None = None
     pairs: Pairs | None = field(default=None, repr=False)
     original: Any = field(default=None, repr=False)
+    sizes: Sequence[str] = ()
+    unseen: Sequence[str] = ()
     lost: Sequence[LostRange] = ()
     weights: Sequence[FoldedWeight] = field(default=(), repr=False)
     costs: Costs | None = None
@@ -132,8 +136,8 @@ class FoldResult(Result):
 
     @property
     def warnings(self) -> list[str]:
-        """What was folded and may not please, in sentences: the weights that lose range."""
-        return [str(item) for item in self.lost]
+        """What was folded and may not please, in sentences: weights that lose range, and what no run has shown."""
+        return [*(str(item) for item in self.lost), *self.unseen]
 
     @cached_property
     def ranges(self) -> list[ChannelRanges]:
@@ -220,6 +224,7 @@ class FoldResult(Result):
             "bound": self.bound,
             "error_float64": self.error_float64,
             "on_random_inputs": self.on_random_inputs,
+            "sizes": list(self.sizes),
             "warnings": self.warnings,
             "lost": [asdict(item) for item in self.lost],
             "ranges": [item.to_dict() for item in self.ranges],

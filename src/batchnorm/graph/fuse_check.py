@@ -1,8 +1,8 @@
 """The proof that fused norms compute what they did: the model run with them and without them.
 
-It is run as it is, in evaluation and in training, from the same random state and with gradients recorded; outputs and
-buffers must be equal, or differ by no more than rounding explains (the bound of :mod:`batchnorm.graph.verify`, with
-every parameter moved by a unit in its last place).
+It is run as it is, on the example inputs and on others (:mod:`batchnorm.graph.sizes`), in evaluation and in training,
+from the same random state and with gradients recorded; outputs and buffers must be equal, or differ by no more than
+rounding explains (the bound of :mod:`batchnorm.graph.verify`, with every parameter moved by a unit in its last place).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import Module
 
 from batchnorm.errors import InputError
 from batchnorm.graph.outputs import NamedTensor, difference, named_tensors
+from batchnorm.graph.several import each
 from batchnorm.graph.trace import fresh_inputs
 from batchnorm.graph.verify import Reference
 from batchnorm.nn.calling import call_on_example, compiled_modules_eager
@@ -55,22 +56,22 @@ class _Check:
 
     def __init__(self, model: Module, example_inputs: Any, norms: Mapping[str, NormModule]) -> None:
         self._model = model
-        self._inputs = example_inputs
         self._norms = norms
-        self._references: list[tuple[Callable[[Module, Any], list[NamedTensor]], list[NamedTensor]]] = []
+        self._references: list[tuple[Callable[[Module, Any], list[NamedTensor]], Any, list[NamedTensor]]] = []
         mark(norms, ())
         modes: list[bool | None] = [False, True]
         if len({m.training for m in model.modules() if hasattr(m, "training")}) > 1:
             modes.append(None)
         failure: Exception | None = None
-        for training in modes:
-            for grad in (True, False):
-                run = _runner(training, grad)
-                try:
-                    self._references.append((run, run(model, example_inputs)))
-                    break
-                except Exception as error:  # a single value per channel in training, a loss that needs labels
-                    failure = error
+        for number, inputs in enumerate(each(example_inputs)):
+            for training in modes:
+                for grad in (True, False):
+                    run = _runner(training, grad)
+                    try:
+                        self._references.append((run, inputs, run(model, inputs)))
+                        break
+                    except Exception as error:  # a single value per channel in training, a loss that needs labels
+                        failure = error if number == 0 else failure
         if not self._references:
             raise InputError(
                 f"{type(model).__name__} fails on the example inputs: {type(failure).__name__}: {failure}"
@@ -91,13 +92,13 @@ class _Check:
         return dict.fromkeys(names, problem)
 
     def _problem(self, names: list[str]) -> str | None:
-        for run, expected in self._references:
+        for run, inputs, expected in self._references:
             mark(self._norms, names)
             try:
-                outputs = run(self._model, self._inputs)
+                outputs = run(self._model, inputs)
             except Exception as error:
                 return f"With it fused the model stops: {error}"
-            problem = self._difference(run, expected, outputs)
+            problem = self._difference(run, inputs, expected, outputs)
             if problem is not None:
                 return problem
         return None
@@ -105,6 +106,7 @@ class _Check:
     def _difference(
         self,
         run: Callable[[Module, Any], list[NamedTensor]],
+        inputs: Any,
         expected: list[NamedTensor],
         outputs: list[NamedTensor],
     ) -> str | None:
@@ -115,7 +117,7 @@ class _Check:
             return None
         mark(self._norms, ())
         parameters = [p for p in self._model.parameters() if p.is_floating_point()]
-        bounds = Reference.of(self._model, self._inputs, parameters, run).bounds()
+        bounds = Reference.of(self._model, inputs, parameters, run).bounds()
         for output, gap, bound in zip(expected, gaps, bounds, strict=True):
             if not gap <= bound < float("inf"):
                 return (

@@ -120,12 +120,20 @@ def _require_no_other_calls(graph: Graph, calls: tuple[Call, ...], tensor: Value
     others = [c for c in graph.readers(tensor) if c not in calls]
     same = [c for c in others if c.op == calls[0].op]
     if same:
+        through = sum(call.run == same[0].run for call in calls)  # as it is in one of several runs
+        total = through + sum(call.run == same[0].run for call in same)
+        if not through:
+            raise Refusal(f"{name} runs, and its output does not go through this norm.", calls=same)
         raise Refusal(
-            f"{name} runs {len(calls) + len(same)} times, and only {len(calls)} of its outputs "
-            f"{'goes' if len(calls) == 1 else 'go'} through this norm."
+            f"{name} runs {total} times, and only {through} of its outputs {'goes' if through == 1 else 'go'} through "
+            "this norm.",
+            calls=same,
         )
     if others:
-        raise Refusal(f"{tensor.names[0]} is also read by {others[0].name} in {others[0].module or 'the model'}.")
+        reader = others[0]
+        raise Refusal(
+            f"{tensor.names[0]} is also read by {reader.name} in {reader.module or 'the model'}.", calls=others
+        )
     if graph.is_output(tensor):
         raise Refusal(f"{tensor.names[0]} is also an output of the model.")
 

@@ -99,9 +99,12 @@ class Parameters:
             by_weight.setdefault(weight, []).append((call, absorbed))
         hosts = []
         for group in by_weight.values():
+            group.sort(key=lambda end: end[0].index)
             first = group[0][1]
-            if any(other.side != first.side or not other.map.same_as(first.map) for _, other in group[1:]):
-                raise Refusal(f"The calls of {group[0][0].module or 'the model'} would have to absorb different maps.")
+            others = [call for call, o in group if o.side != first.side or not o.map.same_as(first.map)]
+            if others:
+                module = group[0][0].module or "the model"
+                raise Refusal(f"The calls of {module} would have to absorb different maps.", calls=others)
             with Refusal.at(*(call for call, _ in group)):
                 hosts.append(self._absorb_into(tuple(call for call, _ in group), first.side, first.map))
                 if any(absorbed.bordered for _, absorbed in group):

@@ -15,6 +15,8 @@ from batchnorm.graph.dataflow import Graph
 from batchnorm.graph.families import family
 from batchnorm.graph.insertion import Insertion, KeyChanges, module_obstacle, owner_of
 from batchnorm.graph.placement import Site, find_sites, obstacle
+from batchnorm.graph.several import Several
+from batchnorm.graph.sizes import runs_of
 from batchnorm.graph.trace import trace
 from batchnorm.nn.copying import copy_model
 from batchnorm.nn.require import require_readable
@@ -44,8 +46,10 @@ def place(model: Module, example_inputs: Any, *, inplace: bool = False) -> Place
 
     Until it is trained, the model computes in eval mode what it did before: a new norm starts with γ = 1, β = 0,
     running_mean = −b and running_var = 1 − ε. Train it, or measure the statistics (``recalibrate``), before relying on
-    the norms. The result is verified by running it: with the new norms left out, it has to run the same operators on
-    the same values as the original; a norm with which it does not is taken out again and listed.
+    the norms. The result is verified by running it, on the example inputs, on others of other sizes and on random ones
+    (:mod:`batchnorm.graph.sizes`): with the new norms left out, it has to run the same operators on the same values as
+    the original; a norm with which it does not is taken out again and listed. So is one that could not stand there in
+    one of these runs.
 
     Args:
         model: any model that runs. Its class, modes, hooks, devices and dtypes are kept; norms follow the layer they
@@ -74,9 +78,10 @@ def place(model: Module, example_inputs: Any, *, inplace: bool = False) -> Place
     """
     require_readable("place", model)
     work = model if inplace else copy_model("place", model, "Pass inplace=True to rewrite the model itself.")
-    before = trace(work, example_inputs)
-    todo, left = _survey(work, before)
-    editor = _Editor(work, example_inputs, before)
+    runs = runs_of("place", work, example_inputs)
+    before = trace(work, runs)
+    todo, left = _survey_all(work, before, runs)
+    editor = _Editor(work, runs, before)
     on_failure(editor.undo_all)
     failed = editor.insert_all([insertion for insertion, _ in todo])
     note = editor.training_note()
@@ -112,6 +117,20 @@ def _warnings(model: Module, placed: Sequence[PlacedNorm], dropped: Sequence[str
     return found
 
 
+def _survey_all(model: Module, graph: Graph, runs: Several) -> tuple[list[tuple[Insertion, Site]], list[LeftSite]]:
+    """Return where norms can go in every run, and the sites of the example's where none can."""
+    todo, left = _survey(model, graph.of_run(0))
+    for number, label in enumerate(runs.labels[1:], 1):
+        other = graph.of_run(number)
+        there = {insertion.layer for insertion, _ in _survey(model, other)[0]}
+        gone = [site for insertion, site in todo if insertion.layer not in there and other.runs_of(insertion.layer)]
+        left += [
+            _left(model, site, f"With {label} none could stand there: it is read by others then.") for site in gone
+        ]
+        todo = [(insertion, site) for insertion, site in todo if not any(site is other for other in gone)]
+    return todo, left
+
+
 def _survey(model: Module, graph: Graph) -> tuple[list[tuple[Insertion, Site]], list[LeftSite]]:
     """Return where norms can go, and the sites where none can."""
     todo: dict[str, tuple[Insertion, Site]] = {}
@@ -135,11 +154,11 @@ def _left(model: Module, site: Site, reason: str) -> LeftSite:
 class _Editor:
     """Puts norms in, looks whether the model is still the same, and takes out those with which it is not."""
 
-    def __init__(self, model: Module, example_inputs: Any, before: Graph) -> None:
+    def __init__(self, model: Module, runs: Several, before: Graph) -> None:
         self.renamed: dict[str, str] = {}
         self.dropped: list[str] = []
         self._model = model
-        self._inputs = example_inputs
+        self._runs = runs
         self._before = before
         self._done: list[Insertion] = []
         self._keys: dict[str, KeyChanges] = {}
@@ -166,7 +185,7 @@ class _Editor:
         if not any(self._norm_of(insertion).training for insertion in self._done):
             return None
         try:
-            trace(self._model, self._inputs)
+            trace(self._model, self._runs.inputs[0])
         except BatchNormError as error:
             return f"In the training mode that it is in, the placed model cannot run on these inputs. {error}"
         return None
@@ -205,7 +224,7 @@ class _Editor:
         try:
             for norm in modes:  # in eval mode a norm is the identity still, and takes a batch of one
                 norm.training = False
-            found = difference(self._before, trace(self._model, self._inputs), norms, renamed, dropped)
+            found = difference(self._before, trace(self._model, self._runs), norms, renamed, dropped)
         except BatchNormError as error:
             return f"With a norm there the model fails: {error}"
         finally:

@@ -60,6 +60,17 @@ class Step:
         """What a report calls the norm."""
         return self.use.name
 
+    def of_run(self, run: int) -> Step:
+        """Return the same with the calls of one of several runs; if it reaches the norm."""
+        calls = tuple(call for call in self.use.calls if call.run == run)
+        if not calls:
+            return self
+        into = (replace(host, calls=tuple(c for c in host.calls if c.run == run)) for host in self.into)
+        crossed = frozenset(v for v in self.crossed if v.producer is not None and v.producer.run == run)
+        return replace(
+            self, use=replace(self.use, calls=calls), into=tuple(h for h in into if h.calls), crossed=crossed
+        )
+
 
 @dataclass(eq=False)
 class Plan:
@@ -93,6 +104,17 @@ class Plan:
     def changes(self) -> bool:
         """Whether there is anything to be done."""
         return bool(self.steps or self.leftovers)
+
+    def of_run(self, run: int) -> Plan:
+        """Return the same with what one of several runs shows; of a norm that it does not reach, what all show."""
+        return replace(
+            self,
+            graph=self.graph.of_run(run),
+            steps=[step.of_run(run) for step in self.steps],
+            obstacles={
+                name: tuple(call for call in calls if call.run == run) for name, calls in self.obstacles.items()
+            },
+        )
 
     @property
     def gone(self) -> set[Call]:

@@ -15,10 +15,10 @@ from batchnorm.graph.leftover import Leftover, failing, find_leftovers
 from batchnorm.graph.norms import norm_uses
 from batchnorm.graph.plan import Plan, describe_source, make_plan
 from batchnorm.graph.proof import Proof
-from batchnorm.graph.random_inputs import random_like
 from batchnorm.graph.ranges import lost_ranges, norms_that_shrink
-from batchnorm.graph.refusal import Refusal
+from batchnorm.graph.refusal import Refusal, listed
 from batchnorm.graph.rewrite import Rewrite, round_parameters
+from batchnorm.graph.sizes import Runs
 from batchnorm.graph.threads import threads_for_float64
 from batchnorm.graph.trace import trace
 from batchnorm.graph.verify import as_float64, run
@@ -45,8 +45,8 @@ class Settled:
     Attributes:
         plan: the plan.
         parameters: the new parameters, by name.
-        on_random_inputs: whether every value was compared on random inputs too; None where there was nothing to
-            compare.
+        on_random_inputs: whether every value was compared on random inputs of the example's shape too; None where there
+            was nothing to compare.
     """
 
     plan: Plan
@@ -64,8 +64,15 @@ def copy_to_try(model: Module) -> Module:
     return copy_model("fold", model, remedy)
 
 
-def settle(model: Module, graph: Graph, example_inputs: Any, options: Options) -> Settled:
-    """Return what can be done with ``model``, all of it proved, and its new parameters; it is not changed."""
+def settle(model: Module, graph: Graph, runs: Runs, options: Options) -> Settled:
+    """Return what can be done with ``model``, all of it proved, and its new parameters; it is not changed.
+
+    Args:
+        model: the model.
+        graph: its dataflow in all runs.
+        runs: what it runs on.
+        options: what may be done.
+    """
     banned: dict[str, str] = {}
     kept: dict[str, str] = {}  # norms that do not become multiply-adds either
     while True:
@@ -75,17 +82,38 @@ def settle(model: Module, graph: Graph, example_inputs: Any, options: Options) -
         if options.fuse:
             plan.leftovers = find_leftovers(model, plan, kept)
         parameters, problems = _rounded(model, plan, options.keep_range)
-        random = None
         if plan.changes and not problems:
             with threads_for_float64(graph):
-                problems, random = _problems(model, plan, example_inputs, banned)
+                problems = _problems(model, plan, runs, banned)
         if not problems:
+            _tell_what_others_show(model, plan, runs, banned)
             sources = {use.name: describe_source(graph, use) for use in norm_uses(model, graph)}
             plan.left += [LeftNorm(name, sources.get(name), reason) for name, reason in banned.items()]
-            return Settled(plan, parameters, random)
+            return Settled(plan, parameters, runs.on_random_inputs if plan.changes else None)
         leftovers = {item.name for item in plan.leftovers}
         kept |= {name: reason for name, reason in problems.items() if name in leftovers}
         banned |= {name: reason for name, reason in problems.items() if name not in leftovers}
+
+
+def _tell_what_others_show(model: Module, plan: Plan, runs: Runs, banned: Collection[str]) -> None:
+    """Let norms that stay have the reason that the example alone shows; if it shows none, say which runs do."""
+    if not plan.left or len(runs.all.inputs) == 1:
+        return
+    alone = make_plan(
+        model, plan.graph.of_run(0), banned, with_borders=plan.with_borders, sharing=plan.sharing, beside=plan.beside
+    )
+    reasons = {item.norm: item for item in alone.left}
+    told = []
+    for item in plan.left:
+        known = reasons.get(item.norm)
+        if known is not None:
+            plan.obstacles[item.norm] = alone.obstacles.get(item.norm, ())
+            told.append(known)
+            continue
+        seen = {call.run for call in plan.obstacles.get(item.norm, ())} - {0}
+        where = listed([runs.all.labels[number] for number in sorted(seen)], 1) if seen else "others"
+        told.append(replace(item, reason=f"With the example inputs it could go, but not with {where}. {item.reason}"))
+    plan.left[:] = told
 
 
 def _rounded(model: Module, plan: Plan, keep_range: bool) -> tuple[dict[str, Parameter], dict[str, str]]:
@@ -101,45 +129,29 @@ def _rounded(model: Module, plan: Plan, keep_range: bool) -> tuple[dict[str, Par
     return parameters, norms_that_shrink(plan.steps, lost)
 
 
-def _problems(
-    model: Module, plan: Plan, example_inputs: Any, banned: Collection[str]
-) -> tuple[dict[str, str], bool | None]:
-    """Return the norms that must stay, after a look at every value of runs in float64; and if on random inputs too."""
-    wide, inputs = copy_to_try(model).double(), as_float64(example_inputs)
+def _problems(model: Module, plan: Plan, runs: Runs, banned: Collection[str]) -> dict[str, str]:
+    """Return the norms that must stay, after a look at every value of all runs in float64."""
+    wide, inputs = copy_to_try(model).double(), as_float64(runs.all)
     try:
-        run(wide, inputs)  # what a model keeps from its first call, a copy may have to compute once more
+        run(wide, as_float64(runs.warming))  # what a model keeps from its first call, a copy may have to compute again
+        proof = _first_run(wide, plan, inputs)
     except InputError:  # a model that does not run in float64 is looked at in its own types
-        wide, inputs = copy_to_try(model), example_inputs
-        run(wide, inputs)
-    proofs = [(inputs, _first_run(wide, plan, inputs)), *_on_random_inputs(wide, plan, inputs)]
+        wide, inputs = copy_to_try(model), runs.all
+        run(wide, runs.warming)
+        proof = _first_run(wide, plan, inputs)
     Rewrite().apply(wide, plan, round_parameters(wide, plan.parameters))
-    for these, proof in proofs:
-        try:
-            trace(wide, these, observer=proof.after)
-        except InputError as error:
-            reason = f"Without it the model stops: {error.__cause__}."
-            return dict.fromkeys(_culprits(model, plan, example_inputs, banned), reason), None
-        problems = proof.problems()
-        if problems:
-            return problems, None
-    return {}, len(proofs) > 1
+    try:
+        trace(wide, inputs, observer=proof.after)
+    except InputError as error:
+        reason = f"Without it the model stops: {error.__cause__}."
+        return dict.fromkeys(_culprits(model, plan, runs.all, banned), reason)
+    return proof.problems()
 
 
 def _first_run(wide: Module, plan: Plan, inputs: Any) -> Proof:
     proof = Proof(plan)
     trace(wide, inputs, observer=proof.before)
     return proof
-
-
-def _on_random_inputs(wide: Module, plan: Plan, inputs: Any) -> list[tuple[Any, Proof]]:
-    """Return other inputs and the proof begun on them; none if they take another way through the model, or fail."""
-    others, proof = random_like(inputs), Proof(plan)
-    try:
-        graph = trace(wide, others, observer=proof.before)
-    except InputError:
-        return []
-    same = [call.op for call in graph.calls] == [call.op for call in plan.graph.calls]
-    return [(others, proof)] if same else []
 
 
 def _culprits(model: Module, plan: Plan, example_inputs: Any, banned: Collection[str]) -> list[str]:

@@ -30,6 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from batchnorm.errors import BatchNormError, InputError
 from batchnorm.graph.branches import EITHER, run_both
 from batchnorm.graph.dataflow import Call, Graph, ModuleCall, Value
+from batchnorm.graph.several import each
 from batchnorm.nn.calling import below_autograd, call_on_example
 from batchnorm.nn.operators import named_arguments
 from batchnorm.nn.snapshot import untouched
@@ -49,30 +50,19 @@ def trace(model: Module, example_inputs: Any, *, observer: Observer | None = Non
 
     Args:
         model: any model that runs.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Or several of these
+            (:class:`batchnorm.graph.several.Several`): the dataflow is that of the runs one after the other, which
+            share the model's state and nothing else; each begins with the model as it is.
         observer: looks at the tensors that pass by; it must not keep or change them.
 
     Raises:
         InputError: the model fails on the inputs.
     """
-    example_inputs = fresh_inputs(example_inputs)
-    with untouched(model):
-        tracer = _Tracer(model, observer)
-        inputs = tuple(
-            tracer.value_of(leaf, "input") for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)
-        )
-        try:
-            with below_autograd(), tracer.hooked(), tracer:
-                outputs = call_on_example(model, example_inputs)
-        except BatchNormError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
-            ) from error
-        returned = tuple(tracer.value_of(leaf) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
-        tracer.mark_kept(returned)
-    return Graph(tracer.calls, tracer.module_calls, inputs, returned)
+    tracer = _Tracer(model, observer)
+    for inputs in each(example_inputs):
+        with untouched(model):
+            tracer.follow(model, fresh_inputs(inputs))
+    return Graph(tracer.calls, tracer.module_calls, tuple(tracer.inputs), tuple(tracer.outputs))
 
 
 class _Tracer(TorchDispatchMode):
@@ -84,6 +74,9 @@ class _Tracer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.module_calls: list[ModuleCall] = []
+        self.inputs: list[Value] = []
+        self.outputs: list[Value] = []
+        self._run = -1
         self._observer = observer
         self._thread = threading.get_ident()  # module hooks are global: other threads run them too
         self._running: list[ModuleCall] = []
@@ -94,8 +87,30 @@ class _Tracer(TorchDispatchMode):
         for get in (model.named_parameters, model.named_buffers):
             for name, tensor in get(remove_duplicate=False):
                 state.setdefault(id(tensor), (tensor, []))[1].append(name)
-        for tensor, names in state.values():
-            self._values[tensor] = Value(_shape(tensor), tensor.dtype, "state", names=tuple(names))
+        self._state = [
+            (tensor, Value(_shape(tensor), tensor.dtype, "state", names=tuple(names)))
+            for tensor, names in state.values()
+        ]
+
+    def follow(self, model: Module, inputs: Any) -> None:
+        """Run the model, and record what it does behind what it did in the runs before."""
+        self._run += 1
+        self._running.clear()
+        for tensor, value in self._state:  # which the run before may have written into
+            self._values[tensor] = value
+        self.inputs += [self.value_of(leaf, "input") for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        try:
+            with below_autograd(), self.hooked(), self:
+                outputs = call_on_example(model, inputs)
+        except BatchNormError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
+            ) from error
+        returned = tuple(self.value_of(leaf) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+        self.outputs += returned
+        self.mark_kept(returned)
 
     # -- operators ---------------------------------------------------------------------------------------------------
 
@@ -125,7 +140,8 @@ class _Tracer(TorchDispatchMode):
         return result
 
     def _new_call(self, func: Any, read: dict[str, Any]) -> Call:
-        return Call(len(self.calls), func, read, (), self._running[-1].name if self._running else "")
+        module = self._running[-1].name if self._running else ""
+        return Call(len(self.calls), func, read, (), module, self._run)
 
     def _note(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         call.outputs = tuple(self._new_value(leaf, call) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
@@ -191,7 +207,7 @@ class _Tracer(TorchDispatchMode):
         inputs = tuple(self.value_of(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
         if module._forward_pre_hooks:
             _hold(inputs, name)
-        run = ModuleCall(name, module, inputs)
+        run = ModuleCall(name, module, inputs, run=self._run)
         self._running.append(run)
         self.module_calls.append(run)
 
@@ -222,8 +238,10 @@ class _Tracer(TorchDispatchMode):
 
         if kept():
             gc.collect()  # a reference cycle in the forward is no reader
+        holder = "somebody who keeps it after the forward (the model stores it)"
         for value in kept():
-            value.held_by.append("somebody who keeps it after the forward (the model stores it)")
+            if holder not in value.held_by:
+                value.held_by.append(holder)
 
 
 def fresh_inputs(example_inputs: Any) -> Any:

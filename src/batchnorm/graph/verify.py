@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map
 from batchnorm.errors import InputError, VerificationError
 from batchnorm.files.tensor_memory import without_repeats
 from batchnorm.graph.outputs import NamedTensor, difference, named_tensors, scale_of
+from batchnorm.graph.several import Several
 from batchnorm.graph.trace import fresh_inputs
 from batchnorm.nn.calling import call_on_example, compiled_modules_eager
 from batchnorm.nn.snapshot import untouched
@@ -52,9 +53,17 @@ _FLOAT64_ROUNDOFF = torch.finfo(torch.float64).eps / 2
 def run(model: Module, example_inputs: Any) -> list[NamedTensor]:
     """Return the tensors that the model gives for the inputs; model, inputs and random generators stay as they are.
 
+    For several inputs (:class:`batchnorm.graph.several.Several`) they are those of all runs.
+
     Raises:
         InputError: the model fails on the inputs.
     """
+    if isinstance(example_inputs, Several):
+        return [
+            NamedTensor(f"{output.where} on {label}" if i else output.where, output.tensor)
+            for i, (inputs, label) in enumerate(zip(example_inputs, example_inputs.labels, strict=True))
+            for output in run(model, inputs)
+        ]
     with untouched(model), torch.no_grad(), compiled_modules_eager:
         try:
             return named_tensors(call_on_example(model, fresh_inputs(example_inputs)))
@@ -200,6 +209,8 @@ def verify_float64(
 
 def as_float64(example_inputs: Any) -> Any:
     """Return the inputs with floating-point tensors in float64, complex ones in complex128."""
+    if isinstance(example_inputs, Several):
+        return example_inputs.map(as_float64)
     return tree_map(_to_float64, example_inputs)
 
 

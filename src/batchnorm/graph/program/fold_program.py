@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.nn import Module
 
-from batchnorm.errors import StateError, VerificationError
+from batchnorm.errors import InputError, StateError, VerificationError
 from batchnorm.graph.fold_result import FoldResult
 from batchnorm.graph.outputs import difference
 from batchnorm.graph.pairs import Pairs
@@ -29,7 +29,7 @@ Program: TypeAlias = GraphModule | ExportedProgram
 
 
 def fold_program(
-    program: Program, example_inputs: Any, inplace: bool, fold_model: Callable[[Module, Any], FoldResult]
+    program: Program, example_inputs: Any, inplace: bool, fold_model: Callable[..., FoldResult]
 ) -> FoldResult:
     """Fold a program.
 
@@ -37,7 +37,7 @@ def fold_program(
         program: the program; it stays as it is, but for ``inplace``.
         example_inputs: as for a module; None takes those that an exported program holds.
         inplace: whether a ``torch.fx.GraphModule`` is to become the folded one.
-        fold_model: folds an ordinary model.
+        fold_model: folds an ordinary model: given that, the inputs, and what says which others it is meant for.
 
     Raises:
         InputError: there are no inputs, or the program fails on them.
@@ -49,7 +49,7 @@ def fold_program(
         raise StateError("fold: an exported program cannot be changed in place. Take result.model, the folded one.")
     module = _module_of(program) if isinstance(program, ExportedProgram) else program
     opened = open_program(module, inputs)
-    result = fold_model(opened.model, inputs)
+    result = fold_model(opened.model, inputs, accepts=_guard(module) if isinstance(program, ExportedProgram) else None)
     if result.pairs is None:
         return replace(result, model=program)
     closed = _closed(program, opened, result.model, result.pairs)
@@ -62,6 +62,19 @@ def fold_program(
     if isinstance(program, GraphModule):
         closed = _moved(closed, program if inplace else _twin(program))
     return replace(result, model=closed, pairs=None, original=program, error=result.error + error)
+
+
+def _guard(module: GraphModule) -> Callable[[Any], bool]:
+    """Return what tells whether an exported program takes inputs: it checks them; what it is opened to does not."""
+
+    def accepts(inputs: Any) -> bool:
+        try:
+            run(module, inputs)
+        except InputError:
+            return False
+        return True
+
+    return accepts
 
 
 def _module_of(program: ExportedProgram) -> GraphModule:

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
 from batchnorm.graph.program.constants import Constants, attribute
+from batchnorm.graph.program.numbers import numbers_as_tensors
 from batchnorm.graph.program.sites import Site, find_sites
 from batchnorm.graph.program.state import put
 from batchnorm.graph.trace import trace
@@ -52,6 +53,7 @@ def open_program(program: GraphModule, example_inputs: Any) -> Opened:
     # what checks shapes and types would not let it run in float64
     erase_unread(work.graph, [node for node in work.graph.nodes if _is_check(work, node)])
     erase_unread(work.graph, [node for node in work.graph.nodes if node.op == "get_attr"])
+    numbers_as_tensors(work.graph)
     root = Module()
     rest = [n for n in work.graph.nodes if n.op in ("get_attr", "call_module") and n not in calls.values()]
     for node in rest:

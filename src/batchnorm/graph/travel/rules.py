@@ -109,6 +109,7 @@ def go_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands 
     if rule is None:
         raise Refusal(f"It reads the output of {place(call)}, which is no linear operator.", calls=[call])
     with Refusal.at(call):
+        _require_no_empty_part(call)
         return rule(call, wanted, known)
 
 
@@ -122,7 +123,19 @@ def go_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Sequ
     if rule is None:
         raise Refusal(f"{place(call)} reads it, which is no linear operator.", calls=[call])
     with Refusal.at(call):
+        _require_no_empty_part(call)
         return rule(call, given, known)
+
+
+def _require_no_empty_part(call: Call) -> None:
+    """Refuse an operator that takes nothing of a tensor, or puts nothing beside it: at other sizes it may be something.
+
+    Raises:
+        Refusal: it does.
+    """
+    sizes = {value.shape.count(0) > 0 for value in (*call.tensor_args(), *call.outputs)}
+    if len(sizes) > 1:
+        raise Refusal(f"{place(call)} meets a part that is empty here, and need not be at other sizes.")
 
 
 def place(call: Call) -> str:

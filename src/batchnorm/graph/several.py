@@ -1,0 +1,40 @@
+"""Inputs on which a model is run one after the other: one run is one witness, several tell what is not a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Several", "each", "first"]
+
+
+@dataclass(frozen=True, eq=False)
+class Several:
+    """Example inputs of several runs. Whatever takes example inputs in this package takes these too.
+
+    Attributes:
+        inputs: of each run a tensor, a tuple of positional or a dict of keyword arguments; the example's first.
+        labels: what a sentence calls each of them: ``"inputs of shape (1, 3, 33, 45)"``.
+    """
+
+    inputs: tuple[Any, ...]
+    labels: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the inputs of each run."""
+        return iter(self.inputs)
+
+    def map(self, change: Callable[[Any], Any]) -> Several:
+        """Return the same with other inputs, made of those of each run."""
+        return Several(tuple(change(inputs) for inputs in self.inputs), self.labels)
+
+
+def each(example_inputs: Any) -> tuple[Any, ...]:
+    """Return the inputs of each run: those of several, or the only ones."""
+    return example_inputs.inputs if isinstance(example_inputs, Several) else (example_inputs,)
+
+
+def first(example_inputs: Any) -> Any:
+    """Return the inputs of the first run, which are the example's."""
+    return each(example_inputs)[0]
