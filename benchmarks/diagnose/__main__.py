@@ -2,7 +2,7 @@
 
     python -m benchmarks.diagnose [--quick] [--development] [--faults TEXT ...] [--seeds N]
 
-The table in the manual is of seeds that diagnose was not tuned on, 100 and up; those from 0 are for its development,
+The table in the manual is of seeds that diagnose was not tuned on, 200 and up; those from 0 are for its development,
 and a run on them writes no page. A run of all cases takes some minutes on two cores.
 """
 
@@ -17,20 +17,21 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.diagnose.architectures import ARCHITECTURES
+from benchmarks.diagnose.architectures import ARCHITECTURES, TIMM
 from benchmarks.diagnose.cases import Row, place
 from benchmarks.diagnose.faults import FAULTS, HEALTHY
 from benchmarks.train_step.rows import machine
 
 from benchmarks.diagnose import report
 
-DEVELOPMENT, HELD_OUT = 0, 100  # the first seeds of the two sets
+DEVELOPMENT, HELD_OUT = 0, 200  # the first seeds of the two sets
 _QUICK = ("mlp", "resnet")
 
 
 def main() -> None:
     options = _options()
     first = DEVELOPMENT if options.development else HELD_OUT
+    first = first if options.first_seed is None else options.first_seed
     names = [name for name in (*FAULTS, *HEALTHY) if _wanted(name, options.faults)]
     places = list(itertools.product(range(first, first + options.seeds), options.architectures))
     about = {column: value for column, value in machine(1, 0).items() if column not in ("cache", "huge_pages")}
@@ -53,20 +54,31 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, the MLP and the ResNet; writes no page")
-    parser.add_argument("--development", action="store_true", help="seeds from 0 instead of 100; writes no page")
+    parser.add_argument("--development", action="store_true", help="seeds from 0 instead of 200; writes no page")
     parser.add_argument("--faults", nargs="+", default=[], metavar="TEXT", help="faults whose name has one of these")
     parser.add_argument("--seeds", type=int, default=None, metavar="N", help="how many seeds (3; quick: 1)")
-    parser.add_argument("--architectures", nargs="+", default=None, choices=list(ARCHITECTURES))
+    parser.add_argument("--first-seed", type=int, default=None, metavar="N", help="the first of them")
+    parser.add_argument("--architectures", nargs="+", default=None, choices=[*ARCHITECTURES, *TIMM])
     parser.add_argument("--without-training-batches", action="store_true", help="give diagnose evaluation data only")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--output", type=Path, default=None, help="the file of rows; a whole run's is rows.jsonl")
     options = parser.parse_args()
     whole = not (options.quick or options.development or options.faults or options.architectures or options.seeds)
+    whole = whole and options.first_seed is None
     if options.output is None and whole and not options.without_training_batches:
         options.output = report.ROWS
     options.seeds = options.seeds or (1 if options.quick else 3)
-    options.architectures = options.architectures or list(_QUICK if options.quick else ARCHITECTURES)
+    options.architectures = options.architectures or list(_QUICK if options.quick else (*ARCHITECTURES, *_timm()))
     return options
+
+
+def _timm() -> list[str]:
+    """Return the networks of timm, if it can be imported."""
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError):  # its torchvision may be for another torch
+        return []
+    return list(TIMM)
 
 
 def _wanted(name: str, texts: Sequence[str]) -> bool:

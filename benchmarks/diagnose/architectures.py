@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from batchnorm import nn as ours
 
-__all__ = ["ARCHITECTURES", "MLP", "MobileNet", "ResNet", "build"]
+__all__ = ["ARCHITECTURES", "MLP", "TIMM", "MobileNet", "ResNet", "build"]
 
 CLASSES = 10
 Norm = Callable[[int], nn.Module]
@@ -135,8 +135,22 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+TIMM: dict[str, Callable[[], nn.Module]] = {
+    "timm-resnet10t": lambda: _of_timm("resnet10t"),
+    "timm-mobilenetv3_small_050": lambda: _of_timm("mobilenetv3_small_050"),
+}
+"""Networks of another library, where it is installed; its own layers, names and initial values."""
+
+
+def _of_timm(name: str) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(name, pretrained=False, in_chans=1, num_classes=CLASSES)
+    return model
+
+
 def build(name: str, seed: int) -> nn.Module:
     """Return an untrained network, the same for the same seed; torch's random generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ARCHITECTURES[name]()
+        return {**ARCHITECTURES, **TIMM}[name]()

@@ -69,7 +69,9 @@ def _diagnosed(planted: Planted, diagnose: Diagnose, with_training: bool) -> tup
 
     A model without a norm is no case for diagnose, and to say so is the right answer.
     """
-    extra = {"training_batches": planted.training_batches} if with_training else {}
+    extra: dict[str, Any] = {"training_batches": planted.training_batches} if with_training else {}
+    if planted.metric is not None:
+        extra["loss_or_metric"] = planted.metric
     try:
         result = diagnose(planted.model, planted.batches, progress=False, **extra)
     except StateError as refusal:

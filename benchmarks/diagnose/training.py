@@ -28,7 +28,7 @@ class Recipe:
         batch: pictures a batch.
         accumulate: batches whose gradients are added up for one step.
         learning_rate: at its height, after a tenth of the steps; it falls to zero linearly.
-        momentum: of the norms' running average, by PyTorch's convention.
+        momentum: of the norms' running average, by PyTorch's convention; None for a cumulative one.
         eps: of the norms.
         drop_last: leave out the last batch of an epoch where it is smaller than the others.
         prepare: what is done to the untrained network.
@@ -40,7 +40,7 @@ class Recipe:
     batch: int = 64
     accumulate: int = 1
     learning_rate: float = 0.1
-    momentum: float = 0.1
+    momentum: float | None = 0.1
     eps: float = 1e-5
     drop_last: bool = True
     prepare: Callable[[nn.Module], None] | None = None

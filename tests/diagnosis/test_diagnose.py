@@ -135,7 +135,9 @@ def test_wrapped_and_scripted_models(net, batches) -> None:
 
 
 def test_the_model_itself_may_be_a_norm() -> None:
-    (finding,) = batchnorm.diagnose(nn.BatchNorm1d(3).eval(), [2 + torch.randn(64, 3)] * 2).findings
+    norm = nn.BatchNorm1d(3)
+    nn.init.uniform_(norm.weight)
+    (finding,) = batchnorm.diagnose(norm.eval(), [2 + torch.randn(64, 3)] * 2).findings
     assert (finding.cause, finding.layer) == ("never_updated", "")
 
 
@@ -189,3 +191,18 @@ def test_the_result_prints_and_turns_into_data_and_a_page(net, batches, tmp_path
     page = result.to_html(tmp_path / "page.html").read_text()
     assert page.count("data:image/png;base64,") >= 2 * len(result.layers)
     assert "bn2: poisoned" in repr(result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("verb", ["diagnose", "recalibrate"])
+def test_a_norm_in_half_precision_inside_a_float_model_is_named(net, batches, dtype, verb: str) -> None:
+    for name in ("running_mean", "running_var"):
+        setattr(net.bn2, name, getattr(net.bn2, name).to(dtype))
+    try:
+        getattr(batchnorm, verb)(net, batches)
+    except errors.BatchError as error:
+        said = str(error)
+    else:  # a torch that runs it
+        return
+    assert "bn2 holds half precision" in said
+    assert "model.get_submodule('bn2').float()" in said

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from benchmarks.diagnose.architectures import build
 from benchmarks.diagnose.data import Batch
 from benchmarks.diagnose.faults.dataflow import pass_in_train_mode
-from benchmarks.diagnose.faults.registry import THREE, Bench, Planted, healthy
-from benchmarks.diagnose.training import PLAIN, Recipe, norms
-from torch import nn
+from benchmarks.diagnose.faults.registry import EVERY, THREE, Bench, Metric, Planted, accuracy, healthy
+from benchmarks.diagnose.training import PLAIN, Recipe, fit, norms
+from torch import Tensor, nn
 
 from batchnorm import fold, freeze, recalibrate
 
@@ -113,4 +114,97 @@ def poison_refused(bench: Bench) -> Planted:
     model = bench.trained()
     images, labels = bench.data.training()[0]
     pass_in_train_mode(model, [(images.index_fill(0, torch.tensor([3]), torch.nan), labels)])
+    return _fine(bench, model)
+
+
+def _inverted(bench: Bench) -> list[Batch]:
+    return [(_negative(bench, images), labels) for images, labels in bench.data.held_out()]
+
+
+def _negative(bench: Bench, images: Tensor) -> Tensor:
+    return (1 - 2 * bench.data.mean) / bench.data.std - images
+
+
+def _tuned(bench: Bench, metric: Metric | None) -> Planted:
+    """Fine-tune on negatives with all norms frozen: the statistics stay those of the positives, and are needed so."""
+    model = bench.trained()
+    freeze(model)
+    recipe = Recipe(epochs=12, learning_rate=0.05, feed=lambda x, y, generator: (_negative(bench, x), y))
+    fit(model, bench.data, recipe, bench.seed)
+    training = [(_negative(bench, images), labels) for images, labels in bench.data.training()]
+    return bench.planted(
+        model.eval(), [], model, batches=_inverted(bench), training_batches=training, metric=metric
+    )  # fmt: skip
+
+
+@healthy("frozen_finetuned", architectures=EVERY)
+def frozen_finetuned(bench: Bench) -> Planted:
+    """Fine-tuned on other pictures with ``batchnorm.freeze``; diagnosed without a metric."""
+    return _tuned(bench, None)
+
+
+@healthy("frozen_finetuned_accuracy", architectures=EVERY)
+def frozen_finetuned_accuracy(bench: Bench) -> Planted:
+    """The same, diagnosed by the accuracy."""
+    return _tuned(bench, accuracy)
+
+
+@healthy("frozen_early", architectures=EVERY)
+def frozen_early(bench: Bench) -> Planted:
+    """Five batches in train mode, then all norms frozen, and trained from there; diagnosed by the accuracy."""
+    model = build(bench.architecture, bench.seed)
+    pass_in_train_mode(model, bench.data.training()[:5])
+    freeze(model)
+    fit(model, bench.data, Recipe(epochs=12, learning_rate=0.05), bench.seed)
+    return bench.planted(model.eval(), [], model, metric=accuracy)
+
+
+@healthy("eval_by_hand_accuracy", architectures=EVERY)
+def eval_by_hand_accuracy(bench: Bench) -> Planted:
+    """Fine-tuned with the norms in eval mode by hand, which leaves no trace; diagnosed by the accuracy."""
+    model = bench.trained()
+    held = {name: norm.train for name, norm in norms(model).items()}
+    for norm in norms(model).values():
+        norm.train = lambda mode=True, norm=norm: norm  # as a train() of the model's own that passes norms over
+    recipe = Recipe(epochs=12, learning_rate=0.05, feed=lambda x, y, generator: (_negative(bench, x), y))
+    fit(model, bench.data, recipe, bench.seed)
+    for name in held:
+        del norms(model)[name].train
+    return bench.planted(model.eval(), [], model, batches=_inverted(bench), metric=accuracy)
+
+
+@healthy("half_checkpoint", architectures=EVERY)
+def half_checkpoint(bench: Bench) -> Planted:
+    """The state dict went through float16, all of it, and back into a float32 model."""
+    return _fine(bench, _rounded(bench, torch.float16))
+
+
+@healthy("bfloat16_checkpoint", architectures=EVERY)
+def bfloat16_checkpoint(bench: Bench) -> Planted:
+    """The same through bfloat16."""
+    return _fine(bench, _rounded(bench, torch.bfloat16))
+
+
+def _rounded(bench: Bench, dtype: torch.dtype) -> nn.Module:
+    model = bench.trained()
+    state = model.state_dict()
+    model.load_state_dict({k: v.to(dtype).to(v.dtype) if v.is_floating_point() else v for k, v in state.items()})
+    return model
+
+
+@healthy("untrained", architectures=EVERY)
+def untrained(bench: Bench) -> Planted:
+    """As constructed: no weights were loaded, which a note says."""
+    return _fine(bench, build(bench.architecture, bench.seed).eval())
+
+
+@healthy("zero_init", architectures=("resnet", "resnet-ours", "timm-resnet10t"))
+def zero_init(bench: Bench) -> Planted:
+    """γ of the last norm of every residual branch is 0, as networks begin; the statistics are right."""
+    model = bench.trained()
+    for name, norm in norms(model).items():
+        if name.endswith("bn2"):
+            nn.init.zeros_(norm.weight)
+            nn.init.zeros_(norm.bias)
+    recalibrate(model, bench.data.training(128), progress=False)
     return _fine(bench, model)

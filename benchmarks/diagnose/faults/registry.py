@@ -7,12 +7,20 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.diagnose.architectures import ARCHITECTURES
+from benchmarks.diagnose.architectures import ARCHITECTURES, TIMM
 from benchmarks.diagnose.data import Batch, Data, load
 from benchmarks.diagnose.training import PLAIN, Recipe, norms, trained
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["FAULTS", "HEALTHY", "THREE", "Bench", "Fault", "Planted", "fault", "healthy"]
+__all__ = ["EVERY", "FAULTS", "HEALTHY", "THREE", "Bench", "Fault", "Metric", "Planted", "accuracy", "fault", "healthy"]
+
+
+Metric = Callable[[Tensor, Batch], Tensor]
+
+
+def accuracy(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the share of pictures that are classified rightly."""
+    return (logits.argmax(1) == batch[1]).double().mean()
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class Planted:
         training_batches: what the training loader gives.
         right: the model without the fault, in eval mode: the same weights wherever that is possible.
         right_batches: the same pictures in the same order, as they should be given.
+        metric: what diagnose is given to judge by; None if nothing.
     """
 
     model: nn.Module
@@ -34,6 +43,7 @@ class Planted:
     training_batches: list[Batch]
     right: nn.Module
     right_batches: list[Batch]
+    metric: Metric | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Bench:
         batches: list[Batch] | None = None,
         training_batches: list[Batch] | None = None,
         right_batches: list[Batch] | None = None,
+        metric: Metric | None = None,
     ) -> Planted:
         """Return the fault with the data that most faults are shown on: both parts in batches of 64."""
         batches = self.data.held_out() if batches is None else batches
@@ -80,6 +91,7 @@ class Bench:
             self.data.training() if training_batches is None else training_batches,
             right,
             batches if right_batches is None else right_batches,
+            metric,
         )
 
 
@@ -104,6 +116,8 @@ class Fault:
 
 # For faults that need a training run of their own: the layers of this library train as torch's do.
 THREE = ("mlp", "resnet", "mobilenet")
+# For faults of which the networks of timm get a share, too.
+EVERY = (*ARCHITECTURES, *TIMM)
 FAULTS: dict[str, Fault] = {}
 HEALTHY: dict[str, Fault] = {}
 Plant = Callable[[Bench], Planted]

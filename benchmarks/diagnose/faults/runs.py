@@ -49,6 +49,12 @@ def onnx_momentum(bench: Bench) -> Planted:
     return _whole_run(bench, replace(PLAIN, momentum=0.9, batch=16, epochs=3, drop_last=False, learning_rate=0.05))
 
 
+@fault("cumulative_average", "from_the_start", architectures=THREE)
+def cumulative_from_the_start(bench: Bench) -> Planted:
+    """Trained with momentum=None: the statistics of the first, wild steps count as much as those of the last."""
+    return _whole_run(bench, replace(PLAIN, momentum=None, epochs=4, learning_rate=0.4))
+
+
 # -- eps -------------------------------------------------------------------------------------------------------------
 
 

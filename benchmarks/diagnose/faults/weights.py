@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from benchmarks.diagnose.architectures import build
 from benchmarks.diagnose.faults.dataflow import feeders, first_moved, pass_in_train_mode, recalibrated
-from benchmarks.diagnose.faults.registry import THREE, Bench, Planted, fault
+from benchmarks.diagnose.faults.registry import EVERY, THREE, Bench, Planted, accuracy, fault
 from benchmarks.diagnose.training import PLAIN, fit, norms
 from torch import nn
 from torch.nn.utils import prune
@@ -133,6 +133,25 @@ def dead_by_variance(bench: Bench) -> Planted:
     for _ in range(10):  # 210 batches leave 0.9²¹⁰, a 4-billionth, of the old variance
         pass_in_train_mode(model, bench.data.training()[:-1])
     return bench.planted(model, [name], right)
+
+
+# -- weights that no statistics can mend -----------------------------------------------------------------------------
+
+
+@fault("not_the_norms", "permuted_filters", architectures=EVERY)
+def permuted_filters(bench: Bench) -> Planted:
+    """An importer wrote the filters of every layer before a norm in another order; the statistics are as they were.
+
+    Diagnosed by the accuracy, which is as bad on batch statistics.
+    """
+    right = bench.trained()
+    model = copy.deepcopy(right)
+    generator = torch.Generator().manual_seed(bench.seed)
+    with torch.no_grad():
+        for layer in sorted(set(feeders(model, bench.data.held_out()).values())):
+            for parameter in model.get_submodule(layer).parameters():
+                parameter.copy_(parameter[torch.randperm(len(parameter), generator=generator)])
+    return bench.planted(model, [""], right, metric=accuracy)
 
 
 # -- stale statistics ------------------------------------------------------------------------------------------------

@@ -54,6 +54,14 @@ def diagnose(
             help="A function of the model's output and the batch: a loss or a metric, the mean over the batch.",
         ),
     ] = None,
+    higher_is_better: Annotated[
+        bool | None,
+        typer.Option(
+            "--higher-is-better/--lower-is-better",
+            rich_help_panel=DATA,
+            help="Whether more of the metric is better. Found out by outputs of other samples if it is not said.",
+        ),
+    ] = None,
     batch_size: BatchSize = 64,
     names: Names = None,
     html: Html = None,
@@ -65,7 +73,7 @@ def diagnose(
     The model is run on some 32 batches: in eval mode, on batch statistics, on
     population statistics, and once for each cure that can be tried. It comes in
     the modes in which the function leaves it. Nothing is written. Exits with 1
-    when something is wrong.
+    when something is wrong; a note is no fault.
     """
     from batchnorm.cli.output import check_destinations, only_result_on_stdout, publish, writing
 
@@ -78,7 +86,9 @@ def diagnose(
         batches = load_batches(data, network, batch_size=batch_size)
         home = None if training_data is None else load_batches(training_data, network, batch_size=batch_size)
         measure = None if metric is None else _function(metric)
-        result = run(network, batches, measure, training_batches=home, names=names or None)
+        result = run(
+            network, batches, measure, higher_is_better=higher_is_better, training_batches=home, names=names or None
+        )
         with writing() as files:
             files.write("--html", html, result.to_html)
     publish(result, json_=json_, html=html)

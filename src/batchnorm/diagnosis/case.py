@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -10,15 +10,31 @@ from typing import Any, Literal, TypeAlias
 from torch.nn import Module
 
 from batchnorm.diagnosis.gaps import Gaps, LayerGap, measure
+from batchnorm.diagnosis.goal import Goal
 from batchnorm.diagnosis.meeting import Basis
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.statistics.sites import Sites
 
-__all__ = ["SMALL", "Case", "Severity", "Suspicion"]
+__all__ = ["SMALL", "Case", "Remedy", "Severity", "Suspicion"]
 
-Severity: TypeAlias = Literal["fatal", "wrong", "doubtful"]
+Severity: TypeAlias = Literal["fatal", "wrong", "doubtful", "note"]
 """``"fatal"``: outputs are not finite or mean nothing. ``"wrong"``: they are other than they should be.
-``"doubtful"``: they may be right, and something is lost."""
+``"doubtful"``: they may be right, and something is lost. ``"note"``: worth knowing, and no fault."""
+
+
+@dataclass(frozen=True, eq=False)
+class Remedy:
+    """One way to cure a fault.
+
+    Attributes:
+        code: a line of code, with ``batchnorm``, ``torch``, ``model`` and ``batches`` in scope.
+        trial: what the norms would normalize by once it is done; None where only training or code can cure it.
+        change: what it does to a batch before the model is given it; None if nothing.
+    """
+
+    code: str
+    trial: Basis | None = None
+    change: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +47,9 @@ class Suspicion:
         cure: a line of code, with ``model`` and ``batches`` in scope.
         trial: what the norms would normalize by once it is cured; None where only training or code can cure it.
         severity: if it is another than the cause usually has.
+        change: what the cure does to a batch before the model is given it; None if nothing.
+        others: other cures, for where a trial condemns the first.
+        certain: it is told of a model that no cure makes better than chance, too.
     """
 
     layers: Sequence[str]
@@ -38,6 +57,14 @@ class Suspicion:
     cure: str
     trial: Basis | None = None
     severity: Severity | None = None
+    change: Callable[[Any], Any] | None = None
+    others: Sequence[Remedy] = ()
+    certain: bool = False
+
+    @property
+    def remedies(self) -> list[Remedy]:
+        """All cures, the one to be preferred first."""
+        return [Remedy(self.cure, self.trial, self.change), *self.others]
 
 
 @dataclass(eq=False)
@@ -52,7 +79,12 @@ class Case:
         passes: runs it again on another basis.
         gaps: what was measured.
         home: training batches, if any were given.
+        frozen: how the user froze norms, by their names.
+        goal: compares runs by the metric.
         explained: names of the layers whose gap has a cause.
+        aside: names of the layers at which the evidence excludes the cause that is looked for just now.
+        harmless: names of the layers with a gap that is no fault by the metric.
+        hopeful: the model is at chance by the metric, and there is a cure for that.
     """
 
     model: Module
@@ -63,7 +95,11 @@ class Case:
     gaps: Gaps
     home: Sequence[Any] | None
     frozen: Mapping[str, str]
+    goal: Goal
     explained: set[str] = field(default_factory=set)
+    aside: frozenset[str] = frozenset()
+    harmless: set[str] = field(default_factory=set)
+    hopeful: bool = False
 
     @property
     def layers(self) -> tuple[LayerGap, ...]:
@@ -73,7 +109,27 @@ class Case:
     @property
     def off(self) -> list[LayerGap]:
         """The norms whose statistics are wrong by a fault of their own that no cause has explained yet."""
-        return [layer for layer in self.layers if layer.off and layer.name not in self.explained]
+        return [layer for layer in self.left if layer.off]
+
+    @property
+    def left(self) -> list[LayerGap]:
+        """The norms that no cause has explained yet, without those at which the evidence excludes this one."""
+        return [layer for layer in self.layers if layer.name not in self.explained | self.aside]
+
+    @cached_property
+    def fitting_home(self) -> frozenset[str]:
+        """Names of the norms whose statistics fit the training batches: the data changed there, not the model."""
+        if self.home is None or not any(layer.off for layer in self.layers):
+            return frozenset()
+        return frozenset(layer.name for layer in self.layers if self.fits_home(layer))
+
+    @cached_property
+    def lived_with(self) -> frozenset[str]:
+        """Names of the frozen norms that are off: the weights were trained with what they store, for all one sees."""
+        if self.goal.known and not self.goal.eval_is_as_good:
+            return frozenset()
+        frozen = {layer.name for layer in self.layers if layer.off and self.why_frozen(layer)}
+        return frozenset(frozen) - self.fitting_home
 
     @cached_property
     def n_averaged(self) -> int | None:
@@ -95,11 +151,7 @@ class Case:
         """Return the layers that have a fault of the whole model: if most have a gap, those whose gap is small too."""
         if 2 * len(found) <= len(self.layers):
             return list(found)
-        return [
-            layer
-            for layer in self.layers
-            if layer in found or (layer.name not in self.explained and layer.excess() > SMALL)
-        ]
+        return [layer for layer in self.layers if layer in found or (layer in self.left and layer.excess() > SMALL)]
 
     def why_frozen(self, layer: LayerGap) -> str:
         """Return how the user froze a norm, as the end of a sentence; ``""`` if not at all."""

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch.nn import Module
 
-from batchnorm.diagnosis.case import Case, Severity
-from batchnorm.diagnosis.causes import CAUSES
-from batchnorm.diagnosis.gaps import Gaps, measure
+from batchnorm.diagnosis.accusations import Accusations
+from batchnorm.diagnosis.case import Case
+from batchnorm.diagnosis.gaps import measure
+from batchnorm.diagnosis.goal import Goal
 from batchnorm.diagnosis.held import batch_size, hold
-from batchnorm.diagnosis.passes import Measure, Passes
-from batchnorm.diagnosis.probe import order_of
-from batchnorm.diagnosis.result import DiagnoseResult, Finding, Metrics
+from batchnorm.diagnosis.passes import Passes
+from batchnorm.diagnosis.readings import Measure
+from batchnorm.diagnosis.result import DiagnoseResult, Metrics
 from batchnorm.diagnosis.sites import EverySite, accused_by, frozen_norms
-from batchnorm.diagnosis.trial import try_cure
 from batchnorm.nn.calling import Forward, call_on_batch
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
@@ -25,8 +25,6 @@ from batchnorm.report.progress import progress_bar
 
 __all__ = ["diagnose"]
 
-_ORDER: dict[Severity, int] = {"fatal": 0, "wrong": 1, "doubtful": 2}
-
 
 @transaction("diagnose")
 def diagnose(
@@ -34,6 +32,7 @@ def diagnose(
     batches: Iterable[Any],
     loss_or_metric: Measure | None = None,
     *,
+    higher_is_better: bool | None = None,
     training_batches: Iterable[Any] | None = None,
     names: str | Sequence[str] | None = None,
     forward: Forward | None = None,
@@ -57,18 +56,26 @@ def diagnose(
     moving average. Healthy models give no finding on 4 batches of 32 or more. Then one cause after the other is tried
     on what is off, from the certain ones to "stale"; :mod:`batchnorm.diagnosis.causes` describes them.
 
-    The model is run on the batches about six times: in eval mode, on batch statistics, for the population statistics as
-    :func:`batchnorm.recalibrate` takes them, on those, and once for each cure that can be tried. At most 32 batches,
-    or as many as hold 1024 samples, are taken and kept in memory. The model is left bit-identical, whatever happens.
+    With a metric it is the judge: where eval mode is as good as batch statistics and as population statistics, by more
+    than chance, a gap is no fault but a note, for the weights were trained with the statistics as they are stored
+    (a fine-tuning with frozen norms). A cure whose own trial makes the metric worse is not told. And a model that is no
+    better than chance on any statistics is told so: its norms are not the cause.
+
+    The model is run on the batches in eval mode, on batch statistics, for the population statistics as
+    :func:`batchnorm.recalibrate` takes them, and on those; then once for each cure that can be tried, and a few times
+    more where a cause makes an experiment. Batches are taken, and kept in memory, until there are both 32 of them and
+    1024 samples. The model is left bit-identical, whatever happens.
 
     Args:
         model: any model that holds batch norms, in the mode in which its trouble shows: in eval mode, as it is
             deployed, or in train mode, as it is being trained.
         batches: data on which eval mode is bad, as for :func:`batchnorm.recalibrate`: tensors, tuples with the inputs
             first, or dicts of keyword inputs. 4 to 32 batches, of the batch size of the training if possible.
-        loss_or_metric: ``loss_or_metric(output, batch)``, the mean over the samples of the batch. Whether more is
-            better need not be said: what is told is how far a cure goes from the value in eval mode to that on batch
-            statistics. Batches weigh by their number of samples.
+        loss_or_metric: ``loss_or_metric(output, batch)``, the mean over the samples of the batch. Batches weigh by
+            their number of samples.
+        higher_is_better: whether more of it is better. None takes its attribute of that name, as torchmetrics has it;
+            else it is found out by giving it outputs of other samples, which must be worse. A function that looks at
+            the outputs alone tells nothing, and judges nothing.
         training_batches: data of the training; they tell a shift of the data from a fault of the model.
         names: which norms may be named guilty; None for all of them.
         forward: how the model is called on a batch: ``forward(model, batch)``.
@@ -92,6 +99,7 @@ def diagnose(
         >>> from batchnorm.diagnosis import diagnose
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU()).eval()
+        >>> _ = torch.nn.init.uniform_(model[1].weight)  # γ was loaded, the statistics were not
         >>> result = diagnose(model, torch.randn(256, 4).split(64))
         >>> [(finding.layer, finding.cause, finding.cure) for finding in result.findings]
         [('1', 'never_updated', 'batchnorm.recalibrate(model, batches)')]
@@ -107,42 +115,27 @@ def diagnose(
     call = call_on_batch if forward is None else forward
     with untouched(model), unsynchronized(model), progress_bar("Diagnosing", None, progress) as advance:
         passes = Passes(model, sites, held, call, loss_or_metric, advance)
-        return _examine(passes, home, accused)
+        told = getattr(loss_or_metric, "higher_is_better", None) if higher_is_better is None else higher_is_better
+        return _examine(passes, home, accused, told)
 
 
-def _examine(passes: Passes, home: Sequence[Any] | None, accused: Callable[[str], bool]) -> DiagnoseResult:
+def _examine(
+    passes: Passes, home: Sequence[Any] | None, accused: Callable[[str], bool], told: bool | None
+) -> DiagnoseResult:
     model = passes.model
     modes = {name: bool(getattr(module, "training", False)) for name, module in model.named_modules()}
-    was_training = modes[""]
     frozen = frozen_norms(model)
     gaps = measure(passes)
-    case = Case(model, was_training, modes, passes.sites, passes, gaps, home, frozen)
-    findings = sorted(_findings(case, accused), key=lambda finding: (_ORDER[finding.severity], finding.position))
+    goal = Goal(gaps.deployed, gaps.training, gaps.settled, told)
+    case = Case(model, modes[""], modes, passes.sites, passes, gaps, home, frozen, goal)
+    findings = Accusations(case, accused).findings()
     samples = sum(batch_size(batch) for batch in passes.batches)
-    return DiagnoseResult(
-        findings, gaps.layers, _metrics(gaps), len(passes.batches), samples, tuple(passes.sites.left.values())
-    )
+    left = tuple(passes.sites.left.values())
+    return DiagnoseResult(findings, gaps.layers, _metrics(case), len(passes.batches), samples, left)
 
 
-def _findings(case: Case, accused: Callable[[str], bool]) -> list[Finding]:
-    order = order_of(case.passes) or {layer.name: i for i, layer in enumerate(case.layers)}
-    found = []
-    for kind in CAUSES:
-        for suspicion in kind().find(case):
-            guilty = tuple(filter(accused, suspicion.layers))
-            if not guilty:
-                continue
-            gain = None if suspicion.trial is None else try_cure(case, suspicion.trial)
-            position = min((order.get(name, len(order)) for name in guilty), default=len(order))
-            found.append(
-                Finding(
-                    guilty[0], kind.key, suspicion.severity or kind.severity, suspicion.evidence, suspicion.cure, gain,
-                    guilty, position,
-                )
-            )  # fmt: skip
-    return found
-
-
-def _metrics(gaps: Gaps) -> Metrics | None:
-    values = (gaps.training.metric, gaps.deployed.metric, gaps.settled.metric)
-    return None if values[0] is None else Metrics(*values)
+def _metrics(case: Case) -> Metrics | None:
+    gaps = case.gaps
+    if gaps.training.metric is None:
+        return None
+    return Metrics(gaps.training.metric, gaps.deployed.metric, gaps.settled.metric, case.goal.higher_is_better)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.statistics.stream import numbered, require_stream
 
-__all__ = ["MOST_BATCHES", "batch_size", "float_inputs", "hold", "rows", "split", "with_input"]
+__all__ = ["MOST_BATCHES", "batch_size", "first_tensor", "float_inputs", "hold", "rows", "split", "with_input"]
 
 MOST_BATCHES = 32
 """Of a longer stream only so many batches are taken, or as many as hold 1024 samples: more would tell little more."""
@@ -59,15 +59,20 @@ def split(batch: Any, size: int) -> Iterator[Any]:
         yield rows(batch, slice(start, start + size))
 
 
+def first_tensor(batch: Any) -> Tensor | None:
+    """Return the first tensor of a batch: its input; None if it holds no tensor."""
+    return next((t for t in tree_leaves(batch) if isinstance(t, Tensor)), None)
+
+
 def float_inputs(batch: Any) -> bool:
     """Return whether the batch is, or begins with, a floating-point tensor of samples."""
-    first = next((t for t in tree_leaves(batch) if isinstance(t, Tensor)), None)
+    first = first_tensor(batch)
     return first is not None and first.is_floating_point() and first.dim() > 1
 
 
 def with_input(batch: Any, change: Any) -> Any:
     """Return the batch with its first tensor changed."""
-    first = next(t for t in tree_leaves(batch) if isinstance(t, Tensor))
+    first = first_tensor(batch)
     with torch.no_grad():
         changed = change(first)
     return tree_map(lambda leaf: changed if leaf is first else leaf, batch)

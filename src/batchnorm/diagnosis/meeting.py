@@ -49,6 +49,7 @@ class Meeting(Tally):
         per_call: the moments of its first call in each forward pass, of its second, ...
         per_batch: the moments of its first batches.
         weight: its γ, as the call was given it.
+        bias: its β, likewise.
         samples: how many samples it met, over all calls.
         fewest: the smallest number of values that one call brought to a channel.
         feeder: the weight of the last linear operator before it.
@@ -58,6 +59,7 @@ class Meeting(Tally):
     per_call: list[Moments] = field(default_factory=list)
     per_batch: list[Moments] = field(default_factory=list)
     weight: Tensor | None = None
+    bias: Tensor | None = None
     samples: int = 0
     fewest: int = 0
     feeder: Tensor | None = None
@@ -133,8 +135,10 @@ class Meetings(OnBatch):
         meeting = self.meetings.get(site)
         if meeting is None:
             estimator = Pooled(parts[0].num_features, call.input.device)
-            weight = call.given.get("weight")
-            meeting = self.meetings[site] = Meeting(estimator, call.eps, weight=weight, feeder=self._feeder)
+            given = call.given
+            meeting = self.meetings[site] = Meeting(
+                estimator, call.eps, weight=given.get("weight"), bias=given.get("bias"), feeder=self._feeder
+            )
         met = meeting.take(parts, self._batch, call)
         meeting.on_batch |= bool(call.given.get("training", False))
         if site in self._basis.eps:

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
-from batchnorm.diagnosis.held import batch_size
 from batchnorm.diagnosis.meeting import Basis, Meeting, Meetings
-from batchnorm.errors import ArgumentTypeError, BatchError, StateError
+from batchnorm.diagnosis.readings import Measure, Reader, Reading
+from batchnorm.errors import StateError
 from batchnorm.nn.calling import Forward
 from batchnorm.statistics.collect import OnBatch
 from batchnorm.statistics.estimators import Pooled
 from batchnorm.statistics.failures import explained
 from batchnorm.statistics.operators import NormCall
 from batchnorm.statistics.sites import Site, Sites
-from batchnorm.statistics.stream import in_one_line
 
-__all__ = ["Measure", "Pass", "Passes"]
-
-Measure: TypeAlias = Callable[[Any, Any], Any]
-"""A loss or a metric: from the model's output and the batch to a number, the mean over the samples of the batch."""
+__all__ = ["Pass", "Passes"]
 
 _GROUPS = 32
 """Standard errors come from about so many groups of samples."""
@@ -32,10 +27,17 @@ _GROUPS = 32
 
 @dataclass(frozen=True)
 class Pass:
-    """What came of one pass: what each norm met, in order of execution, and the metric, if one is given."""
+    """What came of one pass.
+
+    Attributes:
+        meetings: what each norm met, in order of execution.
+        metric: the mean over all samples; None if no metric is given.
+        readings: the metric of each batch.
+    """
 
     meetings: dict[Site, Meeting]
     metric: float | None
+    readings: tuple[Reading, ...] = ()
 
 
 class Passes:
@@ -66,9 +68,9 @@ class Passes:
         self._metric = metric
         self.advance = advance
 
-    def over(self, batches: Sequence[Any]) -> Passes:
-        """Return the same over other batches, without a metric."""
-        return Passes(self.model, self.sites, batches, self.forward, None, self.advance)
+    def over(self, batches: Sequence[Any], *, measured: bool = False) -> Passes:
+        """Return the same over other batches; without a metric, unless these are ``measured`` by it, too."""
+        return Passes(self.model, self.sites, batches, self.forward, self._metric if measured else None, self.advance)
 
     def run(self, basis: Basis, *, tolerant: bool = False) -> Pass:
         """Run the model once over all batches.
@@ -80,15 +82,15 @@ class Passes:
         """
         groups = max(1, _GROUPS // len(self.batches))
         collector = Meetings(self.sites, basis, groups_a_batch=groups, tolerant=tolerant)
-        total, samples = 0.0, 0
+        reader = None if self._metric is None else Reader(self._metric)
         for index, batch in enumerate(self.batches):
             output = self._call(collector, index, batch)
-            if self._metric is not None:
-                size = batch_size(batch)
-                total += size * self._measured(self._metric, output, batch, index)
-                samples += size
+            if reader is not None:
+                reader.take(output, batch, index)
             self.advance()
-        return Pass(collector.meetings, total / samples if samples else None)
+        if reader is None:
+            return Pass(collector.meetings, None)
+        return Pass(collector.meetings, reader.mean, tuple(reader.readings))
 
     def outputs(self, batch: Any) -> Any:
         """Call the model on one batch, as it is, and return what it gives."""
@@ -109,24 +111,6 @@ class Passes:
         except Exception as error:
             raise explained("diagnose", error, self.model, index, batch, self.forward) from error
         return outputs[0]
-
-    def _measured(self, metric: Measure, output: Any, batch: Any, index: int) -> float:
-        try:
-            with torch.no_grad():
-                value = metric(output, batch)
-        except Exception as error:
-            raise BatchError(
-                f"diagnose: loss_or_metric failed on batch {index} (counting from 0): {in_one_line(error)} It is "
-                "called with the model's output and the batch, as the loader gave it. The model is as it was."
-            ) from error
-        if isinstance(value, Tensor) and value.numel() == 1:
-            return float(value)
-        if isinstance(value, int | float):
-            return float(value)
-        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ArgumentTypeError(
-            f"diagnose: loss_or_metric: expected one number, the mean over the batch; got {kind} on batch {index}."
-        )
 
 
 class _Input(OnBatch):

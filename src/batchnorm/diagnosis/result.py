@@ -25,9 +25,10 @@ class Finding:
         layer: the first layer that has it, in order of execution; ``""`` is the model itself.
         cause: its key, ``"never_updated"``.
         severity: ``"fatal"``: outputs mean nothing; ``"wrong"``: they are other than they should be; ``"doubtful"``:
-            they may be right, and something is lost.
+            they may be right, and something is lost. ``"note"``: worth knowing, and no fault.
         evidence: the numbers it rests on, as a sentence.
-        cure: a line of code, with ``batchnorm``, ``torch``, ``model`` and ``batches`` in scope.
+        cure: a line of code, with ``batchnorm``, ``torch``, ``model`` and ``batches`` in scope; ``""`` where none is
+            needed, or none is told because its own trial makes the metric worse.
         gain: what a trial of the cure brought; None where only training or other code can cure it.
         layers: every layer that has it.
         position: place of the first of them in the order of execution.
@@ -63,14 +64,17 @@ class Metrics:
         training: every norm normalizes by the batch, everything else in eval mode.
         eval: the model as it is, in eval mode.
         recalibrated: every norm on population statistics: what ``batchnorm.recalibrate`` would bring.
+        higher_is_better: whether more is better; None where neither the user nor outputs of other samples tell, and
+            then the metric judges nothing.
     """
 
     training: float | None
     eval: float | None
     recalibrated: float | None
+    higher_is_better: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the three numbers."""
+        """Return the three numbers, and whether more is better."""
         return {name: finite_or_none(value) for name, value in vars(self).items()}
 
 
@@ -79,6 +83,7 @@ class DiagnoseResult(Result):
 
     Attributes:
         findings: the faults: the fatal ones first, then in order of execution.
+        notes: what is worth knowing and no fault: a model that is untrained, or was fine-tuned with frozen norms.
         layers: the gap of every norm that was called, in order of execution.
         metrics: the metric on three bases; None if none was given.
         batches: how many batches were taken.
@@ -95,7 +100,8 @@ class DiagnoseResult(Result):
         samples: int,
         left: Sequence[Left] = (),
     ) -> None:
-        self.findings = tuple(findings)
+        self.findings = tuple(finding for finding in findings if finding.severity != "note")
+        self.notes = tuple(finding for finding in findings if finding.severity == "note")
         self.layers = tuple(layers)
         self.metrics = metrics
         self.batches = batches
@@ -104,7 +110,7 @@ class DiagnoseResult(Result):
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing was found."""
+        """Whether no fault was found."""
         return not self.findings
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,6 +121,7 @@ class DiagnoseResult(Result):
             "batches": self.batches,
             "samples": self.samples,
             "findings": [finding.to_dict() for finding in self.findings],
+            "notes": [note.to_dict() for note in self.notes],
             "metrics": None if self.metrics is None else self.metrics.to_dict(),
             "layers": [layer.to_dict() for layer in self.layers],
             "left": [{"name": left.name, "reason": left.reason} for left in self.left],
@@ -123,6 +130,8 @@ class DiagnoseResult(Result):
     def document(self) -> Document:
         """Return the findings, the metric on three bases, and the gap of every layer and channel."""
         sections = [Section("Findings", self._findings())] if self.findings else []
+        if self.notes:
+            sections.append(Section("Worth knowing, and no fault", self._notes()))
         if self.metrics is not None:
             sections.append(Section("The metric", [self._facts(self.metrics)]))
         if self.layers:
@@ -136,6 +145,8 @@ class DiagnoseResult(Result):
     def _summary(self) -> str:
         seen = f"{_count(len(self.layers), 'norm')} on {_count(self.samples, 'sample')}"
         if self.healthy:
+            if self.notes:
+                return f"Nothing wrong found: {seen}; {', '.join(note.cause for note in self.notes)}."
             return f"Nothing found: {seen}; each norm meets what it has stored."
         first = self.findings[0]
         more = f" First of {len(self.findings)} findings." if len(self.findings) > 1 else ""
@@ -157,12 +168,17 @@ class DiagnoseResult(Result):
             ),
         ]
 
+    def _notes(self) -> list[Block]:
+        rows = [(_shown(note.layer), len(note.layers), note.cause, note.evidence, note.cure) for note in self.notes]
+        return [Table(("first layer", "layers", "what", "evidence", "code"), rows)]
+
     def _facts(self, metrics: Metrics) -> Facts:
         return Facts(
             [
                 ("on batch statistics, as in training", metrics.training),
                 ("in eval mode, as it is", metrics.eval),
                 ("after a trial recalibration, undone", metrics.recalibrated),
+                ("more is better", _DIRECTIONS[metrics.higher_is_better]),
             ]
         )
 
@@ -223,6 +239,7 @@ class DiagnoseResult(Result):
         return f"<{type(self).__name__}: {self._summary()}>"
 
 
+_DIRECTIONS = {True: "yes", False: "no", None: "not known: the metric judges nothing"}
 _MOST = 3.0
 _MOST_BARS = 20
 """More norms than these are drawn as lines: bars, and names below them, would be too narrow to be told apart."""

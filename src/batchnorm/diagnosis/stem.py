@@ -47,7 +47,9 @@ def first_inputs(passes: Passes, batches: Sequence[Any], layer: LayerGap) -> lis
         return None
 
 
-def explain(passes: Passes, layer: LayerGap) -> InputChange | None:
+def explain(
+    passes: Passes, layer: LayerGap, *, noisy: bool = True, contrast: float | None = None
+) -> InputChange | None:
     r"""Fit a change of the inputs to the stored statistics of the first norm.
 
     If what lies before the norm is affine in the input x, then for a·x + b, with b one shift a channel,
@@ -60,6 +62,12 @@ def explain(passes: Passes, layer: LayerGap) -> InputChange | None:
     where f(0) and :math:`f(e_c)` are the mean answers to an input of zeros, and of ones in channel c; white noise of
     variance s in x adds s times the variance of the answer to unit noise. These are few unknowns for 2C equations.
 
+    Args:
+        passes: the model and its batches.
+        layer: the first norm.
+        noisy: whether these inputs may hold white noise that those of the training lacked.
+        contrast: the contrast, where it is known and only the shifts are to be fitted.
+
     Returns:
         None where the input is no floating-point tensor or the model does not run on such inputs.
     """
@@ -70,14 +78,14 @@ def explain(passes: Passes, layer: LayerGap) -> InputChange | None:
     if answers is None:
         return None
     zero, ones, noise = answers
-    squared, added = _fit_variance(layer, noise)
+    squared, added = _fit_variance(layer, noise if noisy else torch.zeros_like(noise))
     variance = (squared * layer.measured[1] + added * noise).clamp(min=0)
     before = layer_distance(layer.stored, layer.measured, layer.eps)
     changes = []
-    for contrast in (squared**0.5, -(squared**0.5)):
-        shifts, mean = _fit_mean(layer, zero, ones, contrast)
+    for factor in (squared**0.5, -(squared**0.5)) if contrast is None else (contrast,):
+        shifts, mean = _fit_mean(layer, zero, ones, factor)
         left = layer_distance(layer.stored, (mean, variance), layer.eps) / max(before, 1e-300)
-        changes.append(InputChange(contrast, shifts, max(-added, 0.0) ** 0.5, left))
+        changes.append(InputChange(factor, shifts, max(-added, 0.0) ** 0.5, left))
     return min(changes, key=lambda change: change.left)
 
 

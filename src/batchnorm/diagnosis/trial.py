@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from batchnorm.diagnosis.case import Case
+from batchnorm.diagnosis.case import Case, Remedy
 from batchnorm.diagnosis.distance import layer_distance
 from batchnorm.diagnosis.meeting import Basis
 from batchnorm.diagnosis.passes import Pass
@@ -13,7 +13,7 @@ from batchnorm.errors import NonFiniteError
 from batchnorm.report.result import finite_or_none
 from batchnorm.statistics.sites import Site
 
-__all__ = ["Gain", "outstanding", "try_cure"]
+__all__ = ["Gain", "Trial", "outstanding", "try_remedy"]
 
 _MOST = 3.0
 
@@ -27,8 +27,9 @@ class Gain:
         gap_after: the same after the cure.
         metric_before: the metric in eval mode; None if none was given.
         metric_after: the same after the cure.
-        closed: the share of the way from eval mode to batch statistics that the metric goes; above 1 if it goes
-            further. Without a metric the share of the gap that is closed.
+        closed: the share of the way that the metric goes from eval mode to the better of batch statistics and
+            population statistics; above 1 if it goes further, None where eval mode is as good as these. Without a
+            metric, or where nobody knows whether more of it is better, the share of the gap that is closed.
     """
 
     gap_before: float
@@ -72,18 +73,27 @@ def _stored(site: Site) -> tuple[Any, Any]:
     return mean.reshape(-1).double(), variance.reshape(-1).double()
 
 
-def try_cure(case: Case, basis: Basis) -> Gain | None:
-    """Return what a cure brings; None if the model meets NaN on the way."""
+@dataclass(frozen=True)
+class Trial:
+    """A run as the cure would leave the model, and what that brings."""
+
+    done: Pass
+    gain: Gain
+
+
+def try_remedy(case: Case, remedy: Remedy) -> Trial | None:
+    """Return what a cure brings; None if it cannot be tried, or the model meets NaN on the way."""
+    if remedy.trial is None:
+        return None
+    passes = case.passes
+    if remedy.change is not None:
+        passes = passes.over([remedy.change(batch) for batch in passes.batches], measured=True)
     deployed = case.gaps.deployed
     try:
-        cured = case.passes.run(basis)
+        cured = passes.run(remedy.trial)
     except NonFiniteError:  # another layer is poisoned too
         return None
-    before, after = outstanding(deployed, Basis("stored")), outstanding(cured, basis)
-    metric = case.gaps.training.metric
-    if metric is None or deployed.metric is None or cured.metric is None:
-        closed = 1 - after / before if before > 0 else None
-    else:
-        way = metric - deployed.metric
-        closed = (cured.metric - deployed.metric) / way if way else None
-    return Gain(before, after, deployed.metric, cured.metric, closed)
+    before, after = outstanding(deployed, Basis("stored")), outstanding(cured, remedy.trial)
+    of_gap = 1 - after / before if before > 0 else None
+    closed = case.goal.closed(cured) if case.goal.known else of_gap
+    return Trial(cured, Gain(before, after, deployed.metric, cured.metric, closed))

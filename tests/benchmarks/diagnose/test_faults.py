@@ -18,13 +18,16 @@ CAUSES = {
     "averaged_weights",
     "batch_mates",
     "biased_variance",
+    "cumulative_average",
     "dead_channels",
     "domain_shift",
     "eps_mismatch",
     "frozen_wrong",
     "half_precision",
+    "input_preparation",
     "momentum_convention",
     "never_updated",
+    "not_the_norms",
     "padding",
     "poisoned",
     "pruned_weights",
@@ -57,6 +60,10 @@ def test_every_cause_is_planted():
     assert all(fault.plant.__doc__ for fault in FAULTS.values())
 
 
+# What was never trained classifies nothing rightly; without its branches a network does little.
+UNTRAINED = {"healthy.untrained": -1.0, "healthy.zero_init": -1.0}
+
+
 # Rounding moves float32 outputs by some 1e-6, bfloat16 ones by 1e-2; a fault must be told from both.
 @pytest.mark.parametrize("name", FAULTS)
 def test_every_fault_changes_eval_outputs(planted, name):
@@ -67,7 +74,8 @@ def test_every_fault_changes_eval_outputs(planted, name):
 def test_healthy_models_are_right_and_learnt(planted, name):
     damage = measure(planted[name])
     assert damage.output_gap == 0.0
-    assert damage.accuracy_before == damage.accuracy_after > 0.9
+    least = UNTRAINED.get(name, 0.9)
+    assert damage.accuracy_before == damage.accuracy_after > least
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -6,8 +6,8 @@ import torch
 
 @pytest.mark.parametrize(
     "change",
-    [lambda x: x + 1.5, lambda x: 0.3 * x, lambda x: 2 * x - 1, lambda x: -x, lambda x: 255 * x],
-    ids=["brighter", "less contrast", "both", "inverted", "not scaled"],
+    [lambda x: x + 1.5, lambda x: 0.3 * x, lambda x: 2 * x - 1, lambda x: -x],
+    ids=["brighter", "less contrast", "both", "inverted"],
 )
 def test_a_change_of_the_input_is_told_without_training_batches(net, found, batches, change) -> None:
     assert found(net, [change(batch) for batch in batches])[0] == ("domain_shift", "bn1")

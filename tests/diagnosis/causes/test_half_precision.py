@@ -3,9 +3,23 @@ from __future__ import annotations
 import pytest
 import torch
 
+import batchnorm
+
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_buffers_that_went_through_half_precision(net, found, dtype: torch.dtype) -> None:
+def test_a_checkpoint_that_went_through_half_precision_is_a_note(net, batches, dtype: torch.dtype) -> None:
+    net.load_state_dict({k: v.to(dtype).to(v.dtype) for k, v in net.state_dict().items()})
+    result = batchnorm.diagnose(net, batches)
+    assert result.healthy
+    assert [(note.cause, note.layer) for note in result.notes] == [("half_precision", "bn1")]
+    assert "Nothing wrong found" in str(result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_that_is_felt_is_a_fault(net, found, batches, dtype: torch.dtype) -> None:
+    """A mean of a hundred standard deviations keeps two or three digits of what matters."""
+    net.bn2.register_forward_pre_hook(lambda module, args: (args[0] + 2000,))
+    batchnorm.recalibrate(net, batches)
     net.bn2.running_mean.copy_(net.bn2.running_mean.to(dtype))
     net.bn2.running_var.copy_(net.bn2.running_var.to(dtype))
     assert found(net) == [("half_precision", "bn2")]

@@ -13,7 +13,7 @@ from batchnorm.diagnosis.distance import layer_distance
 from batchnorm.diagnosis.gaps import LayerGap
 from batchnorm.diagnosis.meeting import Statistics
 
-__all__ = ["AverageNotArrived"]
+__all__ = ["AverageNotArrived", "signs_of_initial"]
 
 _ARRIVED, _NEAR = 0.99, 0.3
 _FITS, _FITS_WITH, _FITS_AGAINST = 0.4, 0.6, 0.1
@@ -32,6 +32,11 @@ class AverageNotArrived(Cause):
         with the initial mean 0 and variance 1. A norm with a gap is one of these if one α below 0.9 explains means and
         variances of all its channels; it need not do so as well where momentum and count give an α below 0.99.
 
+    What excludes it:
+        Statistics that fit the training batches: then the data changed, not the model. A momentum of None, whose
+        average holds no initial value. Norms that the user froze: the weights may have been trained with what they
+        store.
+
     Evidence:
         α by momentum and count, and α fitted to the channels.
 
@@ -43,10 +48,8 @@ class AverageNotArrived(Cause):
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all such layers."""
-        found = {layer: text for layer in case.off if (text := _evidence(layer))}
-        if found and case.fits_home(next(iter(found))):
-            return
-        found = {layer: _evidence(layer) for layer in case.everywhere(list(found)) if _evidence(layer)}
+        found = {layer: text for layer in case.off if (text := signs_of_initial(layer))}
+        found = {layer: signs_of_initial(layer) for layer in case.everywhere(list(found)) if signs_of_initial(layer)}
         if not found:
             return
         case.explained.update(names_of(found))
@@ -55,8 +58,10 @@ class AverageNotArrived(Cause):
         yield Suspicion(names_of(found), evidence, case.recalibrate(list(found)), case.corrected(list(found)))
 
 
-def _evidence(layer: LayerGap) -> str:
-    """Return what speaks for it in one layer, or nothing."""
+def signs_of_initial(layer: LayerGap) -> str:
+    """Return what speaks for initial values that are still in the average of one layer, or nothing."""
+    if layer.momentum is None and layer.num_batches_tracked:
+        return ""  # a cumulative average has forgotten the initial values with the first batch
     expected = _expected(layer)
     fitted, left = _fit(layer.stored, layer.measured, layer.eps)
     known = expected is not None and expected >= _ARRIVED

@@ -29,6 +29,10 @@ class AveragedWeights(Cause):
         between the models that are averaged cancels, so that activations of an average have less variance than the
         average of their variances.
 
+    What excludes it:
+        Statistics that fit the training batches: then the data changed, not the model.
+        Norms that the user froze: the weights may have been trained with what they store.
+
     Evidence:
         How many models were averaged, or the variance ratios.
 
@@ -45,8 +49,8 @@ class AveragedWeights(Cause):
         hurt = bool(case.off) or max((layer.deployed_excess() for layer in case.layers), default=0.0) > _HURT
         if (case.n_averaged is None and not shrunk) or not hurt:
             return
-        left = [layer for layer in case.layers if layer.name not in case.explained and layer.excess() > SMALL]
-        if not left or case.fits_home(max(left, key=LayerGap.excess)):
+        left = [layer for layer in case.left if layer.excess() > SMALL]
+        if not left:
             return
         case.explained.update(names_of(left))
         averaged = "" if case.n_averaged is None else f"n_averaged is {case.n_averaged}; "

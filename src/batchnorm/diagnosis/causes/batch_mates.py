@@ -20,6 +20,9 @@ class BatchMates(Cause):
         module that is given the same for them both times and returns something else is where they see each other:
         a mean over dimension 0, a softmax or a normalization over the wrong dimension, a batch-wide attention.
 
+    What excludes it:
+        A model that does not give the same for the same batch twice.
+
     Evidence:
         How far its outputs are apart, beside their size.
 
@@ -28,6 +31,9 @@ class BatchMates(Cause):
     """
 
     key = "batch_mates"
+    excluded_at_home = False
+    excluded_by_freeze = False
+    judged_by_metric = False
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion at the module where it begins."""
@@ -39,7 +45,7 @@ class BatchMates(Cause):
             f"With other batch-mates the outputs of the same samples differ by up to {leak.difference:.2g} (they are "
             f"up to {leak.size:.2g} in size), though its inputs for them are the same and no norm uses the batch."
         )
-        cure = f"print(__import__('inspect').getsource(type({module_line(leak.layer)}).forward))  # what is over dim 0?"
+        cure = f"print({module_line(leak.layer)})  # look in its forward for an operation over dimension 0"
         yield Suspicion([leak.layer], evidence, cure)
 
 

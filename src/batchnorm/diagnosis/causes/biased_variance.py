@@ -37,6 +37,9 @@ class BiasedVariance(Cause):
         with one batch size up to 16 for all layers, while the means agree: statistics of small batches, imported from a
         framework that keeps the other convention. With larger m nobody can see the factor, and it does no harm.
 
+    What excludes it:
+        Statistics that fit the training batches: then the data changed, not the model.
+
     Evidence:
         The factor in the first layer, the batch size that fits, and how well.
 
@@ -45,10 +48,11 @@ class BiasedVariance(Cause):
     """
 
     key = "biased_variance"
+    excluded_by_freeze = False
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all layers in which the factor is felt."""
-        layers = [layer for layer in case.layers if layer.name not in case.explained]
+        layers = case.left
         if not any(layer.off for layer in layers):
             return
         fit = _fit(layers)

@@ -17,7 +17,7 @@ from batchnorm.diagnosis.gaps import LayerGap
 
 __all__ = ["SECTIONS", "Cause", "listing", "module_line", "names_of", "span"]
 
-SECTIONS = ("What it finds", "Evidence", "Cure")
+SECTIONS = ("What it finds", "What excludes it", "Evidence", "Cure")
 """The sections that every cause's docstring has, in this order."""
 
 
@@ -27,10 +27,23 @@ class Cause(ABC):
     Attributes:
         key: what ``finding.cause`` says.
         severity: how bad it is.
+        excluded_at_home: statistics that fit the training batches exclude it: the data changed, not the model.
+        excluded_by_freeze: a norm that the user froze is not blamed: its weights may have been trained with it.
+        judged_by_metric: it is no fault where eval mode is as good as batch statistics by the metric.
+        alone: where it is found nothing else is looked for.
     """
 
     key: ClassVar[str]
     severity: ClassVar[Severity] = "wrong"
+    excluded_at_home: ClassVar[bool] = True
+    excluded_by_freeze: ClassVar[bool] = True
+    judged_by_metric: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
+
+    def excluded(self, case: Case) -> frozenset[str]:
+        """Return the names of the layers at which the evidence excludes this cause."""
+        home = case.fitting_home if self.excluded_at_home else frozenset()
+        return home | case.lived_with if self.excluded_by_freeze else home
 
     @abstractmethod
     def find(self, case: Case) -> Iterator[Suspicion]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchnorm.diagnosis.case import Case, Severity, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, listing, module_line, names_of
+from batchnorm.diagnosis.causes.initial import is_zero
 from batchnorm.diagnosis.gaps import LayerGap
 
 __all__ = ["DeadChannels", "constant_channels"]
@@ -24,26 +25,34 @@ class DeadChannels(Cause):
 
     What it finds:
         γ below 10⁻³ of the layer's largest: the channel is β whatever comes in. Or a measured variance below 10⁻⁶ of
-        the layer's median, and a stored one that agrees or is on its way there: the channel is constant, and 1/√(v + ε)
-        multiplies its noise by up to 1/√ε. Norms behind dead channels may meet constants in their turn; they are
-        counted with them.
+        the layer's largest, and a stored one that agrees or is on its way there: the channel is constant, and
+        1/√(v + ε) multiplies its noise by up to 1/√ε. Norms behind dead channels may meet constants in their turn; they
+        are counted with them.
+
+    What excludes it:
+        A norm whose every γ and β is exactly 0; see ``zero_init``.
 
     Evidence:
         Which channels, of how many, and their γ or variance.
 
     Cure:
-        Nothing is lost where they were pruned on purpose: remove them. Else set γ to 1 and train on, without weight
-        decay on γ.
+        Nothing is lost where they were pruned on purpose: remove them. Else set γ to 1, or give the filters before
+        constant channels new weights, and train on, without weight decay on γ.
     """
 
     key = "dead_channels"
     severity = "doubtful"
+    excluded_at_home = False
+    excluded_by_freeze = False
+    judged_by_metric = False
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all layers with dead channels."""
         found: list[tuple[LayerGap, Tensor]] = []
         seen_gamma = False
         for layer in case.layers:
+            if is_zero(layer):
+                continue
             gamma, constant = _small_gamma(layer), constant_channels(layer)
             if bool((constant & _kept(layer, constant)).any()) and not seen_gamma:
                 continue  # statistics of a channel that was alive: its weights were changed since
@@ -70,7 +79,12 @@ class DeadChannels(Cause):
             f"{len(channels)} of {dead.numel()} channels ({listing(channels)}) have "
             f"{'|γ|' if by_gamma else 'a variance'} of at most {largest:.2g}{more}."
         )
-        cure = f"{module_line(first.name)}.weight.data[{channels!r}] = 1.0  # then train on, without weight decay on γ"
+        gamma_of = f"{module_line(first.name)}.weight.data"
+        cure = (
+            f"w = {gamma_of}; w[w.abs() <= {_SMALL_GAMMA:g} * w.abs().max()] = 1.0  # then train on, γ without decay"
+            if by_gamma
+            else "# remove these channels, or give the filters before them new weights, and train on"
+        )
         severity: Severity | None = "wrong" if hurt else None
         yield Suspicion(names_of(layer for layer, _ in found), evidence, cure, severity=severity)
 
@@ -90,7 +104,7 @@ def _kept(layer: LayerGap, constant: Tensor) -> Tensor:
 
 
 def constant_channels(layer: LayerGap) -> Tensor:
-    """Return which channels hardly vary, unless most do not: that is a constant input."""
+    """Return which channels hardly vary beside the one that varies most; none where not one does."""
     variance = layer.measured[1]
     varying = variance[variance > 0]
     if not varying.numel():

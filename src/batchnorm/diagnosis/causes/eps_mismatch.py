@@ -19,6 +19,7 @@ _USUAL = (1e-3, 1e-5, 1e-4, 1e-2, 1e-6, 1e-1)
 _FELT = 0.03
 _COLLAPSED = 0.4
 _HURT = 0.1
+_MOST_NAMES = 8
 _NEAREST = 4
 """So many norms before the first gap are tried one by one."""
 
@@ -31,6 +32,9 @@ class EpsMismatch(Cause):
         or 10⁻⁵ (PyTorch, Flax, ONNX), and a few others. A norm whose own ε is wrong stores the right statistics; its
         gain is wrong, and the norms behind it meet another scale. It takes variances that are not large beside ε.
 
+    What excludes it:
+        Statistics that fit the training batches: then the data changed, not the model.
+
     Evidence:
         The ε it has, the one that fits, and the gap on either.
 
@@ -39,6 +43,7 @@ class EpsMismatch(Cause):
     """
 
     key = "eps_mismatch"
+    excluded_by_freeze = False
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion, at the first norm whose ε is wrong."""
@@ -73,8 +78,9 @@ class EpsMismatch(Cause):
         cure = (
             f"{module_line(first.name)}.eps = {eps:g}"
             if len(layers) == 1
-            else f"for m in model.modules(): m.eps = {eps:g} if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) "
-            "else getattr(m, 'eps', None)"
+            else f"for name in {names_of(layers)!r}: model.get_submodule(name).eps = {eps:g}"
+            if len(layers) <= _MOST_NAMES
+            else f"[setattr(m, 'eps', {eps:g}) for m in model.modules() if hasattr(m, 'running_var')]"
         )
         yield Suspicion(names_of(layers), evidence, cure, Basis("stored", eps=_eps(layers, eps)))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from batchnorm.diagnosis.case import Case, Severity, Suspicion
+from batchnorm.diagnosis.case import SMALL, Case, Severity, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, module_line, names_of
 from batchnorm.diagnosis.causes.initial import is_initial
 from batchnorm.diagnosis.gaps import LayerGap
@@ -14,6 +14,9 @@ from batchnorm.diagnosis.gaps import LayerGap
 __all__ = ["HalfPrecision"]
 
 _HALF = (torch.bfloat16, torch.float16)  # what fits into the first often fits into the second
+_NOTHING = 0.05
+"""Rounding by less, in standard deviations, is felt nowhere."""
+
 _FEWEST = 4
 """So many values that fit into half precision by chance: once in 2¹³ each."""
 
@@ -27,6 +30,9 @@ class HalfPrecision(Cause):
         from zero loses what matters about it, small updates of a moving average are rounded away, and variances beyond
         65504 overflow in float16.
 
+    What excludes it:
+        A float32 buffer with one value that no half precision has.
+
     Evidence:
         The dtype, and half a unit in the last place of the means, in standard deviations.
 
@@ -36,6 +42,8 @@ class HalfPrecision(Cause):
 
     key = "half_precision"
     severity = "doubtful"
+    excluded_at_home = False
+    excluded_by_freeze = False
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all such layers."""
@@ -63,9 +71,22 @@ class HalfPrecision(Cause):
         )
         cast = f"[{norms}.float(){loop}]; " if first.site.running_mean.dtype in _HALF else ""
         severity: Severity | None = "wrong" if wrong or loss > 0.1 else None
+        if not wrong and _harmless(case, found, loss):
+            severity = "note"
         yield Suspicion(
             names_of(found), evidence, f"{cast}{case.recalibrate(layers)}", case.corrected(layers), severity=severity
         )
+
+
+def _harmless(case: Case, found: Mapping[LayerGap, torch.dtype], loss: float) -> bool:
+    """Return whether nobody feels the rounding: by the metric, or by its size beside what else is uncertain.
+
+    Averages that were updated in half precision stand still before they arrive, which rounding alone does not tell.
+    """
+    if case.goal.eval_is_as_good:
+        return True
+    kept = any(layer.site.running_mean.dtype in _HALF for layer in found)
+    return not kept and loss < _NOTHING and max(layer.apart for layer in found) < SMALL
 
 
 def _half(layer: LayerGap, fewest: int = _FEWEST) -> torch.dtype | None:

@@ -24,6 +24,10 @@ class MomentumConvention(Cause):
         those of the last batch. Norms whose statistics are more precise than that, because they were measured since,
         are no finding.
 
+    What excludes it:
+        Statistics that fit the training batches: then the data changed, not the model.
+        Norms that the user froze: the weights may have been trained with what they store.
+
     Evidence:
         The momentum, over how many batches it averages, and how far the stored means scatter about the measured ones,
         beside the scatter of single batches.
@@ -36,7 +40,7 @@ class MomentumConvention(Cause):
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all such layers."""
-        found = [layer for layer in case.layers if layer.name not in case.explained and _is_last_batch(layer)]
+        found = [layer for layer in case.left if _is_last_batch(layer)]
         if found:
             found = [layer for layer in case.layers if layer in found or (layer in case.off and _is_large(layer))]
         if not found:
@@ -50,11 +54,13 @@ class MomentumConvention(Cause):
             f"({len(found)} of {len(case.layers)} norms)."
         )
         better = round(1 - first.momentum, 6) or 0.01
-        where = f"[{module_line(first.name)}]" if len(found) == 1 else "model.modules()"
-        cure = (
-            f"for norm in {where}: norm.momentum = {better:g} if getattr(norm, 'momentum', None) == {first.momentum:g} "
-            f"else getattr(norm, 'momentum', None)  # then {case.recalibrate(found)}"
+        where = (
+            f"{module_line(first.name)}.momentum = {better:g}"
+            if len(found) == 1
+            else f"[setattr(m, 'momentum', {better:g}) for m in model.modules() "
+            f"if getattr(m, 'momentum', None) == {first.momentum:g}]"
         )
+        cure = f"{where}; {case.recalibrate(found)}"
         yield Suspicion(names_of(found), evidence, cure, case.corrected(found))
 
 

@@ -19,6 +19,10 @@ class NeverUpdated(Cause):
         √(1 + ε), which is to say that it does not normalize at all: buffers that were not loaded with the weights, a
         norm added after training, training with ``momentum=0``, or a model that was never trained.
 
+    What excludes it:
+        Statistics that fit the training batches: then the data changed, not the model. A model in which every
+        norm is as constructed; see ``untrained``.
+
     Evidence:
         The stored values, the batches counted, and the variances measured.
 
@@ -27,14 +31,11 @@ class NeverUpdated(Cause):
     """
 
     key = "never_updated"
+    excluded_by_freeze = False
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all such layers."""
-        never = [
-            layer
-            for layer in case.layers
-            if layer.name not in case.explained and is_initial(layer) and (layer.off or layer.num_batches_tracked == 0)
-        ]
+        never = [layer for layer in case.left if is_initial(layer) and (layer.off or layer.num_batches_tracked == 0)]
         if not never:
             return
         case.explained.update(names_of(never))

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from batchnorm.diagnosis.case import Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, names_of
 from batchnorm.diagnosis.distance import layer_distance
-from batchnorm.diagnosis.gaps import LayerGap
+from batchnorm.diagnosis.gaps import TOLERANCE, LayerGap
 from batchnorm.diagnosis.held import batch_size, float_inputs, with_input
 from batchnorm.diagnosis.meeting import Statistics
 from batchnorm.diagnosis.passes import Passes
@@ -49,6 +49,10 @@ class Padding(Cause):
         or without the last term, where constant batches alternate with others. Here q is another than in the batches
         given. Also batches that do not vary at all.
 
+    What excludes it:
+        Statistics that fit the training batches, unless these hold the padding and are like the batches without it.
+        Norms that the user froze: the weights may have been trained with what they store.
+
     Evidence:
         The share q in the stored statistics, the share in the batches, and how much of the gap that explains.
 
@@ -57,6 +61,7 @@ class Padding(Cause):
     """
 
     key = "padding"
+    excluded_at_home = False
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion, at the first norm."""
@@ -88,7 +93,7 @@ class Padding(Cause):
         if mixture.met > 2 * _SHARE:
             return True
         if case.home is not None and _share(case.passes, case.home, first) > mixture.met + _SHARE:
-            return True
+            return _alike_without(case.passes, case.home, first) or not case.fits_home(first)
         if case.fits_home(first):
             return False
         change = explain(case.passes, first)
@@ -122,6 +127,20 @@ def _share(passes: Passes, batches: Sequence[Any], layer: LayerGap) -> float:
     """Return the share of the vector that is found most often in what the norm meets on some batches."""
     inputs = first_inputs(passes, batches[:_SOME], layer)
     return _most_frequent(_rows(inputs))[1] if inputs else 0.0
+
+
+def _alike_without(passes: Passes, batches: Sequence[Any], layer: LayerGap) -> bool:
+    """Return whether some batches, without the vector found most often in them, are like the batches given."""
+    inputs = first_inputs(passes, batches[:_SOME], layer)
+    if not inputs:
+        return False
+    rows = _rows(inputs)
+    constant, _ = _most_frequent(rows)
+    rest = rows[~(rows.double() == constant).all(1)]
+    if len(rest) < 2:
+        return False
+    met = Moments.of(rest)
+    return layer_distance((met.mean, met.variance(correction=1)), layer.measured, layer.eps) < TOLERANCE
 
 
 def _rows(inputs: Sequence[Tensor]) -> Tensor:

@@ -26,6 +26,9 @@ class Poisoned(Cause):
         the measured one. A single overflowing batch under mixed precision is enough: a moving average never forgets an
         infinity.
 
+    What excludes it:
+        Nothing: no data have such statistics.
+
     Evidence:
         The channels and their values.
 
@@ -35,6 +38,9 @@ class Poisoned(Cause):
 
     key = "poisoned"
     severity = "fatal"
+    excluded_at_home = False
+    excluded_by_freeze = False
+    judged_by_metric = False
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all poisoned layers."""

@@ -19,6 +19,10 @@ class PrunedWeights(Cause):
     What it finds:
         A gap behind a linear layer or a convolution of whose weights at least a tenth are exactly zero.
 
+    What excludes it:
+        Statistics that fit the training batches: then the data changed, not the model.
+        Norms that the user froze: the weights may have been trained with what they store.
+
     Evidence:
         The share of zeros, and the gap.
 
@@ -30,7 +34,7 @@ class PrunedWeights(Cause):
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all such layers."""
-        pruned = [layer for layer in case.layers if _zeros(layer) >= _LEAST and layer.name not in case.explained]
+        pruned = [layer for layer in case.left if _zeros(layer) >= _LEAST]
         found = [layer for layer in case.off if layer in pruned]
         if not found:
             return

@@ -30,6 +30,9 @@ class SharedNorm(Cause):
         neither. In training each call, each batch, is normalized by its own statistics. In eval mode all get the
         average, which is right for none.
 
+    What excludes it:
+        Stored statistics that fit one of the two inputs.
+
     Evidence:
         The distance between the calls, or the kinds, and of the stored statistics from each.
 
@@ -38,6 +41,8 @@ class SharedNorm(Cause):
     """
 
     key = "shared_norm"
+    excluded_at_home = False
+    excluded_by_freeze = False
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for norms called on several inputs, one for batches of two kinds."""

@@ -33,6 +33,9 @@ class SmallBatches(Cause):
         deviation of these few values; each later norm meets, and stores, what that makes of them, and eval mode does
         something else. The stored statistics are noisy, too: an average over 19 batches of two is one of 38 samples.
 
+    What excludes it:
+        Norms that the user froze: the weights may have been trained with what they store.
+
     Evidence:
         The values per channel, and the gap of the stored statistics from the population's.
 
@@ -42,6 +45,7 @@ class SmallBatches(Cause):
     """
 
     key = "small_batches"
+    excluded_at_home = False
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for all layers whose stored statistics are not the population's."""
@@ -90,7 +94,7 @@ class SmallBatches(Cause):
 
 def _apart(case: Case) -> list[LayerGap]:
     """Return the layers that are not on population statistics: if one is far off, those that are less so too."""
-    left = [layer for layer in case.layers if layer.name not in case.explained]
+    left = case.left
     if not any(layer.apart > case.gaps.threshold for layer in left):
         return []
     return [layer for layer in left if layer.apart > SMALL]

@@ -18,6 +18,10 @@ class Stale(Cause):
         after the statistics were taken: loaded from another checkpoint, trained on with the norms in eval mode,
         quantized, merged; or the data are not those of the training in a way that ``training_batches`` would tell.
 
+    What excludes it:
+        Statistics that fit the training batches: then the data changed, not the model.
+        Norms that the user froze: the weights may have been trained with what they store.
+
     Evidence:
         The gap of the first guilty layer: mean shift and variance ratio.
 

@@ -11,6 +11,8 @@ from batchnorm.nn.select import named_norms
 
 __all__ = ["TrainMode"]
 
+_MOST_NAMES = 4
+
 
 class TrainMode(Cause):
     """A norm that normalizes by the batch in eval mode.
@@ -21,6 +23,9 @@ class TrainMode(Cause):
         called with ``training=True``. A model handed over in train mode is one that its user is training: its norms'
         mode is no fault then.
 
+    What excludes it:
+        A model handed over in train mode, whose norms train with it.
+
     Evidence:
         The modes, and how much the output of one sample depends on the others.
 
@@ -29,6 +34,9 @@ class TrainMode(Cause):
     """
 
     key = "train_mode"
+    excluded_at_home = False
+    excluded_by_freeze = False
+    judged_by_metric = False
 
     def find(self, case: Case) -> Iterator[Suspicion]:
         """Yield one suspicion for norms in train mode, one for norms without statistics."""
@@ -67,9 +75,11 @@ class TrainMode(Cause):
 
 
 def _give_statistics(names: list[str]) -> str:
-    norms = ", ".join(module_line(name) for name in names)
+    norms = f"[{', '.join(module_line(name) for name in names)}]"
+    if len(names) > _MOST_NAMES:
+        norms = "[m for m in model.modules() if hasattr(m, 'running_var') and m.running_var is None]"
     return (
-        f"for norm in [{norms}]: norm.track_running_stats = True; "
+        f"for norm in {norms}: norm.track_running_stats = True; "
         "norm.register_buffer('running_mean', torch.zeros(norm.num_features)); "
         "norm.register_buffer('running_var', torch.ones(norm.num_features))  "
         "# then batchnorm.recalibrate(model, batches)"
