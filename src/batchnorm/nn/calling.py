@@ -91,6 +91,11 @@ class _EagerStance:
         """Return how many uses this thread is in."""
         return self._depths.get(threading.current_thread(), 0)
 
+    def forget(self, thread: threading.Thread) -> None:
+        """Count a thread no more, which is stuck."""
+        self._depths.pop(thread, None)
+        self.leave_to(self.depth())
+
     def leave_to(self, depth: int) -> None:
         """Let this thread be in so many uses, and set the stance that all threads together ask for.
 

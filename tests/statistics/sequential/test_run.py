@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +15,10 @@ from tests.statistics.sequential.networks import assert_alike, expected, images,
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchError
+from batchnorm.nn.calling import compiled_modules_eager
 from batchnorm.statistics import recalibrate
 from batchnorm.statistics.operators import NormCall
-from batchnorm.statistics.sequential import sweep
+from batchnorm.statistics.sequential import run, sweep
 
 
 @pytest.mark.parametrize("memory", [None, 10_000])
@@ -112,3 +116,54 @@ def test_norms_inside_the_branches_of_a_cond_are_measured(order: Any) -> None:
     assert [layer.name for layer in result.layers] == ["norm1", "norm2", "norm3"]
     for name, buffer in zip(dict(model.named_buffers()), plain.buffers(), strict=True):
         torch.testing.assert_close(model.get_buffer(name), buffer)
+
+
+class Loops(nn.Module):
+    """Never comes out of its own code, in which it calls no operator."""
+
+    def __init__(self, wait: Callable[[], object]) -> None:
+        super().__init__()
+        self.norm, self.wait, self.entered = nn.BatchNorm2d(3), wait, threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        self.entered.set()
+        while True:
+            self.wait()
+
+
+def interrupted(model: Loops) -> None:
+    """Recalibrate a model, and press Ctrl-C where it does not come out of its code."""
+    before = copy.deepcopy(model.norm.state_dict())
+
+    def press() -> None:
+        assert model.entered.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    pressing = threading.Thread(target=press)
+    pressing.start()
+    with pytest.raises(KeyboardInterrupt):
+        recalibrate(model, images(2, 4))
+    pressing.join()
+    assert all(torch.equal(value, before[key]) for key, value in model.norm.state_dict().items())
+    assert model.training
+    assert compiled_modules_eager.depth() == 0
+
+
+def test_one_interrupt_ends_a_model_that_loops_in_python() -> None:
+    threads = threading.active_count()
+    interrupted(Loops(lambda: None))
+    assert threading.active_count() == threads
+
+
+def test_one_interrupt_gives_up_a_model_that_waits_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "GIVE_UP", 1)
+    threads, let_go = set(threading.enumerate()), threading.Lock()
+    let_go.acquire()
+    with pytest.warns(RuntimeWarning, match="a thread is left behind"):
+        interrupted(Loops(lambda: let_go.acquire()))
+    assert not any(compiled_modules_eager._depths.values())
+    let_go.release()  # the call ends, and with it the thread
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(60)
+        assert not thread.is_alive()

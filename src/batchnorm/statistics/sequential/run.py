@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.nn.calling import below_autograd
+from batchnorm.nn.calling import below_autograd, compiled_modules_eager
 from batchnorm.statistics.operators import NormCall, run_with_functions
 from batchnorm.statistics.sequential.ambient import Ambient
 from batchnorm.statistics.sequential.storages import Storages
@@ -55,6 +58,16 @@ class _Ended:
 
 class _Abandoned(BaseException):
     """Raised inside the model to leave it."""
+
+
+GIVE_UP = 10
+"""So many seconds a run that is abandoned is waited for."""
+
+
+def raise_in(thread: threading.Thread, error: type[BaseException]) -> None:
+    """Raise an exception in another thread, before the next line of Python that it runs."""
+    if thread.ident is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(error))
 
 
 class Stuck(Exception):  # noqa: N818
@@ -150,11 +163,27 @@ class Run:
         self._replies.put(None)
 
     def abandon(self) -> None:
-        """Leave the model where it stands, and give all memory back."""
+        """Leave the model where it stands, and give all memory back.
+
+        A model that calls no operator for a second, in a loop of its own say, is left by an exception between two lines
+        of it. One that waits in something written in C, which no exception reaches, is given up with a warning.
+        """
         self.tell_to_leave()  # in any case: a thread that was begun a moment ago is not alive yet
-        while self._thread.is_alive():
+        for second in count():
             self._replies.put(None)
             self._thread.join(timeout=1)  # a model that catches everything is told again at its next operator
+            if not self._thread.is_alive():
+                break
+            if second == GIVE_UP:
+                compiled_modules_eager.forget(self._thread)
+                warnings.warn(
+                    "The model has been in one call that cannot be interrupted for "
+                    f"{GIVE_UP} seconds; a thread is left behind, which ends when that call does.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                break
+            raise_in(self._thread, _Abandoned)
         self._requests, self._call = SimpleQueue(), None
 
     # -- in the thread that calls go() ---------------------------------------------------------------------------------
