@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import batchnorm.monitor
 from batchnorm.cli.load import load_model
 from batchnorm.statistics.recalibrate import recalibrate
 
@@ -105,3 +106,19 @@ def test_verbose_shows_every_norm(command: Callable[..., Any]) -> None:
     done = command("watch", *MODEL, "-d", "images.npz", "--verbose")
     assert done.code == 0
     assert "detectable" in done.out
+
+
+def test_what_was_measured_on_a_model_with_frozen_norms_is_a_reference(command: Callable[..., Any], here: Path) -> None:
+    model = load_model("net:build", here / "net.pt", seed=3).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # statistics of other data, on which it was fine-tuned
+            assert module.running_mean is not None
+            module.running_mean += 2
+    torch.save(model.state_dict(), here / "tuned.pt")
+    pictures = torch.randn(400, 3, 32, 32, generator=torch.Generator().manual_seed(6)) * 2 + 1
+    batchnorm.monitor.measure(model, pictures.split(20)).save(here / "met.safetensors")
+    tuned = ("watch", "-m", "net:build", "-w", "tuned.pt", "-b", 20)
+    assert command(*tuned, "-d", "images.npz").code == 1
+    assert command(*tuned, "-d", "images.npz", "--reference", "met.safetensors").code == 0
+    assert command(*tuned, "-d", shifted(here), "--reference", "met.safetensors").code == 1
+    assert "no such file" in command(*tuned, "-d", "images.npz", "--reference", "nowhere.safetensors").sentence.lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,6 +34,7 @@ __all__ = ["EPILOG", "watch"]
 EPILOG = examples(
     "batchnorm watch -m net:build -w net.pt -d images.npz",
     "batchnorm watch -m net:build -w net.pt -d net:batches --html drift.html",
+    "batchnorm watch -m net:build -w tuned.pt -d today.npz --reference population.safetensors",
 )
 
 
@@ -43,6 +45,15 @@ def watch(
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     names: Names = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference",
+            metavar="FILE",
+            rich_help_panel=NORMS,
+            help="Compare with the moments in a file of recalibrate --population, not with the stored statistics.",
+        ),
+    ] = None,
     tolerance: Annotated[
         float,
         typer.Option(
@@ -81,10 +92,12 @@ def watch(
     check_destinations(None, html)
     with only_result_on_stdout():
         from batchnorm.cli.load import load_batches, load_model
+        from batchnorm.statistics.population import Population
 
         network = load_model(model, weights, seed=seed).eval()
         batches = load_batches(data, network, batch_size=batch_size)
-        result = _watch(network, batches, names=names or None, tolerance=tolerance, level=level)
+        known = None if reference is None else Population.load(reference)
+        result = _watch(network, batches, names=names or None, reference=known, tolerance=tolerance, level=level)
         with writing() as files:
             files.write("--html", html, result.to_html)
     publish(result.whole() if verbose else result, json_=json_, html=html)
