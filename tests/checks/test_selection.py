@@ -14,7 +14,7 @@ from batchnorm.errors import UnknownNameError
         ("BN001", None, ["BN001"]),
         (["dropout-before-norm", "bn002"], None, ["BN002", "BN004"]),
         ("BN", ["BN001", "BN00"], []),
-        (None, ["BN001", "BN003", "norm-after-relu"], ["BN004", "BN005", "BN006"]),
+        (["BN001", "BN002", "BN003", "BN004"], ["BN001", "BN003", "norm-after-relu"], ["BN004"]),
     ],
 )
 def test_rules_are_chosen_by_code_name_or_beginning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
 from torch.nn import Module, Sequential
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -12,13 +13,49 @@ from batchnorm.graph.dataflow import Call, Graph, Value
 from batchnorm.graph.families import PASSING, family
 from batchnorm.graph.insertion import KeyChanges
 
-__all__ = ["layer_name", "norm_module", "source", "swap"]
+__all__ = ["initial_statistics", "layer_name", "norm_module", "setting", "source", "stored", "swap"]
 
 
 def norm_module(model: Module, norm: Call) -> _BatchNorm | None:
     """Return the norm whose forward made the call; None for a functional one."""
     module = model.get_submodule(norm.module)
     return module if isinstance(module, _BatchNorm) else None
+
+
+def stored(model: Module, call: Call, argument: str) -> Tensor | None:
+    """Return the model's own tensor that a call reads as ``argument``; None if it reads none, or one without memory."""
+    value = call.args.get(argument)
+    if not isinstance(value, Value) or not value.names:
+        return None
+    holder, _, name = value.names[0].rpartition(".")
+    tensor = getattr(model.get_submodule(holder), name, None)
+    return tensor.detach() if isinstance(tensor, Tensor) and not tensor.is_meta else None
+
+
+def initial_statistics(mean: Tensor | None, var: Tensor | None) -> bool:
+    """Whether running statistics are those that a new norm has: mean 0 and variance 1 in every channel."""
+    if mean is None or var is None or not var.numel():
+        return False
+    return not mean.any() and bool((var == 1).all())
+
+
+def setting(name: str, option: str, value: float) -> Callable[[Module], KeyChanges]:
+    """Return what sets an option, momentum or ε, of the norm of that name."""
+
+    def apply(copy: Module) -> KeyChanges:
+        try:
+            norm = copy.get_submodule(name)
+        except AttributeError:
+            norm = None
+        if not isinstance(norm, _BatchNorm):
+            raise StateError(
+                f"{name}: expected the norm that was there when the model was read, and it is not. "
+                "Call check on the model as it is now."
+            )
+        setattr(norm, option, value)
+        return KeyChanges({}, [])
+
+    return apply
 
 
 def layer_name(call: Call) -> str:

@@ -6,6 +6,9 @@ from batchnorm.checks.rule import Rule
 from batchnorm.checks.rules.batch_mode_in_eval import BatchModeInEval
 from batchnorm.checks.rules.bias_before_norm import BiasBeforeNorm
 from batchnorm.checks.rules.dropout_before_norm import DropoutBeforeNorm
+from batchnorm.checks.rules.extreme_momentum import ExtremeMomentum
+from batchnorm.checks.rules.implausible_eps import ImplausibleEps
+from batchnorm.checks.rules.invalid_values import InvalidValues
 from batchnorm.checks.rules.no_norm_before_saturation import NoNormBeforeSaturation
 from batchnorm.checks.rules.norm_after_relu import NormAfterReLU
 from batchnorm.checks.rules.statistics_never_updated import StatisticsNeverUpdated
@@ -19,5 +22,8 @@ RULES: tuple[type[Rule], ...] = (
     DropoutBeforeNorm,
     BatchModeInEval,
     StatisticsNeverUpdated,
+    InvalidValues,
+    ExtremeMomentum,
+    ImplausibleEps,
 )
 """Every rule, by code."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.checks.patterns import norm_module
+from batchnorm.checks.patterns import initial_statistics, norm_module
 from batchnorm.checks.rule import Finding, Rule
 from batchnorm.graph.dataflow import Call, Graph
 from batchnorm.graph.placement import norm_calls
@@ -76,7 +76,7 @@ def _is_initial(norm: _BatchNorm) -> bool:
     mean, var = norm.running_mean, norm.running_var
     if mean is None or var is None or mean.is_meta or var.is_meta or not var.numel():
         return False
-    if not mean.any() and bool((var == 1).all()):
+    if initial_statistics(mean, var):
         return True
     # of measured variances no two are the same; γ = 1 tells a placed norm of one channel from a trained one
     return _count(norm) == 0 and bool((var == var[0]).all()) and _is_one(norm.weight)
