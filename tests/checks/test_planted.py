@@ -168,6 +168,73 @@ def no_eps(kind: Kind) -> nn.Module:
     return nn.Sequential(kind.layer(), Broken(kind.norm(), lambda norm: setattr(norm, "eps", 0.0)))
 
 
+@plant("BN010")
+def two_norms(kind: Kind) -> nn.Module:
+    return nn.Sequential(kind.layer(), kind.norm(), nn.Identity(), kind.norm())
+
+
+class Code(nn.Module):
+    """Two layers with norms, called by a function."""
+
+    def __init__(self, kind: Kind, forward: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.norm, self.last = kind.layer(), kind.layer(), kind.norm(), kind.norm()
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(self, x)
+
+
+@plant("BN012")
+def one_norm_for_two_layers(kind: Kind) -> nn.Module:
+    return Code(kind, lambda m, x: m.norm(m.two(F.relu(m.norm(m.one(x))))))
+
+
+@plant("BN012")
+def one_norm_for_two_branches(kind: Kind) -> nn.Module:
+    return Code(kind, lambda m, x: m.norm(m.one(x)) + m.norm(m.two(x)))
+
+
+def functional(m: Any, x: Tensor, **options: Any) -> Tensor:
+    norm = m.last
+    return F.batch_norm(m.one(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, **options)
+
+
+@plant("BN013", True)
+def functional_without_training(kind: Kind) -> nn.Module:
+    return Code(kind, functional)
+
+
+@plant("BN013", True)
+def functional_never_in_training(kind: Kind) -> nn.Module:
+    return Code(kind, lambda m, x: functional(m, x, training=False))
+
+
+@plant("BN013", True)
+def functional_always_in_training(kind: Kind) -> nn.Module:
+    return Code(kind, lambda m, x: functional(m, x, training=True))
+
+
+@plant("BN005", False)
+def functional_in_training_in_eval_mode(kind: Kind) -> nn.Module:
+    return Code(kind, lambda m, x: functional(m, x, training=True))
+
+
+@plant("BN015")
+def gelu_first(kind: Kind) -> nn.Module:
+    return nn.Sequential(kind.layer(), nn.GELU(), kind.norm())
+
+
+@plant("BN015")
+def leaky_first(kind: Kind) -> nn.Module:
+    return nn.Sequential(kind.layer(), nn.LeakyReLU(0.2), kind.norm())
+
+
+@plant("BN015")
+def prelu_first(kind: Kind) -> nn.Module:
+    return nn.Sequential(kind.layer(), nn.PReLU(), kind.norm())
+
+
 CASES = [
     pytest.param(code, unit, kind, mode, id=f"{code}-{unit.__name__}-{kind}-{'train' if mode else 'eval'}")
     for code, units in PLANTED.items()
@@ -183,7 +250,7 @@ def test_what_was_planted_is_found_and_nothing_else(
 ) -> None:
     kind = Kind(name)
     model = kind.net(unit(kind)).train(training)
-    (finding,) = check(model, kind.inputs()).findings
+    (finding,) = check(model, kind.inputs(), select=["BN", code]).findings
     assert finding.code == code
     assert finding.layer.startswith("3")
 
@@ -195,5 +262,58 @@ def test_nothing_is_found_where_nothing_is_wrong(name: str, training: bool) -> N
     assert check(kind.net(clean(kind)).train(training), kind.inputs()).findings == []
 
 
+@pytest.mark.parametrize("unit", [gelu_first, leaky_first, prelu_first])
+@pytest.mark.parametrize("name", KINDS)
+def test_the_order_that_is_a_choice_is_found_only_if_asked_for(unit: Callable[[Kind], nn.Module], name: str) -> None:
+    kind = Kind(name)
+    assert check(kind.net(unit(kind)), kind.inputs()).findings == []
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_few_values_are_found_in_training_mode(name: str) -> None:
+    kind = Kind(name)
+    model, few = kind.net(clean(kind)), kind.inputs()[:2] if name == "mlp" else torch.randn(3, 3, 1, 1)
+    (finding,) = check(model, few).findings
+    assert (finding.code, finding.layer) == ("BN014", "")
+    assert "2 norms (1, 3" in finding.message
+    assert check(model.eval(), few).findings == []
+
+
+class Tokens(nn.Module):
+    """Features of positions, (N, L, C), by three ways, and a norm that takes either axis for channels."""
+
+    def __init__(self, name: str, *, turn: bool) -> None:
+        super().__init__()
+        self.name, self.turn = name, turn
+        self.linear, self.embedding = nn.Linear(8, 8, bias=False), nn.Embedding(5, 8)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.norm = nn.BatchNorm1d(8 if turn else 6)
+
+    def features(self, x: Tensor) -> Tensor:
+        if self.name == "mlp":
+            return self.linear(F.relu(self.linear(x) * 2))
+        if self.name == "embedding":
+            return F.gelu(self.embedding(x[..., 0].abs().long().clamp(max=4)))
+        if self.name == "lstm":
+            return self.lstm(x)[0]
+        x = self.linear(x)
+        return x + self.linear(F.gelu(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        return self.norm(x.transpose(1, 2)).transpose(1, 2) if self.turn else self.norm(x)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["mlp", "embedding", "lstm", "residual"])
+def test_a_norm_over_positions_is_found_and_one_over_features_is_not(name: str, training: bool) -> None:
+    x = torch.randn(4, 6, 8)
+    for turn in (False, True):
+        model = Tokens(name, turn=turn)
+        model(x)
+        found = check(model.train(training), x).findings
+        assert [(f.code, f.layer) for f in found] == ([] if turn else [("BN011", "norm")])
+
+
 def test_every_rule_is_planted() -> None:
-    assert {rule.code for rule in RULES} == set(PLANTED)
+    assert {rule.code for rule in RULES} == set(PLANTED) | {"BN011", "BN014"}  # those have tests of their own

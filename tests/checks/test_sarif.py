@@ -26,7 +26,7 @@ DESCRIPTOR = closed(
     shortDescription=MESSAGE,
     fullDescription=MESSAGE,
     help=MESSAGE,
-    defaultConfiguration=closed([], level=LEVEL),
+    defaultConfiguration=closed([], enabled={"type": "boolean"}, level=LEVEL),
 )
 LOCATION = closed(
     [],
@@ -70,7 +70,7 @@ def test_the_log_is_as_the_standard_wants_it(source: str | None) -> None:
     jsonschema.validate(json.loads(json.dumps(log)), SCHEMA)
     (run,) = log["runs"]
     rules = run["tool"]["driver"]["rules"]
-    assert [rule["id"] for rule in rules] == [rule.code for rule in RULES]
+    assert [rule["id"] for rule in rules] == [rule.code for rule in RULES if rule.by_default]
     assert [result["ruleId"] for result in run["results"]] == ["BN001", "BN006", "BN004"]
     assert all(rules[result["ruleIndex"]]["id"] == result["ruleId"] for result in run["results"])
     places = [result["locations"][0]["logicalLocations"][0]["fullyQualifiedName"] for result in run["results"]]
@@ -93,3 +93,11 @@ def test_a_clean_model_gives_a_log_without_results() -> None:
     jsonschema.validate(log, SCHEMA)
     assert log["runs"][0]["results"] == []
     assert len(log["runs"][0]["tool"]["driver"]["rules"]) == 1
+
+
+def test_a_rule_that_is_off_by_default_is_said_to_be() -> None:
+    log = check(model(), torch.randn(2, 3, 8, 8), select=["BN", "BN015"]).to_sarif()
+    jsonschema.validate(json.loads(json.dumps(log)), SCHEMA)
+    rules = log["runs"][0]["tool"]["driver"]["rules"]
+    assert [rule["id"] for rule in rules if not rule["defaultConfiguration"]["enabled"]] == ["BN015"]
+    assert len(rules) == len(RULES)

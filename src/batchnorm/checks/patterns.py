@@ -13,7 +13,7 @@ from batchnorm.graph.dataflow import Call, Graph, Value
 from batchnorm.graph.families import PASSING, family
 from batchnorm.graph.insertion import KeyChanges
 
-__all__ = ["initial_statistics", "layer_name", "norm_module", "setting", "source", "stored", "swap"]
+__all__ = ["initial_statistics", "layer_name", "norm_module", "setting", "sole_reader", "source", "stored", "swap"]
 
 
 def norm_module(model: Module, norm: Call) -> _BatchNorm | None:
@@ -70,6 +70,17 @@ def source(value: Value) -> Call | None:
     while call is not None and family(call) in PASSING:
         call = next(call.tensor_args()).producer
     return call
+
+
+def sole_reader(graph: Graph, value: Value) -> Call | None:
+    """Return the one operator that reads ``value``, looking through those that only hand it on; None if more do."""
+    while True:
+        readers = graph.readers(value)
+        if len(readers) != 1 or graph.is_output(value):
+            return None
+        if family(readers[0]) not in PASSING:
+            return readers[0]
+        value = readers[0].output
 
 
 def swap(model: Module, graph: Graph, first: Call, second: Call) -> Callable[[Module], KeyChanges] | None:

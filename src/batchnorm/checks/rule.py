@@ -91,14 +91,25 @@ class Rule(ABC):
     Attributes:
         code: ``"BN"`` and three digits; never given to another rule again.
         name: the same in words, in kebab case.
+        by_default: whether it runs without being selected. A rule whose findings are a choice in good networks does
+            not.
     """
 
     code: ClassVar[str]
     name: ClassVar[str]
+    by_default: ClassVar[bool] = True
 
     @abstractmethod
     def find(self, model: Module, graph: Graph) -> Iterator[Finding]:
         """Yield what the rule finds in a model whose dataflow is ``graph``."""
+
+    def needs_eval(self, model: Module, graph: Graph) -> bool:
+        """Whether the rule asks for the dataflow in eval mode, too, of a model in training mode; ``graph`` is in it."""
+        return False
+
+    def find_in_eval(self, model: Module, graph: Graph) -> Iterator[Finding]:
+        """Yield what shows in the dataflow in eval mode only; the model is in eval mode meanwhile."""
+        yield from ()
 
     def finding(self, layer: str, message: str, advice: str, call: Call, fix: Fix | None = None) -> Finding:
         """Make a finding of this rule, at an operator call."""

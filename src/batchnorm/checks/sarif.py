@@ -51,7 +51,7 @@ def _descriptor(rule: type[Rule]) -> dict[str, Any]:
         "shortDescription": {"text": rule.summary()},
         "fullDescription": {"text": _flowing(sections["What it does"])},
         "help": {"text": rule.page()},
-        "defaultConfiguration": {"level": "warning"},
+        "defaultConfiguration": {"enabled": rule.by_default, "level": "warning"},
     }
 
 

@@ -26,11 +26,12 @@ from batchnorm.graph.trace import trace
 from batchnorm.graph.verify import Agreement, Reference, run
 from batchnorm.nn.snapshot import untouched
 
-__all__ = ["Comparison", "trace_in_mode"]
+__all__ = ["Comparison", "in_mode", "trace_in_mode"]
 
 
 @contextmanager
-def _mode(model: Module, training: bool) -> Iterator[None]:
+def in_mode(model: Module, *, training: bool) -> Iterator[None]:
+    """Put the model into train or eval mode for a block, and leave it as it was."""
     with untouched(model):
         model.train(training)
         yield
@@ -38,7 +39,7 @@ def _mode(model: Module, training: bool) -> Iterator[None]:
 
 def trace_in_mode(model: Module, example_inputs: Any, *, training: bool) -> Graph:
     """Return the dataflow in train or eval mode; the model is left in the mode it is in."""
-    with _mode(model, training):
+    with in_mode(model, training=training):
         return trace(model, example_inputs)
 
 
@@ -78,7 +79,7 @@ class Comparison:
             VerificationError: the models are not the same.
             InputError: one of them fails on the inputs.
         """
-        with _mode(self._before, training), _mode(self._after, training):
+        with in_mode(self._before, training=training), in_mode(self._after, training=training):
             runs = self._that_run()
             graph = trace(self._before, runs)
             for number, label in enumerate(runs.labels):

@@ -30,7 +30,8 @@ def _print_rules(wanted: bool) -> None:
         from batchnorm.checks.rules import RULES
 
         for rule in RULES:
-            typer.echo(f"{rule.code}  {rule.name:26}  {rule.summary()}")
+            off = "" if rule.by_default else " Off unless selected."
+            typer.echo(f"{rule.code}  {rule.name:28}  {rule.summary()}{off}")
         raise typer.Exit
 
 

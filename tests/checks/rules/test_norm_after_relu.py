@@ -30,7 +30,8 @@ def test_flagged_and_fixed(relu: nn.Module) -> None:
     [
         [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()],
         [nn.Conv2d(3, 4, 3), nn.LeakyReLU(), nn.BatchNorm2d(4)],
-        [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(4)],
+        [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.BatchNorm2d(4)],
+        [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(4)],
         [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)],
         [nn.ReLU(), nn.BatchNorm2d(3)],
     ],
@@ -89,3 +90,34 @@ class Backwards(nn.Sequential):
 def test_modules_that_cannot_change_places_have_no_fix(model: nn.Module) -> None:
     (finding,) = findings(model)
     assert finding.fix is None
+
+
+@pytest.mark.parametrize("between", [nn.MaxPool2d(2), nn.Dropout(0.5), nn.Sequential(nn.MaxPool2d(2), nn.Dropout2d())])
+def test_maxima_and_dropout_between_do_not_hide_it(between: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), between, nn.BatchNorm2d(4))
+    for training in (True, False):
+        (finding,) = findings(model.train(training))
+        assert (finding.layer, finding.fix) == ("3", None)
+
+
+class PreActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.pool = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.conv(x)))
+        return x + F.relu(self.norm(x))
+
+
+def test_a_shortcut_around_the_norm_is_pre_activation() -> None:
+    assert findings(PreActivation()) == []
+
+
+@pytest.mark.parametrize(("norms", "slips", "code"), [(9, 0, "BN002"), (10, 0, "BN015"), (10, 2, "BN002")])
+def test_an_order_kept_throughout_a_deep_network_is_a_design(norms: int, slips: int, code: str) -> None:
+    after = [m for _ in range(norms) for m in (nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3))]
+    before = [m for _ in range(slips) for m in (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())]
+    model = nn.Sequential(*after, *before)
+    found = check(model, torch.randn(4, 3, 6, 6), select=["BN002", "BN015"]).findings
+    assert [f.code for f in found] == [code] * norms

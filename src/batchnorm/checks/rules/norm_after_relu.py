@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from torch.nn import Module
 
-from batchnorm.checks.patterns import layer_name, source, swap
+from batchnorm.checks.order import activated_layer, is_a_design
+from batchnorm.checks.patterns import layer_name, swap
 from batchnorm.checks.rule import Finding, Fix, Rule
 from batchnorm.graph.dataflow import Graph
-from batchnorm.graph.families import LAYERS, family, suppresses
+from batchnorm.graph.families import family, suppresses
 from batchnorm.graph.placement import norm_calls
 
 __all__ = ["NormAfterReLU"]
@@ -19,9 +20,11 @@ class NormAfterReLU(Rule):
     """A norm after the ReLU instead of before it.
 
     What it does:
-        Finds batch norms that directly follow a ReLU (or ReLU6, or a clamp at zero) that directly follows a
-        convolution or linear layer. A norm that reads a concatenation or a sum of such outputs is a different design
-        (DenseNet, pre-activation ResNet) and is not meant.
+        Finds batch norms that follow a ReLU (or ReLU6, or a clamp at zero) that directly follows a convolution or
+        linear layer. Dropout and maximum pooling may lie between ReLU and norm. A norm that reads a concatenation or a
+        sum of such outputs is a different design (DenseNet, pre-activation ResNet) and is not meant, nor is a deep
+        network that keeps this order throughout (ConvMixer, time-delay networks): ten norms or more, and nine tenths of
+        those behind layers. Select ``norm-after-activation`` to have these found, too.
 
     Why it matters:
         The ReLU sets what is negative to zero. The norm subtracts the mean after that, which moves the zeros to a
@@ -53,13 +56,13 @@ class NormAfterReLU(Rule):
 
     def find(self, model: Module, graph: Graph) -> Iterator[Finding]:
         """Yield the norms that follow a layer and its ReLU."""
+        if is_a_design(graph):
+            return
         for norm in norm_calls(graph):
-            relu = source(norm.args["input"])
-            if relu is None or not suppresses(relu):
+            found = activated_layer(graph, norm)
+            if found is None or not suppresses(found[0]):
                 continue
-            layer = source(next(relu.tensor_args()))
-            if layer is None or family(layer) not in LAYERS:
-                continue
+            relu, layer = found
             swapped = swap(model, graph, relu, norm)
             yield self.finding(
                 layer_name(norm),
