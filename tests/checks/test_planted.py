@@ -75,6 +75,38 @@ def bias(kind: Kind) -> nn.Module:
     return nn.Sequential(kind.layer(bias=True), kind.norm())
 
 
+@plant("BN001")
+def bias_before_an_average(kind: Kind) -> nn.Module:
+    between = nn.Identity() if kind.flat else nn.AvgPool2d(2)
+    return nn.Sequential(kind.layer(bias=True), between, kind.norm())
+
+
+@plant("BN001")
+def bias_before_a_maximum(kind: Kind) -> nn.Module:
+    between = nn.Identity() if kind.flat else nn.MaxPool2d(3, 2, 1)
+    return nn.Sequential(kind.layer(bias=True), between, kind.norm())
+
+
+@plant("BN001")
+def bias_before_three_norms(kind: Kind) -> nn.Module:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norms = kind.layer(bias=True), nn.ModuleList(kind.norm() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.layer(x)
+            return sum(norm(y) for norm in self.norms)
+
+    return Three()
+
+
+@plant("BN002")
+def relu_and_pool_first(kind: Kind) -> nn.Module:
+    between = nn.Dropout(0.0) if kind.flat else nn.MaxPool2d(2)
+    return nn.Sequential(kind.layer(), nn.ReLU(), between, kind.norm())
+
+
 @plant("BN002")
 def relu_first(kind: Kind) -> nn.Module:
     return nn.Sequential(kind.layer(), nn.ReLU(), kind.norm())

@@ -18,6 +18,9 @@ where η is the smallest subnormal number, for a difference below the normal ran
 off by at most e = 2γ_n max(|W||x| + |b|), n = K + m + 12; 1/ς is off by the factor e/ς at most, and by γ_n for the sum
 of squares. To first order each side errs by |γ|·(e/ς + (e/ς + γ_n)·|d|/ς) + γ_n|β|. The bound is four times that: twice
 for the two sides, and twice for what is of higher order.
+
+Pooling, means and interpolation between layer and norm are averages or maxima of what is compared here, and move by no
+more than it does.
 """
 
 from __future__ import annotations

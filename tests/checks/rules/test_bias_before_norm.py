@@ -70,7 +70,14 @@ class Custom(nn.Module):
         lambda net, x: net.norm(F.relu(net.conv(x))),
         lambda net, x: net.norm(y := net.conv(x)) + y,
         lambda net, x: (net.norm(y := net.conv(x)), y),
-        lambda net, x: net.norm(F.max_pool2d(net.conv(x), 2)),
+        lambda net, x: net.norm(F.avg_pool2d(net.conv(x), 3, 1, padding=1)),
+        lambda net, x: net.norm(F.avg_pool2d(net.conv(x), 2, divisor_override=3)),
+        lambda net, x: net.norm(F.relu(F.avg_pool2d(net.conv(x), 2))),
+        lambda net, x: net.norm(net.conv(x).transpose(1, 3).mean(1, keepdim=True).expand(-1, 4, -1, -1)),
+        lambda net, x: net.norm(F.avg_pool2d(y := net.conv(x), 2)).sum() + y,
+        lambda net, x: (net.norm(y := net.conv(x)), F.relu(y)),
+        lambda net, x: (net.norm(net.conv(x)), net.conv(x)),
+        lambda net, x: net.norm(net.conv(x)) * net.conv.bias.sum(),
         lambda net, x: F.group_norm(net.conv(x), 2),
         lambda net, x: net.norm(F.conv2d(x, net.conv.weight)),
     ],
@@ -104,6 +111,8 @@ def test_flagged_without_a_fix(forward: Any, phrase: str) -> None:
 def test_shared_tensors_have_no_fix() -> None:
     tied = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
     tied[2].bias = tied[0].bias
+    assert findings(tied, 2, 3, 4, 4) == []  # it has an effect in the second layer
+    tied.append(nn.BatchNorm2d(3))
     (finding,) = findings(tied, 2, 3, 4, 4)
     assert finding.fix is None
     assert "shares its parameters" in finding.advice
@@ -164,3 +173,53 @@ def test_a_bias_before_a_norm_that_a_block_keeps_on_its_running_statistics_count
         with batchnorm.use("batch", model):
             assert found() == ["BN001"]
     assert found() == ["BN001"]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.norm(F.max_pool2d(net.conv(x), 3, 2, 1)),
+        lambda net, x: net.norm(F.avg_pool2d(net.conv(x), 2)),
+        lambda net, x: net.norm(F.avg_pool2d(net.conv(x), 3, 2, 1, ceil_mode=True, count_include_pad=False)),
+        lambda net, x: net.norm(F.adaptive_avg_pool2d(F.max_pool2d(net.conv(x), 2), 1)),
+        lambda net, x: net.norm(net.conv(x).mean((2, 3), keepdim=True)),
+        lambda net, x: net.norm(net.conv(x).flatten(2).mean(2)[..., None, None]),
+        lambda net, x: net.norm(F.interpolate(net.conv(x), scale_factor=2)),
+        lambda net, x: net.norm(F.interpolate(net.conv(x), scale_factor=2, mode="bilinear")),
+        lambda net, x: net.norm(F.interpolate(net.conv(x), size=(5, 9), mode="bicubic")),
+        lambda net, x: net.norm(net.conv(x).mean(3).unsqueeze(3)),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_constant_is_carried_on_to_the_norm(forward: Any, training: bool) -> None:
+    torch.manual_seed(0)
+    net = Custom(forward)
+    del net.other
+    for _ in range(3):
+        net(torch.randn(4, 3, 8, 8))
+    net.train(training)
+    x = torch.randn(4, 3, 8, 8)
+    (finding,) = check(net, x, select="BN001").findings
+    assert finding.layer == "conv"
+    fixed = check(net, x, select="BN001").fix()
+    assert [f.layer for f in fixed.applied] == ["conv"], fixed.left
+    torch.testing.assert_close(fixed.model(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: [norm(y) for y in [net.conv(x)] for norm in net.norms],
+        lambda net, x: [norm(net.conv(x)) for norm in net.norms],
+        lambda net, x: [norm(F.avg_pool2d(y, 2)) for y in [net.conv(x)] for norm in net.norms],
+    ],
+)
+def test_one_bias_before_three_norms_is_one_finding(forward: Any) -> None:
+    class Three(Custom):
+        def __init__(self) -> None:
+            super().__init__(forward)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+
+    (finding,) = findings(Three(), 2, 3, 4, 4)
+    assert (finding.layer, finding.fix) == ("conv", None)
+    assert "its 3 norms (norms.0, norms.1, norms.2) subtract each channel's mean" in finding.message

@@ -36,6 +36,7 @@ def test_flagged_and_fixed(dropout: nn.Module, training: bool) -> None:
         [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()],
         [nn.Dropout(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)],
         [nn.Conv2d(3, 4, 3), nn.Dropout(0.0), nn.BatchNorm2d(4)],
+        [nn.Conv2d(3, 4, 3), nn.Dropout(1e-4), nn.BatchNorm2d(4)],
         [nn.Conv2d(3, 4, 3), nn.Dropout().eval(), nn.BatchNorm2d(4)],
     ],
 )

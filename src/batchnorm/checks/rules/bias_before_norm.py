@@ -12,9 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.checks.bias_proof import BiasProof
 from batchnorm.checks.patterns import layer_name, norm_module
 from batchnorm.checks.rule import Finding, Fix, Rule
+from batchnorm.checks.shifts import cancelling_norms
 from batchnorm.errors import StateError
 from batchnorm.graph.dataflow import Call, Graph, Value
-from batchnorm.graph.families import BATCH_NORMS, LAYERS, PASSING, family
+from batchnorm.graph.families import BATCH_NORMS, LAYERS, family
 from batchnorm.graph.insertion import KeyChanges, module_obstacle, slots_of
 from batchnorm.graph.norms import alternative_to, norm_uses, unreached_norms
 from batchnorm.nn.freeze import is_frozen
@@ -28,8 +29,9 @@ class BiasBeforeNorm(Rule):
 
     What it does:
         Finds convolutions, transposed convolutions and linear layers that have a bias and whose output goes to nothing
-        but a batch norm. Norms that keep fixed statistics in training (frozen ones, or in eval mode inside a model in
-        training mode) are left out: they do not subtract the batch mean.
+        but batch norms, directly or through what carries a constant per channel on unchanged: average and maximum
+        pooling, means over positions, interpolation, turned axes. Norms that keep fixed statistics in training (frozen
+        ones, or in eval mode inside a model in training mode) are left out: they do not subtract the batch mean.
 
     Why it matters:
         The norm subtracts the mean of each channel, and a bias is a part of that mean: it has no effect on the output,
@@ -52,62 +54,48 @@ class BiasBeforeNorm(Rule):
     Fix safety:
         Safe. The bias is dropped and subtracted from the running mean, so that the output is the same in eval mode; in
         training mode it is the same anyway. The state dict loses the bias. There is no fix where the layer or the norm
-        is called more than once, shares its tensors, is parametrized, or is not a module of its own.
+        is called more than once, shares its tensors, is parametrized, or is not a module of its own, nor where several
+        norms read one layer.
     """
 
     code = "BN001"
     name = "bias-before-norm"
 
     def find(self, model: Module, graph: Graph) -> Iterator[Finding]:
-        """Yield the layers whose bias has no effect."""
-        for call in graph.calls:
-            bias = call.args.get("bias") if family(call) in LAYERS else None
-            norm = _norm_of(graph, call) if isinstance(bias, Value) else None
-            if norm is None or not isinstance(bias, Value) or _keeps_its_statistics(model, norm):
+        """Yield the layers whose bias has no effect, each once."""
+        biases = dict.fromkeys(call.args.get("bias") for call in graph.calls if family(call) in LAYERS)
+        for bias in biases:
+            if not isinstance(bias, Value):
                 continue
-            obstacle = _obstacle(model, graph, call, norm)
+            readers = graph.readers(bias)
+            ends = [_ends(graph, call, bias) for call in readers]
+            norms = [norm for found, _ in ends for norm in found]
+            if not all(found for found, _ in ends) or not norms or any(_keeps_its_statistics(model, n) for n in norms):
+                continue
+            call = readers[0]
+            obstacle = _obstacle(model, graph, call, norms, ends[0][1])
             yield self.finding(
                 layer_name(call),
-                f"Its bias ({bias.shape[0]} numbers) has no effect: {_called(norm)} subtracts each "
-                "channel's mean, and the bias with it.",
+                f"Its bias ({bias.shape[0]} numbers) has no effect: {_called(norms)} each channel's mean, and the bias "
+                "with it.",
                 "Construct the layer with bias=False." + (f" It cannot be fixed here: {obstacle}" if obstacle else ""),
                 call,
-                None if obstacle else _fix(model, call, norm),
+                None if obstacle else _fix(model, call, norms[0]),
             )
 
 
-def _called(norm: Call) -> str:
-    return f"the norm {norm.module}" if norm.module else "the norm"
+def _ends(graph: Graph, call: Call, bias: Value) -> tuple[list[Call], list[Value]]:
+    """Return the norms that take the bias out again, and the values on the way, if ``call`` is a layer of that bias."""
+    meant = family(call) in LAYERS and call.args.get("bias") is bias
+    return cancelling_norms(graph, call) if meant else ([], [])
 
 
-def _norm_of(graph: Graph, layer: Call) -> Call | None:
-    """Return the norm that alone reads the layer's output, with the layer's channels for its own."""
-    value = layer.output
-    axis = len(value.shape) - 1 if family(layer) == "linear" else 1
-    while True:
-        readers = graph.readers(value)
-        if len(readers) != 1 or graph.is_output(value):
-            return None
-        (reader,) = readers
-        if family(reader) in BATCH_NORMS:
-            return reader if reader.args["input"] is value and axis == 1 else None
-        moved = _moved_axis(reader, axis, len(value.shape))
-        if moved is None:
-            return None
-        value, axis = reader.output, moved
-
-
-def _moved_axis(call: Call, axis: int, rank: int) -> int | None:
-    """Return where an operator that only rearranges axes puts ``axis``; None for any other operator."""
-    name = family(call)
-    if name in PASSING:
-        return axis
-    if name in ("transpose", "swapaxes"):
-        pair = [d % rank for k, d in call.args.items() if isinstance(d, int) and k != "self"]
-        return {pair[0]: pair[1], pair[1]: pair[0]}.get(axis, axis)
-    if name == "permute":
-        return [d % rank for d in call.args["dims"]].index(axis)
-    return None
+def _called(norms: list[Call]) -> str:
+    names = list(dict.fromkeys(norm.module for norm in norms))
+    if len(names) == 1:
+        return f"the norm {names[0]} subtracts" if names[0] else "the norm subtracts"
+    named = ", ".join(name or "(the model)" for name in names[:3]) + (", …" if len(names) > 3 else "")
+    return f"its {len(names)} norms ({named}) subtract"
 
 
 def _keeps_its_statistics(model: Module, norm: Call) -> bool:
@@ -116,8 +104,30 @@ def _keeps_its_statistics(model: Module, norm: Call) -> bool:
     return held or (model.training and not norm.args["training"])
 
 
-def _obstacle(model: Module, graph: Graph, layer: Call, norm: Call) -> str | None:
+def _obstacle(model: Module, graph: Graph, layer: Call, norms: list[Call], values: list[Value]) -> str | None:
     """Return why the bias cannot be dropped without a change elsewhere, as a sentence."""
+    for norm in norms:
+        obstacle = _norm_obstacle(model, graph, norm)
+        if obstacle is not None:
+            return obstacle
+    for value in values:
+        if value.held_by:
+            return f"The layer's output is also read by {value.held_by[0]}."
+    obstacle = module_obstacle(model, graph, layer)
+    if obstacle is not None:
+        return obstacle
+    if len(norms) > 1:
+        return "Several norms read its output, and the bias is a part of each of their running means."
+    module = norm_module(model, norms[0])
+    assert module is not None
+    other = alternative_to(model, module, unreached_norms(model, norm_uses(model, graph)))
+    if other is not None:
+        return f"{other} stands beside the norm and is not reached by the example inputs: its mean would need the bias."
+    return None
+
+
+def _norm_obstacle(model: Module, graph: Graph, norm: Call) -> str | None:
+    """Return why the running mean of a norm cannot take a bias over, as a sentence."""
     module = norm_module(model, norm)
     if module is None:
         return "The norm is a function called by code, not a module."
@@ -131,14 +141,7 @@ def _obstacle(model: Module, graph: Graph, layer: Call, norm: Call) -> str | Non
         return "The norm's running mean is shared or computed."
     if mean is not None and not isinstance(module.running_mean, torch.Tensor):
         return "The norm's running mean is not a buffer of its own."
-    for value in (layer.output, norm.args["input"]):
-        if value.held_by:
-            return f"The layer's output is also read by {value.held_by[0]}."
-    obstacle = module_obstacle(model, graph, layer)
-    other = alternative_to(model, module, unreached_norms(model, norm_uses(model, graph)))
-    if obstacle is None and other is not None:
-        return f"{other} stands beside the norm and is not reached by the example inputs: its mean would need the bias."
-    return obstacle
+    return None
 
 
 def _fix(model: Module, layer: Call, norm: Call) -> Fix:

@@ -14,13 +14,16 @@ from batchnorm.graph.placement import norm_calls
 
 __all__ = ["DropoutBeforeNorm"]
 
+_FROM = 0.01
+
 
 class DropoutBeforeNorm(Rule):
     """Dropout whose output goes straight into a norm.
 
     What it does:
         Finds batch norms that directly follow dropout, of units, channels (``Dropout2d``) or the alpha kind, with
-        p > 0. Dropout that is switched off for good (``training=False`` in a module in training mode) does not count.
+        p of 0.01 or more: below, the variance changes by a percent at most where the mean is zero. Dropout that is
+        switched off for good (``training=False`` in a module in training mode) does not count.
 
     Why it matters:
         Dropout keeps the mean but not the variance: a unit with mean μ and variance σ² has variance
@@ -71,6 +74,6 @@ class DropoutBeforeNorm(Rule):
 
 
 def _drops(model: Module, dropout: Call) -> bool:
-    """Whether it drops anything in training mode."""
+    """Whether it drops enough in training mode to be seen in the variance."""
     switched_off = not dropout.args["train"] and model.get_submodule(dropout.module).training
-    return dropout.args["p"] > 0 and not switched_off
+    return dropout.args["p"] >= _FROM and not switched_off
