@@ -30,7 +30,7 @@ def check(
 ) -> CheckResult:
     """Look for misplaced and misused norms.
 
-    The model is run once, in the modes it is in, and its dataflow is read, so that functional norms, activations and
+    The model is run in the modes it is in, and its dataflow is read, so that functional norms, activations and
     code between modules count as much as modules do. The model is left as it was. Each rule has a page, its docstring:
     ``print(batchnorm.checks.RULES[0].page())``.
 
@@ -38,7 +38,7 @@ def check(
         model: any model that runs.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         select: run only these rules: codes (``"BN001"``), beginnings of codes (``"BN"``) or names
-            (``"bias-before-norm"``).
+            (``"bias-before-norm"``). A rule that is off by default runs if its whole code or its name is here.
         ignore: leave these rules out.
 
     Returns:

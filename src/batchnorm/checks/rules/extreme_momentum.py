@@ -67,7 +67,7 @@ class ExtremeMomentum(Rule):
             if problem is None:
                 continue
             better = round(1 - momentum, 10) if _FROM <= momentum < 1 else _DEFAULT
-            construct = "Pass" if module is None else "Construct the norm with"
+            construct = "Call batch_norm with" if module is None else "Construct the norm with"
             yield self.finding(
                 layer_name(norm),
                 problem,

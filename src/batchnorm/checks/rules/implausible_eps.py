@@ -21,7 +21,7 @@ class ImplausibleEps(Rule):
     """An ε as large as the variance it is added to, or none.
 
     What it does:
-        Finds norms whose ε is 0.1 or more, or zero or less. Published networks use 1e-5, PyTorch's value, to 1e-3,
+        Finds norms whose ε is 0.1 or more, or zero. Published networks use 1e-5, PyTorch's value, to 1e-3,
         TensorFlow's.
 
     Why it matters:
@@ -66,7 +66,8 @@ class ImplausibleEps(Rule):
             yield self.finding(
                 layer_name(norm),
                 message,
-                ("Pass" if by_code else "Construct the norm with") + " eps=1e-5, and train again if it was trained so.",
+                ("Call batch_norm with" if by_code else "Construct the norm with")
+                + " eps=1e-5, and train again if it was trained so.",
                 norm,
                 None if by_code else Fix("set eps to 1e-5", False, setting(norm.module, "eps", _DEFAULT)),
             )
