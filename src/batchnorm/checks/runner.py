@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch.nn import Module
@@ -66,7 +66,7 @@ def check(
     return CheckResult(find(model, example_inputs, rules), rules, model, example_inputs)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CheckResult(Result):
     """What :func:`check` found.
 
@@ -77,8 +77,8 @@ class CheckResult(Result):
 
     findings: list[Finding]
     rules: tuple[type[Rule], ...]
-    _model: Module = field(repr=False)
-    _inputs: Any = field(repr=False)
+    _model: Module
+    _inputs: Any
 
     @transaction("check().fix", lambda result: result._model.modules())
     def fix(self, *, unsafe: bool = False) -> FixResult:
@@ -114,8 +114,8 @@ class CheckResult(Result):
         fixable = sum(f.fix is not None and f.fix.safe for f in self.findings)
         unsafe = sum(f.fix is not None and not f.fix.safe for f in self.findings)
         sections = [
-            Section("", [Table(("rule", "layer", "finding", "fix"), rows)]),
-            Section("What to do", [Table(("rule", "name", "advice"), list(advice))]),
+            Section("", [Table(("rule", "layer", "finding", "fix"), rows, shown=range(len(rows)))]),
+            Section("What to do", [Table(("rule", "name", "advice"), list(advice), shown=range(len(advice)))]),
         ]
         if fixable or unsafe:
             text = f"{fixable} of {len(self.findings)} can be fixed safely" + f", {unsafe} by unsafe fixes." * bool(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchnorm.cli.options import Debug, Html, Json, Model, Output, Seed, examples
+from batchnorm.cli.options import Debug, Html, Json, Model, Output, Seed, Verbose, examples
 from batchnorm.report import Document, Result, Section, Table
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ EPILOG = examples(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Unfolded(Result):
     """What is there again.
 
@@ -82,6 +82,7 @@ def unfold(
     output: Output = None,
     html: Html = None,
     json_: Json = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> int:
     """Give a folded model its norms, statistics and weights back, bit for bit.
@@ -108,7 +109,7 @@ def unfold(
         with writing(weights, pairs) as files:
             files.write("--html", html, result.to_html)
             save_model(network, output, files=files)
-    publish(result, json_=json_, html=html, output=output)
+    publish(result, json_=json_, verbose=verbose, html=html, output=output)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +92,7 @@ class Pictures:
     left: Diagrams
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FoldResult(Result):
     """The folded model, and an account of every norm.
 
@@ -124,14 +124,14 @@ class FoldResult(Result):
     bound: float
     error_float64: float | None = None
     on_random_inputs: bool | None = None
-    pairs: Pairs | None = field(default=None, repr=False)
-    original: Any = field(default=None, repr=False)
+    pairs: Pairs | None = None
+    original: Any = None
     sizes: Sequence[str] = ()
     unseen: Sequence[str] = ()
     lost: Sequence[LostRange] = ()
-    weights: Sequence[FoldedWeight] = field(default=(), repr=False)
+    weights: Sequence[FoldedWeight] = ()
     costs: Costs | None = None
-    pictures: Pictures | None = field(default=None, repr=False)
+    pictures: Pictures | None = None
     measured: Measured | None = None
 
     @property

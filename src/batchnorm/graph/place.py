@@ -253,7 +253,7 @@ class LeftSite:
     reason: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PlaceResult(Result):
     """What :func:`place` did.
 
@@ -267,14 +267,14 @@ class PlaceResult(Result):
         warnings: what no run shows: a frozen model that learns again; what code outside ``forward`` would miss.
     """
 
-    model: Module = field(repr=False)
+    model: Module
     placed: list[PlacedNorm]
     left: list[LeftSite]
     renamed: dict[str, str]
     dropped: list[str]
     note: str | None = None
     warnings: list[str] = field(default_factory=list)
-    _fresh: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
+    _fresh: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def convert_state_dict(self, old: Mapping[str, Any]) -> dict[str, Any]:
         """Return a checkpoint of the original model as one of the placed model, which computes the same in eval mode.

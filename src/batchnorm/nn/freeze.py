@@ -276,6 +276,3 @@ class FreezeResult(Result):
     def to_dict(self) -> dict[str, Any]:
         """Return the verb, the number of norms in the model, and the layers."""
         return {"verb": self.verb, "total": self.total, "layers": [asdict(layer) for layer in self.layers]}
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.document().summary}>"

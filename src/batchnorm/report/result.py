@@ -7,7 +7,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from batchnorm.harmless import harmless
 from batchnorm.report.document import Document
+from batchnorm.report.short import shortened
 
 __all__ = ["Result", "finite_or_none"]
 
@@ -15,8 +17,9 @@ __all__ = ["Result", "finite_or_none"]
 class Result(ABC):
     """Base of the result of every verb.
 
-    ``print(result)`` shows a table, :meth:`to_dict` gives plain numbers and strings that ``json`` takes,
-    and :meth:`to_html` writes one self-contained page.
+    ``print(result)`` shows what matters in some lines, ``print(result.text(verbose=True))`` all of it, :meth:`to_dict`
+    gives plain numbers and strings that ``json`` takes, and :meth:`to_html` writes one self-contained page. A notebook
+    shows a result as tables.
     """
 
     @abstractmethod
@@ -27,6 +30,11 @@ class Result(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Return the result as numbers, strings, lists and dicts only."""
 
+    @property
+    def summary(self) -> str:
+        """The result in one line."""
+        return self.document().summary
+
     def to_html(self, path: str | Path) -> Path:
         """Write the report as one HTML file that needs nothing else, and return its path."""
         from batchnorm.report.html import (
@@ -35,11 +43,31 @@ class Result(ABC):
 
         return write_html(self.document(), path)
 
-    def __str__(self) -> str:
-        """Return the report as text, tables drawn with lines."""
+    def text(self, *, verbose: bool = False, width: int | None = None) -> str:
+        """Return the report as text.
+
+        Args:
+            verbose: all of it; else what matters, in few lines where all is well.
+            width: the longest line, in columns; by default the variable ``COLUMNS`` says, or the terminal, else 80.
+        """
         from batchnorm.report.text import to_text
 
-        return to_text(self.document())
+        document = self.document()
+        return to_text(document if verbose else shortened(document, ".text(verbose=True)"), width)
+
+    def __str__(self) -> str:
+        """Return what matters of the report as text."""
+        return self.text()
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"<{type(self).__name__}: {harmless(self.summary)}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: what matters, as tables."""
+        from batchnorm.report.html import to_fragment
+
+        return to_fragment(shortened(self.document(), ".text(verbose=True)"))
 
 
 def finite_or_none(value: float | None) -> float | None:
