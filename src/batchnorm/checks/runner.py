@@ -13,6 +13,7 @@ from batchnorm.checks.fix import FixResult, apply_fixes
 from batchnorm.checks.rule import Finding, Rule
 from batchnorm.checks.sarif import sarif_log
 from batchnorm.checks.selection import find, select_rules
+from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.require import require_readable
 from batchnorm.nn.transaction import transaction
 from batchnorm.report import Document, Paragraph, Result, Section, Table
@@ -21,6 +22,7 @@ __all__ = ["CheckResult", "check"]
 
 
 @transaction("check")
+@with_provenance("check")
 def check(
     model: Module,
     example_inputs: Any,
@@ -81,6 +83,7 @@ class CheckResult(Result):
     _inputs: Any
 
     @transaction("check().fix", lambda result: result._model.modules())
+    @with_provenance("check().fix", lambda result: result._model)
     def fix(self, *, unsafe: bool = False) -> FixResult:
         """Mend what can be mended, in a copy of the model.
 

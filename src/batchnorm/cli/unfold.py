@@ -11,6 +11,8 @@ import typer
 
 from batchnorm.cli.options import Debug, Html, Json, Model, Output, Seed, Verbose, examples
 from batchnorm.report import Document, Result, Section, Table
+from batchnorm.report.provenance import Provenance
+from batchnorm.report.result import record
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -99,6 +101,7 @@ def unfold(
         from batchnorm.cli.load.weights import fit_weights, read_weights
         from batchnorm.cli.save import save_model
         from batchnorm.graph.unfold import unfold as run
+        from batchnorm.nn.provenance import describe
 
         network = load_model(model, seed=seed)
         known = _read_pairs(pairs, network)
@@ -106,6 +109,8 @@ def unfold(
         fit_weights(network, read_weights(weights), weights)
         run(network, known, inplace=True)
         result = _result(network, known)
+        about, device = describe(network)
+        record(result, Provenance("batchnorm.unfold", about, device=device))
         with writing(weights, pairs) as files:
             files.write("--html", html, result.to_html)
             save_model(network, output, files=files)

@@ -21,6 +21,7 @@ from batchnorm.graph.ranges import LostRange
 from batchnorm.graph.threads import one_thread
 from batchnorm.graph.unfold import unfold
 from batchnorm.report import Diagrams, Document, Result
+from batchnorm.report.result import record
 
 __all__ = ["Costs", "FoldResult", "FoldedNorm", "LeftNorm", "Pictures"]
 
@@ -194,7 +195,9 @@ class FoldResult(Result):
             raise StateError("FoldResult.measure: nothing was folded, so the model is as fast as it was.")
         inputs = own_inputs(self.original) if example_inputs is None else example_inputs
         before, after = (_runnable(model) for model in (self.unfold(), self.model))
-        return replace(self, measured=measure(before, after, inputs, seconds=seconds))
+        measured = replace(self, measured=measure(before, after, inputs, seconds=seconds))
+        record(measured, self.provenance)
+        return measured
 
     @property
     def summary(self) -> str:

@@ -19,6 +19,7 @@ from batchnorm.graph.several import Several
 from batchnorm.graph.sizes import runs_of
 from batchnorm.graph.trace import trace
 from batchnorm.nn.copying import copy_model
+from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.require import require_readable
 from batchnorm.nn.transaction import on_failure, transaction
 from batchnorm.report import Document, Paragraph, Result, Section, Table
@@ -27,6 +28,7 @@ __all__ = ["LeftSite", "PlaceResult", "PlacedNorm", "place"]
 
 
 @transaction("place")
+@with_provenance("place")
 def place(model: Module, example_inputs: Any, *, inplace: bool = False) -> PlaceResult:
     r"""Insert a norm between each convolution or linear layer and the activation that reads it.
 

@@ -185,10 +185,20 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A title, one line of summary, and sections; ``more`` is how the whole is shown, where this is its short form."""
+    """A title, one line of summary, and sections.
+
+    Attributes:
+        title: what it is about.
+        summary: one line.
+        sections: the rest.
+        tone: colours the summary.
+        more: how the whole is shown, where this is the short form.
+        provenance: where it comes from, as names and values; for the page.
+    """
 
     title: str
     summary: str
     sections: Sequence[Section]
     tone: Tone = "plain"
     more: str = ""
+    provenance: Sequence[tuple[str, str]] = ()

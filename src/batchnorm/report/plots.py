@@ -48,6 +48,7 @@ _ENDS: dict[str, Any] = {
 }
 _SMALLEST = 1e-100  # beyond it, and its inverse, matplotlib overflows
 _MOST_BARS = 40  # with a name each, one below the other
+_MOST_LETTERS = 24  # of a name beside an axis: its end, which tells layers apart, and leaves room for the bars
 _MOST_POINTS = 500  # of a line; more cannot be told apart at this size
 
 
@@ -178,6 +179,7 @@ def _set_ticks(axes: Axes, plot: Plot, names: Sequence[str], lying: bool) -> Non
     across.set_major_locator(FixedLocator(values))
     across.set_major_formatter(FixedFormatter([_number(v) for v in values]))
     if names:
+        names = [name if len(name) <= _MOST_LETTERS else "…" + name[1 - _MOST_LETTERS :] for name in names]
         # more names than there is room for would lie upon each other
         shown = range(0, len(names), 1 if lying else 1 + (len(names) - 1) // 20)
         along.set_major_locator(FixedLocator(list(shown)))

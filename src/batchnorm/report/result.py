@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from batchnorm.harmless import harmless
 from batchnorm.report.document import Document
+from batchnorm.report.provenance import Provenance
 from batchnorm.report.short import shortened
 
-__all__ = ["Result", "finite_or_none"]
+__all__ = ["Result", "finite_or_none", "record"]
+
+
+_PROVENANCE = "_provenance"
 
 
 class Result(ABC):
@@ -35,13 +40,19 @@ class Result(ABC):
         """The result in one line."""
         return self.document().summary
 
+    @property
+    def provenance(self) -> Provenance:
+        """Which function returned it, of which model, on which data, and when."""
+        found = vars(self).get(_PROVENANCE)
+        return found if isinstance(found, Provenance) else Provenance()
+
     def to_html(self, path: str | Path) -> Path:
         """Write the report as one HTML file that needs nothing else, and return its path."""
         from batchnorm.report.html import (
             write_html,
         )  # Jinja is loaded only by those who ask for a page
 
-        return write_html(self.document(), path)
+        return write_html(replace(self.document(), provenance=self.provenance.rows()), path)
 
     def text(self, *, verbose: bool = False, width: int | None = None) -> str:
         """Return the report as text.
@@ -68,6 +79,11 @@ class Result(ABC):
         from batchnorm.report.html import to_fragment
 
         return to_fragment(shortened(self.document(), ".text(verbose=True)"))
+
+
+def record(result: Result, provenance: Provenance) -> None:
+    """Have a result say where it comes from; some results are frozen dataclasses, of which that is no field."""
+    vars(result)[_PROVENANCE] = provenance
 
 
 def finite_or_none(value: float | None) -> float | None:
