@@ -15,7 +15,7 @@ from markupsafe import Markup
 from batchnorm.files.replace import replacing
 from batchnorm.harmless import harmless_data
 from batchnorm.report.cells import format_cell, is_numeric
-from batchnorm.report.diagrams import mark, to_svg
+from batchnorm.report.diagrams import inside, mark, to_svg
 from batchnorm.report.document import Block, Cell, Document, Plot, Table
 from batchnorm.report.heatmap import strip
 
@@ -35,6 +35,7 @@ def to_html(document: Document) -> str:
         numbers=_numbers,
         draw=_drawing(),
         diagram=lambda block: Markup(to_svg(block)),
+        inside=inside,
         mark=lambda role: Markup(mark(role)),
         strip=strip,
         scale=[i / 64 - 1 for i in range(129)],
