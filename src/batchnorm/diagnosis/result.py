@@ -179,7 +179,8 @@ class DiagnoseResult(Result):
 
     def _notes(self) -> list[Block]:
         rows = [(_shown(note.layer), len(note.layers), note.cause, note.evidence, note.cure) for note in self.notes]
-        return [Table(("first layer", "layers", "what", "evidence", "code"), rows)]
+        columns = ("first layer", "layers", "what", "evidence", "code")
+        return [Table(columns, rows, shown=range(len(rows)), optional=("layers",))]
 
     def _facts(self, metrics: Metrics) -> Facts:
         return Facts(

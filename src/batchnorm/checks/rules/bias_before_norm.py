@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,24 +61,43 @@ class BiasBeforeNorm(Rule):
 
     def find(self, model: Module, graph: Graph) -> Iterator[Finding]:
         """Yield the layers whose bias has no effect."""
-        for call in graph.calls:
-            bias = call.args.get("bias") if family(call) in LAYERS else None
-            norm = _norm_of(graph, call) if isinstance(bias, Value) else None
-            if norm is None or not isinstance(bias, Value) or _keeps_its_statistics(model, norm):
+        for (layer, bias), calls in _layers(graph).items():
+            norms = [norm for call in calls if (norm := _norm_of(graph, call)) is not None]
+            if len(norms) < len(calls) or any(_keeps_its_statistics(model, norm) for norm in norms):
                 continue
-            obstacle = _obstacle(model, graph, call, norm)
+            problems = (_obstacle(model, graph, call, norm) for call, norm in zip(calls, norms, strict=True))
+            obstacle = next((problem for problem in problems if problem), None)
             yield self.finding(
-                layer_name(call),
-                f"Its bias ({bias.shape[0]} numbers) has no effect: {_called(norm)} subtracts each "
-                "channel's mean, and the bias with it.",
+                layer,
+                f"Its bias ({bias.shape[0]} numbers) has no effect: {_called(norms)} each channel's mean, and the bias "
+                "with it.",
                 "Construct the layer with bias=False." + (f" It cannot be fixed here: {obstacle}" if obstacle else ""),
-                call,
-                None if obstacle else _fix(model, call, norm),
+                calls[0],
+                None if obstacle else _fix(model, calls[0], norms[0]),
             )
 
 
-def _called(norm: Call) -> str:
-    return f"the norm {norm.module}" if norm.module else "the norm"
+def _layers(graph: Graph) -> dict[tuple[str, Value], list[Call]]:
+    """Return the calls of each layer with a bias: of a bias that matters in one of them, nothing is to be said."""
+    found: dict[tuple[str, Value], list[Call]] = defaultdict(list)
+    for call in graph.calls:
+        bias = call.args.get("bias") if family(call) in LAYERS else None
+        if isinstance(bias, Value):
+            found[layer_name(call), bias].append(call)
+    return found
+
+
+_MOST_NAMES = 4
+
+
+def _called(norms: Sequence[Call]) -> str:
+    names = list(dict.fromkeys(norm.module for norm in norms))
+    if len(names) == 1:
+        return f"the norm {names[0]} subtracts" if names[0] else "the norm subtracts"
+    shown = [name or "(a function)" for name in names]
+    more = [f"{len(shown) - _MOST_NAMES} more"] if len(shown) > _MOST_NAMES else []
+    *first, last = [*shown[:_MOST_NAMES], *more]
+    return f"the norms {', '.join(first)} and {last} subtract"
 
 
 def _norm_of(graph: Graph, layer: Call) -> Call | None:
