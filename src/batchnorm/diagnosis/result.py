@@ -244,7 +244,7 @@ class DiagnoseResult(Result):
         shifts = [(_shown(layer.name), layer.mean_shift.tolist()) for layer in self.layers]
         ratios = [(_shown(layer.name), layer.variance_ratio.log2().tolist()) for layer in self.layers]
         return [
-            HeatMap("Mean shift of each channel", shifts, 1.0, "σ", _WIDE, tones),
+            HeatMap("Mean shift of each channel", shifts, 1.0, "σ", "", tones),
             HeatMap("Variance ratio of each channel, as a power of two", ratios, 2.0, "", _WIDE, tones),
         ]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from batchnorm.report.document import Cell
 
-__all__ = ["format_cell", "is_numeric"]
+__all__ = ["end_of_name", "format_cell", "is_numeric"]
 
 
 def format_cell(cell: Cell) -> str:
@@ -28,3 +28,15 @@ def format_cell(cell: Cell) -> str:
 def is_numeric(cells: Iterable[Cell]) -> bool:
     """Return whether a column holds a number, so that it is set flush right."""
     return any(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
+
+
+def end_of_name(name: str, most: int) -> str:
+    """Return a module's name or, where it is long, its last parts: those tell modules apart.
+
+    >>> end_of_name("layer1.0.bn1", 24), end_of_name("backbone.layer3.12.conv_block.bn2", 24)
+    ('layer1.0.bn1', '….12.conv_block.bn2')
+    """
+    if len(name) <= most:
+        return name
+    end = name[1 - most :]
+    return "…" + end[max(end.find("."), 0) :]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import takewhile
 
+from batchnorm.report.cells import end_of_name
 from batchnorm.report.document import Diagram, Node, Panel, Role
 from batchnorm.report.layers import Layout, lay_out
 
@@ -131,21 +132,14 @@ class _Drawing:
 def _width(node: Node, outer: str) -> float:
     if node.name == _DOTS:
         return 24.0
-    letters = max(len(_shown(node.name)) * _LETTER, len(_place(node, outer)) * _SMALL_LETTER)
+    letters = max(len(end_of_name(node.name, _MOST_LETTERS)) * _LETTER, len(_place(node, outer)) * _SMALL_LETTER)
     return max(letters + 20, 56)
 
 
 def _place(node: Node, outer: str) -> str:
     """Return where a node runs, as it is called inside of what holds all nodes."""
-    return _shown(node.detail.removeprefix(outer).removeprefix(".") if outer else node.detail)
-
-
-def _shown(text: str) -> str:
-    """Return a name, or its last parts where it is long: those tell modules apart."""
-    if len(text) <= _MOST_LETTERS:
-        return text
-    end = text[1 - _MOST_LETTERS :]
-    return "…" + end[max(end.find("."), 0) :]
+    name = node.detail.removeprefix(outer).removeprefix(".") if outer else node.detail
+    return end_of_name(name, _MOST_LETTERS)
 
 
 def _dots(x: float, y: float, height: float, is_leading: bool) -> str:
@@ -155,7 +149,7 @@ def _dots(x: float, y: float, height: float, is_leading: bool) -> str:
 
 def _node(node: Node, x: float, y: float, outer: str) -> str:
     width, colour, place = _width(node, outer), _LOOK[node.role][4], _place(node, outer)
-    lines = [_text(_shown(node.name), x, y + (18 if place else 25), 12, colour)]
+    lines = [_text(end_of_name(node.name, _MOST_LETTERS), x, y + (18 if place else 25), 12, colour)]
     if place:
         lines.append(_text(place, x, y + 33, 10, _QUIET))
     whole = f"{node.name} {node.detail}".strip()

@@ -98,11 +98,13 @@ def _grid(table: Table, texts: Sequence[Sequence[str]], kept: Sequence[int], siz
 
 def _records(table: Table, texts: Sequence[Sequence[str]], kept: Sequence[int]) -> RenderableType:
     """Return each row as its first cell, and below it the others with the names of their columns."""
-    first, *others = kept
+    *firsts, first = kept[: 1 if texts[kept[0]][0] else 2]  # a column without a name holds numbers of the rows
+    others = kept[len(firsts) + 1 :]
     parts: list[RenderableType] = []
     for number in range(1, len(table.rows) + 1):
         style = STYLE[table.tones.get(number - 1, "plain")]
-        head = f"{texts[first][0]} {texts[first][number]}".strip()
+        before = "".join(f"{texts[i][number]}. " for i in firsts)
+        head = f"{before}{texts[first][0]} {texts[first][number]}"
         said = [f"{texts[i][0]}: {texts[i][number]}" for i in others if texts[i][number] not in ("", "–")]
         parts.append(Text(head, style=style))
         parts += [Padding(Text(line, style=style), (0, 0, 0, 2)) for line in said]
