@@ -21,6 +21,7 @@ class Opened:
     requested: list[str]
     overflow: float
     plot_heights: list[float]
+    table_overflows: list[float]
 
 
 @pytest.fixture
@@ -44,8 +45,10 @@ def open_page() -> Callable[..., Opened]:
             overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
             plots = "[...document.querySelectorAll('.plot svg')]"
             heights = page.evaluate(f"{plots}.map(s => s.getBoundingClientRect().height)")
+            tables = "[...document.querySelectorAll('.scroll')]"
+            overflows = page.evaluate(f"{tables}.map(s => s.scrollWidth - s.clientWidth)")
             browser.close()
-        return Opened(said, [url for url in requested if not url.startswith("data:")], overflow, heights)
+        return Opened(said, [url for url in requested if not url.startswith("data:")], overflow, heights, overflows)
 
     return opened
 

@@ -46,13 +46,13 @@ def test_in_a_terminal_many_norms_are_a_few_rows_and_the_page_has_each(tmp_path)
     for norm in net[1::5]:
         norm.running_mean.fill_(1.0)
     result = batchnorm.fold(net, X)
-    text, page = str(result), result.to_html(tmp_path / "fold.html").read_text()
+    text, page = result.text(width=100), result.to_html(tmp_path / "fold.html").read_text()
     assert len(text.splitlines()) < 40
-    assert "1, and 9 likewise" in text
+    assert "1 (one of 10 alike)" in text
     assert "Its scale and shift go back into the convolution 0." in text
     assert "3.84 k" in text  # ten times 2 × 3 × 8 × 8
-    assert "3, and 9 likewise" in text
-    assert "result.left has each" in text
+    assert "3 (one of 10 alike)" in text
+    assert "result.left has all" in " ".join(text.split())
     for words in ("What a pass takes", "[picture", "[plot"):
         assert words not in text
     for number in range(0, 50, 5):

@@ -170,7 +170,7 @@ def test_report(digits) -> None:
         assert [use["kind"] for use in data["activations"]] == ["relu", "relu", "sigmoid"]
         table = result.document().sections[0].blocks[0]
         assert table.tones == {i: "bad" for i, layer in enumerate(result.layers) if layer.flagged}
-        text = str(result)
+        text = result.text(verbose=True, width=160)
         assert all(name in text for name in ("norm", "sigmoid", "worst channel"))
 
 

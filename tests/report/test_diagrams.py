@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from batchnorm.report import Diagram, Diagrams, Document, Node, Panel, Section
-from batchnorm.report.diagrams import mark, to_svg
+from batchnorm.report.diagrams import inside, mark, to_svg
 from batchnorm.report.document import Role
 from batchnorm.report.html import to_html
 from batchnorm.report.text import to_text
@@ -54,7 +54,7 @@ def test_everything_is_within_the_picture() -> None:
 
 def test_long_names_keep_their_end_and_the_whole_as_a_title() -> None:
     name = "features.denseblock1.denselayer1.conv1"
-    svg = to_svg(Diagram("t", [Panel("", [Node("conv2d", name)], [])]))
+    svg = to_svg(Diagram("t", [Panel("", [Node("conv2d", name), Node("relu", "head")], [])]))
     (shown,) = [text for text in texts(svg) if text.endswith("denselayer1.conv1")]
     assert shown.startswith("…")
     assert len(shown) < len(name)
@@ -78,13 +78,13 @@ def test_a_diagram_without_panels_is_only_told() -> None:
     assert "<svg" not in page
 
 
-def test_page_and_text_hold_names_and_caption() -> None:
+def test_the_page_holds_names_and_caption_and_a_text_no_picture() -> None:
     document = Document("t", "", [Section("s", [Diagrams([DIAGRAM], [("gone", "the norm")])])])
     page = to_html(document)
     assert page.count("<svg") == 2  # the drawing, and the mark in the legend
     for words in ("2 norms, like bn", "bn, bn2", "It went &amp; came.", "the norm", "conv2d → &lt;batch_norm&gt;"):
         assert words in page
-    assert "[picture: conv2d → <batch_norm>]" in to_text(document)
+    assert to_text(document) == "t"
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -96,3 +96,30 @@ def test_a_wide_diagram_does_not_widen_the_page(tmp_path, open_page, width: int)
     opened = open_page(path, width=width)
     assert opened.said == []
     assert opened.overflow <= 0
+
+
+@pytest.mark.parametrize(
+    ("details", "outer", "shown"),
+    [
+        (["stem.0", "stem.1", "stem.2"], "stem", ["0", "1", "2"]),
+        (["layer1.0.conv1", "layer1.0.bn1", "layer1.0"], "layer1.0", ["conv1", "bn1"]),
+        (["layer1.0.bn1", "layer10.bn1"], "", ["layer1.0.bn1", "layer10.bn1"]),
+        (["body.norm", "body.norm"], "body", ["norm"]),
+        (["norm"], "", ["norm"]),
+        ([""], "", []),
+    ],
+)
+def test_names_are_those_inside_of_what_holds_all_of_them(details: list[str], outer: str, shown: list[str]) -> None:
+    """Of one picture all names begin at the same module, which the heading says."""
+    diagram = Diagram("t", [Panel("", [Node("op", detail) for detail in details], [])])
+    assert inside(diagram) == outer
+    page = to_html(Document("t", "", [Section("s", [Diagrams([diagram])])]))
+    svg = page[page.index("<svg") : page.index("</svg>")]
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert set(labels) == {"op", *shown}
+    assert (f", in {outer}</span>" in page) is bool(outer)
+
+
+def test_a_long_name_loses_whole_parts() -> None:
+    diagram = Diagram("t", [Panel("", [Node("conv2d", "backbone.layer3.12.conv_block.conv1"), Node("relu", "x")], [])])
+    assert "….12.conv_block.conv1" in texts(to_svg(diagram))

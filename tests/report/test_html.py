@@ -100,6 +100,19 @@ def test_a_folder_is_no_page(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_wide_table_is_whole_on_a_screen(tmp_path: Path, open_page: Callable[..., Any]):
+    """As watch has it: eight columns, long names, and a sentence in the last; of 60 rows, behind a bar on the right."""
+    columns = ["norm", "verdict", "samples", "effective", "distance", "lower bound", "detectable", "worst channel"]
+    worst = "41: +0.15 σ (2.4 s.e.), variance × 0.99"
+    rows = [
+        [f"backbone.layer3.{i}.conv_block.bn2", "as stored", 1280, 2048, 0.1234, 0.1234, 0.1234, worst]
+        for i in range(60)
+    ]
+    document = Document("Watch", "s", [Section("Norms", [Table(columns, rows)])])
+    opened = open_page(write_html(document, tmp_path / "report.html"), width=1280)
+    assert opened.table_overflows == [0]
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_has_nothing_to_complain_about(

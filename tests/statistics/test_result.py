@@ -46,7 +46,7 @@ def test_the_report_and_the_data() -> None:
     model = nn.Sequential(norm_with([0.0, 1.0], [1.0, 0.0]), nn.BatchNorm1d(2))
     freeze(model, "1")
     result = recalibrated(model)
-    text = str(result)
+    text = " ".join(str(result).split())
     assert "1 norm measured on 2 batches, sequential order, pooled estimate; 1 left as they were." in text
     assert "1 call brought a single value per channel" in text
     assert "frozen" in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch.nn import Module
@@ -29,7 +29,7 @@ class LeftFinding:
     reason: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FixResult(Result):
     """What fixing did.
 
@@ -45,7 +45,7 @@ class FixResult(Result):
         bound: what rounding allows that output, see :mod:`batchnorm.graph.verify`.
     """
 
-    model: Module = field(repr=False)
+    model: Module
     applied: list[Finding]
     left: list[LeftFinding]
     renamed: dict[str, str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch.nn import Module
@@ -13,6 +13,7 @@ from batchnorm.checks.fix import FixResult, apply_fixes
 from batchnorm.checks.rule import Finding, Rule
 from batchnorm.checks.sarif import sarif_log
 from batchnorm.checks.selection import find, select_rules
+from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.require import require_readable
 from batchnorm.nn.transaction import transaction
 from batchnorm.report import Document, Paragraph, Result, Section, Table
@@ -21,6 +22,7 @@ __all__ = ["CheckResult", "check"]
 
 
 @transaction("check")
+@with_provenance("check")
 def check(
     model: Module,
     example_inputs: Any,
@@ -66,7 +68,7 @@ def check(
     return CheckResult(find(model, example_inputs, rules), rules, model, example_inputs)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CheckResult(Result):
     """What :func:`check` found.
 
@@ -77,10 +79,11 @@ class CheckResult(Result):
 
     findings: list[Finding]
     rules: tuple[type[Rule], ...]
-    _model: Module = field(repr=False)
-    _inputs: Any = field(repr=False)
+    _model: Module
+    _inputs: Any
 
     @transaction("check().fix", lambda result: result._model.modules())
+    @with_provenance("check().fix", lambda result: result._model)
     def fix(self, *, unsafe: bool = False) -> FixResult:
         """Mend what can be mended, in a copy of the model.
 
@@ -114,8 +117,8 @@ class CheckResult(Result):
         fixable = sum(f.fix is not None and f.fix.safe for f in self.findings)
         unsafe = sum(f.fix is not None and not f.fix.safe for f in self.findings)
         sections = [
-            Section("", [Table(("rule", "layer", "finding", "fix"), rows)]),
-            Section("What to do", [Table(("rule", "name", "advice"), list(advice))]),
+            Section("", [Table(("rule", "layer", "finding", "fix"), rows, shown=range(len(rows)))]),
+            Section("What to do", [Table(("rule", "name", "advice"), list(advice), shown=range(len(advice)))]),
         ]
         if fixable or unsafe:
             text = f"{fixable} of {len(self.findings)} can be fixed safely" + f", {unsafe} by unsafe fixes." * bool(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from batchnorm.cli.app import app
 from batchnorm.cli.errors import one_line, reason
 from batchnorm.errors import BatchNormError
 from batchnorm.harmless import harmless
+from batchnorm.report.provenance import command
 
 __all__ = ["main"]
 
@@ -37,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a sign that the terminal lacks is no reason to fail
     try:
-        code = app(args=arguments, prog_name="batchnorm", standalone_mode=False) or 0
+        with command(shlex.join(["batchnorm", *arguments])):
+            code = app(args=arguments, prog_name="batchnorm", standalone_mode=False) or 0
         sys.stdout.flush()
     except BrokenPipeError:
         code = _reader_left(stdout)

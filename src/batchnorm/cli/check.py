@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from batchnorm.cli.errors import CommandError
-from batchnorm.cli.options import BatchSize, Data, Debug, Html, Inputs, Json, Model, Output, Seed, Weights, examples
+from batchnorm.cli.options import (
+    BatchSize,
+    Data,
+    Debug,
+    Html,
+    Inputs,
+    Json,
+    Model,
+    Output,
+    Seed,
+    Verbose,
+    Weights,
+    examples,
+)
 
 if TYPE_CHECKING:
     from batchnorm.checks import CheckResult, FixResult
@@ -87,6 +100,7 @@ def check(
         typer.Option("--format", rich_help_panel="Output", help="How the findings are printed on stdout."),
     ] = "text",
     json_: Json = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> int:
     """Find misplaced and misused norms, rule by rule, and mend them.
@@ -120,12 +134,18 @@ def check(
             files.write("--html", html, (fixed or found).to_html)
             if fixed is not None:
                 save_model(fixed.model, output, files=files)
-    _publish(found, fixed, "json" if json_ else format_, html, output, _source(model))
+    _publish(found, fixed, "json" if json_ else format_, verbose, html, output, _source(model))
     return 1 if found.findings else 0
 
 
 def _publish(
-    left: CheckResult, fixed: FixResult | None, format_: str, html: Path | None, output: Path | None, source: str | None
+    left: CheckResult,
+    fixed: FixResult | None,
+    format_: str,
+    verbose: bool,
+    html: Path | None,
+    output: Path | None,
+    source: str | None,
 ) -> None:
     """Show what was found or, after fixing, what was fixed and what is left."""
     from batchnorm.cli.output import print_json, publish
@@ -133,10 +153,10 @@ def _publish(
     if format_ == "sarif":
         print_json(left.to_sarif(source=source))
     elif fixed is None:
-        publish(left, json_=format_ == "json", html=html)
+        publish(left, json_=format_ == "json", verbose=verbose, html=html)
     else:
         findings = {} if format_ == "text" else left.to_dict()
-        publish(fixed, json_=format_ == "json", html=html, output=output, **findings)
+        publish(fixed, json_=format_ == "json", verbose=verbose, html=html, output=output, **findings)
         _note_consequences(fixed, model_of=source)
 
 

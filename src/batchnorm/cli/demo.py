@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from batchnorm.cli.options import Debug, Json, examples
+from batchnorm.cli.options import Debug, Json, Verbose, examples
 
 __all__ = ["EPILOG", "demo"]
 
@@ -35,6 +35,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of weights and batches.")] = 0,
     json_: Json = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> int:
     """Take a network through its whole life on real pictures, in a minute.
@@ -53,6 +54,6 @@ def demo(
     if json_:
         print_json(result.to_dict() | {"html": str(result.report)})
     else:
-        print_result(result)
+        print_result(result, verbose=verbose)
         note(f"wrote {result.report}.")
     return 0

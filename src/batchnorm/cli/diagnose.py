@@ -18,6 +18,7 @@ from batchnorm.cli.options import (
     Names,
     RequiredData,
     Seed,
+    Verbose,
     Weights,
     examples,
 )
@@ -66,6 +67,7 @@ def diagnose(
     names: Names = None,
     html: Html = None,
     json_: Json = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> int:
     """Find out why eval mode is bad: the guilty layer, the cause, the cure.
@@ -91,7 +93,7 @@ def diagnose(
         )
         with writing() as files:
             files.write("--html", html, result.to_html)
-    publish(result, json_=json_, html=html)
+    publish(result, json_=json_, verbose=verbose, html=html)
     return 0 if result.healthy else 1
 
 

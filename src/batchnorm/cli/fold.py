@@ -17,6 +17,7 @@ from batchnorm.cli.options import (
     Json,
     ModelOrProgram,
     Seed,
+    Verbose,
     Weights,
     examples,
 )
@@ -115,6 +116,7 @@ def fold(
     ] = None,
     html: Html = None,
     json_: Json = False,
+    verbose: Verbose = False,
     strict: Annotated[
         bool,
         typer.Option(
@@ -179,7 +181,7 @@ def fold(
             save_model(result.model, output, example, files)
         _tell(result, model, output, pairs)
     beside = None if pairs is None or result.pairs is None else str(pairs)
-    publish(result, json_=json_, html=html, output=output, pairs=beside)
+    publish(result, json_=json_, verbose=verbose, html=html, output=output, pairs=beside)
     return 1 if strict and result.left else 0
 
 

@@ -22,7 +22,7 @@ EPILOG = examples(
 _PACKAGES = ("torch", "numpy", "safetensors", "typer", "rich", "jinja2", "matplotlib", "scikit-learn")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Info(Result):
     """Versions and surroundings, as in a bug report.
 
@@ -76,7 +76,11 @@ class Info(Result):
             Section("Machine", [machine]),
             Section("Who serves a large call, norm + ReLU", [served, known]),
         ]
-        return Document(f"batchnorm {self.batchnorm}", "", sections)
+        return Document(
+            f"batchnorm {self.batchnorm}",
+            f"With torch {self.packages['torch']} on {', '.join(self.devices)}.",
+            sections,
+        )
 
 
 def info(json_: Json = False, debug: Debug = False) -> int:

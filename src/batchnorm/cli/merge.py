@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.options import Debug, Html, Json, Model, Output, Seed, examples
+from batchnorm.cli.options import Debug, Html, Json, Model, Output, Seed, Verbose, examples
 
 __all__ = ["EPILOG", "merge"]
 
@@ -43,6 +43,7 @@ def merge(
     output: Output = None,
     html: Html = None,
     json_: Json = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> int:
     """Average checkpoints of one architecture, and mix the statistics of their norms.
@@ -80,5 +81,5 @@ def merge(
             save_model(result.model, output, files=files)
         if output is not None and result.layers:
             note(f"with data, measure its statistics anew: batchnorm recalibrate -m {model} -w {output} -d DATA.")
-    publish(result, json_=json_, html=html, output=output)
+    publish(result, json_=json_, verbose=verbose, html=html, output=output)
     return 0

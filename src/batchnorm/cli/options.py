@@ -21,6 +21,7 @@ __all__ = [
     "Output",
     "RequiredData",
     "Seed",
+    "Verbose",
     "Weights",
     "examples",
 ]
@@ -124,6 +125,10 @@ Html: TypeAlias = Annotated[
 Json: TypeAlias = Annotated[
     bool,
     typer.Option("--json", metavar="", rich_help_panel=OUTPUT, help="Print the result as JSON on stdout."),
+]
+Verbose: TypeAlias = Annotated[
+    bool,
+    typer.Option("--verbose", metavar="", rich_help_panel=OUTPUT, help="Print all rows, not only those that matter."),
 ]
 Debug: TypeAlias = Annotated[
     bool,

@@ -32,7 +32,6 @@ __all__ = [
     "writing",
 ]
 
-_USUAL, _NARROWEST = 120, 20
 STATE_SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
@@ -171,32 +170,35 @@ def writing(*read: Path | str | None) -> Iterator[Files]:
 
 
 def publish(
-    result: Result, *, json_: bool = False, html: Path | None = None, output: Path | None = None, **more: Any
+    result: Result,
+    *,
+    json_: bool = False,
+    verbose: bool = False,
+    html: Path | None = None,
+    output: Path | None = None,
+    **more: Any,
 ) -> None:
     """Show a result the way it was asked for; ``html`` and ``output`` are the files written beside it."""
     if json_:
         print_json(result.to_dict() | more | {"output": _name(output), "html": _name(html)})
     else:
-        print_result(result)
+        print_result(result, verbose=verbose)
         for path in filter(None, (output, html)):
             note(f"wrote {path}.")
 
 
-def print_result(result: Result) -> None:
-    """Print the tables: as wide as the terminal and coloured there; elsewhere plain text, of ``COLUMNS`` or 120."""
+def print_result(result: Result, *, verbose: bool = False) -> None:
+    """Print what matters, or all: as wide as the terminal and coloured there; elsewhere plain, of ``COLUMNS`` or 80."""
+    from batchnorm.report.short import shortened
     from batchnorm.report.text import render, to_text
 
+    document = result.document() if verbose else shortened(result.document(), "--verbose")
     if not sys.stdout.isatty():
-        print(to_text(result.document(), _columns()))
+        print(to_text(document))
         return
     from rich.console import Console
 
-    Console().print(render(result.document()))
-
-
-def _columns() -> int:
-    told = os.environ.get("COLUMNS", "")
-    return max(int(told), _NARROWEST) if told.isascii() and told.isdigit() and int(told) else _USUAL
+    Console().print(render(document))
 
 
 def print_json(data: Any) -> None:

@@ -20,6 +20,7 @@ from batchnorm.cli.options import (
     Output,
     RequiredData,
     Seed,
+    Verbose,
     Weights,
     examples,
 )
@@ -103,6 +104,7 @@ def recalibrate(
     ] = None,
     html: Html = None,
     json_: Json = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> int:
     """Recompute every norm's mean and variance from your data.
@@ -143,5 +145,5 @@ def recalibrate(
             files.write("--html", html, result.to_html)
             files.write("--population", population, result.population.save)
             save_model(network, output, files=files)
-    publish(result, json_=json_, html=html, output=output)
+    publish(result, json_=json_, verbose=verbose, html=html, output=output)
     return 0

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchnorm.cli.options import Debug, Html, Json, Model, Output, Seed, examples
+from batchnorm.cli.options import Debug, Html, Json, Model, Output, Seed, Verbose, examples
 from batchnorm.report import Document, Result, Section, Table
+from batchnorm.report.provenance import Provenance
+from batchnorm.report.result import record
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -25,7 +27,7 @@ EPILOG = examples(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Unfolded(Result):
     """What is there again.
 
@@ -82,6 +84,7 @@ def unfold(
     output: Output = None,
     html: Html = None,
     json_: Json = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> int:
     """Give a folded model its norms, statistics and weights back, bit for bit.
@@ -98,6 +101,7 @@ def unfold(
         from batchnorm.cli.load.weights import fit_weights, read_weights
         from batchnorm.cli.save import save_model
         from batchnorm.graph.unfold import unfold as run
+        from batchnorm.nn.provenance import describe
 
         network = load_model(model, seed=seed)
         known = _read_pairs(pairs, network)
@@ -105,10 +109,12 @@ def unfold(
         fit_weights(network, read_weights(weights), weights)
         run(network, known, inplace=True)
         result = _result(network, known)
+        about, device = describe(network)
+        record(result, Provenance("batchnorm.unfold", about, device=device))
         with writing(weights, pairs) as files:
             files.write("--html", html, result.to_html)
             save_model(network, output, files=files)
-    publish(result, json_=json_, html=html, output=output)
+    publish(result, json_=json_, verbose=verbose, html=html, output=output)
     return 0
 
 

@@ -10,7 +10,6 @@ import typer
 from batchnorm.cli.errors import reason
 from batchnorm.cli.options import (
     NORMS,
-    OUTPUT,
     BatchSize,
     Debug,
     Html,
@@ -19,6 +18,7 @@ from batchnorm.cli.options import (
     Names,
     RequiredData,
     Seed,
+    Verbose,
     Weights,
     examples,
 )
@@ -72,11 +72,9 @@ def watch(
             help="Probability of a false alarm, for all norms together.",
         ),
     ] = 0.01,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", metavar="", rich_help_panel=OUTPUT, help="Print every norm and activation.")
-    ] = False,
     html: Html = None,
     json_: Json = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> int:
     """Compare what each norm meets in your data with what it has stored.
@@ -100,7 +98,7 @@ def watch(
         result = _watch(network, batches, names=names or None, reference=known, tolerance=tolerance, level=level)
         with writing() as files:
             files.write("--html", html, result.to_html)
-    publish(result.whole() if verbose else result, json_=json_, html=html)
+    publish(result, json_=json_, verbose=verbose, html=html)
     return 1 if result.drifted else 0  # an error, where too little was seen for an answer
 
 

@@ -54,7 +54,7 @@ class Watched:
     result: WatchResult
 
 
-@dataclass
+@dataclass(repr=False)
 class DemoResult(Result):
     """The whole tour. ``report`` is the page it was written to, ``seconds`` how long it all took."""
 

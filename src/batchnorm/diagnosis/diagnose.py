@@ -17,6 +17,7 @@ from batchnorm.diagnosis.readings import Measure
 from batchnorm.diagnosis.result import DiagnoseResult, Metrics
 from batchnorm.diagnosis.sites import EverySite, accused_by, frozen_norms
 from batchnorm.nn.calling import Forward, call_on_batch
+from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
 from batchnorm.nn.transaction import transaction
@@ -27,6 +28,7 @@ __all__ = ["diagnose"]
 
 
 @transaction("diagnose")
+@with_provenance("diagnose")
 def diagnose(
     model: Module,
     batches: Iterable[Any],

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from batchnorm.diagnosis.case import Severity
 from batchnorm.diagnosis.gaps import LayerGap
 from batchnorm.diagnosis.trial import Gain
-from batchnorm.report import Document, Facts, HeatMap, Plot, Result, Section, Series, Table
+from batchnorm.report import Document, Facts, HeatMap, Plot, Result, Section, Series, Table, foremost
 from batchnorm.report.document import Block, Tone
 from batchnorm.report.result import finite_or_none
 from batchnorm.statistics.sites import Left
@@ -117,7 +117,7 @@ class DiagnoseResult(Result):
         """Return the findings, the metrics, and the gap of each channel of each layer."""
         return {
             "healthy": self.healthy,
-            "summary": self._summary(),
+            "summary": self.summary,
             "batches": self.batches,
             "samples": self.samples,
             "findings": [finding.to_dict() for finding in self.findings],
@@ -140,9 +140,11 @@ class DiagnoseResult(Result):
         if self.left:
             table = Table(("layer", "reason"), [(left.name, left.reason) for left in self.left])
             sections.append(Section("Not measured", [table]))
-        return Document("Diagnose", self._summary(), sections, "good" if self.healthy else "bad")
+        return Document("Diagnose", self.summary, sections, "good" if self.healthy else "bad")
 
-    def _summary(self) -> str:
+    @property
+    def summary(self) -> str:
+        """The result in one line."""
         seen = f"{_count(len(self.layers), 'norm')} on {_count(self.samples, 'sample')}"
         if self.healthy:
             if self.notes:
@@ -159,10 +161,17 @@ class DiagnoseResult(Result):
         cures = [(i, f.cure, None if f.gain is None else str(f.gain)) for i, f in enumerate(self.findings, 1)]
         tones: dict[int, Tone] = {i: "bad" for i, f in enumerate(self.findings) if f.severity != "doubtful"}
         return [
-            Table(("", "first layer", "layers", "cause", "severity", "evidence"), rows, tones=tones),
+            Table(
+                ("", "first layer", "layers", "cause", "severity", "evidence"),
+                rows,
+                tones=tones,
+                shown=range(len(rows)),
+                optional=("layers",),
+            ),
             Table(
                 ("", "cure", "trial of it"),
                 cures,
+                shown=range(len(cures)),
                 caption="A trial runs the model as the cure would leave it; nothing is written. Gap: mean over the "
                 "norms of the distance between what they normalize by and what they meet, in standard deviations.",
             ),
@@ -170,7 +179,8 @@ class DiagnoseResult(Result):
 
     def _notes(self) -> list[Block]:
         rows = [(_shown(note.layer), len(note.layers), note.cause, note.evidence, note.cure) for note in self.notes]
-        return [Table(("first layer", "layers", "what", "evidence", "code"), rows)]
+        columns = ("first layer", "layers", "what", "evidence", "code")
+        return [Table(columns, rows, shown=range(len(rows)), optional=("layers",))]
 
     def _facts(self, metrics: Metrics) -> Facts:
         return Facts(
@@ -218,12 +228,15 @@ class DiagnoseResult(Result):
             "", "layer", "own gap", "gap in eval mode", "largest shift (σ)", "variance ratio", "mean KL",
             "error (σ)",
         )  # fmt: skip
+        off = [row for row, layer in enumerate(self.layers) if layer.off]
         return Table(
             columns,
             rows,
             caption="Gaps in standard deviations of the typical channel. Mean shift, variance ratio and KL (nats) of "
             "the measured statistics from the stored ones, every earlier norm put right. Coloured: a fault of its own.",
-            tones={i: "bad" for i, layer in enumerate(self.layers) if layer.off},
+            tones=dict.fromkeys(off, "bad"),
+            shown=foremost([layer.distance for layer in self.layers], off),
+            optional=("mean KL", "error (σ)", "variance ratio", "largest shift (σ)"),
         )
 
     def _heat_maps(self) -> list[Block]:
@@ -231,12 +244,9 @@ class DiagnoseResult(Result):
         shifts = [(_shown(layer.name), layer.mean_shift.tolist()) for layer in self.layers]
         ratios = [(_shown(layer.name), layer.variance_ratio.log2().tolist()) for layer in self.layers]
         return [
-            HeatMap("Mean shift of each channel", shifts, 1.0, "σ", _WIDE, tones),
+            HeatMap("Mean shift of each channel", shifts, 1.0, "σ", "", tones),
             HeatMap("Variance ratio of each channel, as a power of two", ratios, 2.0, "", _WIDE, tones),
         ]
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self._summary()}>"
 
 
 _DIRECTIONS = {True: "yes", False: "no", None: "not known: the metric judges nothing"}
@@ -255,7 +265,7 @@ def _shown(name: str) -> str:
 
 def _size(value: float) -> float | str:
     """Return the number, or that it is too small to matter."""
-    return "< 0.001" if value < 0.001 else float(f"{value:.3g}")
+    return "<0.001" if value < 0.001 else float(f"{value:.3g}")
 
 
 def _count(number: int, thing: str) -> str:

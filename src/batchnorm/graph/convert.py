@@ -14,6 +14,7 @@ from batchnorm.graph.fuse_check import mark, mark_those_that_hold
 from batchnorm.graph.sizes import runs_of
 from batchnorm.graph.trace import trace
 from batchnorm.nn.copying import copy_model
+from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.require import require_module, require_readable
 from batchnorm.nn.select import named_norms
 from batchnorm.nn.swap import OURS, TORCHS, cannot_revert, norms_put_back, swap
@@ -23,6 +24,7 @@ __all__ = ["convert", "revert"]
 
 
 @transaction("convert")
+@with_provenance("convert")
 def convert(model: Module, example_inputs: Any = None, *, fuse: bool = False, inplace: bool = False) -> ConvertResult:
     r"""Turn every ``torch.nn.BatchNorm1d/2d/3d`` of a model into this library's layer of the same name.
 
@@ -101,6 +103,7 @@ def convert(model: Module, example_inputs: Any = None, *, fuse: bool = False, in
 
 
 @transaction("revert")
+@with_provenance("revert")
 def revert(model: Module, *, inplace: bool = False) -> ConvertResult:
     """Turn this library's layers into torch's own again: class and attributes are as if they had never been others.
 

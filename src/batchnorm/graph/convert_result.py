@@ -35,7 +35,7 @@ class FusedNorm:
         return f"{self.norm} → {chain} in {self.where or 'the model'}: fused."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConvertResult(Result):
     """What :func:`~batchnorm.convert` or :func:`~batchnorm.revert` did.
 
@@ -65,7 +65,8 @@ class ConvertResult(Result):
             (name, f"now {class_name(type(norms[name]))}", "") for name in self.converted if name in norms
         ]
         rows += [(name, "left as it is", reason) for name, reason in self.left]
-        blocks = [Table(("layer", "", "why"), rows)] if rows else [Paragraph("The model holds no batch norm.")]
+        columns = ("layer", "what became of it", "why")
+        blocks = [Table(columns, rows)] if rows else [Paragraph("The model holds no batch norm.")]
         sections = [Section("", blocks)]
         if self.fused:
             found = [(f.norm, "added to" if f.residual else "", f.activation, f.where) for f in self.fused]
@@ -83,6 +84,3 @@ class ConvertResult(Result):
             "fused": [asdict(item) for item in self.fused],
             "unfused": [{"name": name, "reason": reason} for name, reason in self.unfused],
         }
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.document().summary}>"

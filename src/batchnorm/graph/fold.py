@@ -17,6 +17,7 @@ from batchnorm.graph.fold_result import FoldResult
 from batchnorm.graph.input_norm import WithNormalizedInput
 from batchnorm.graph.program.fold_program import fold_program
 from batchnorm.graph.sizes import Accepts
+from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.require import require_readable
 from batchnorm.nn.transaction import transaction
 
@@ -24,6 +25,7 @@ __all__ = ["fold"]
 
 
 @transaction("fold")
+@with_provenance("fold")
 def fold(
     model: Module | ExportedProgram,
     example_inputs: Any = None,

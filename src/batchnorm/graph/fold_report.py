@@ -72,12 +72,16 @@ def _names(result: FoldResult) -> set[str]:
 
 
 def _called(group: Sequence[FoldedNorm] | Sequence[LeftNorm]) -> str:
-    return group[0].norm + (f", and {len(group) - 1} likewise" if len(group) > 1 else "")
+    return group[0].norm + (f" (one of {len(group)} alike)" if len(group) > 1 else "")
 
 
 def _caption(groups: Sequence[Sequence[object]], where: str) -> str:
     several = any(len(group) > 1 for group in groups)
-    return f"A row for all of which the same is told, with the names of the first; {where} has each." if several else ""
+    return (
+        f"Of norms of which the same is told, each with neighbours of its own, one is shown; {where} has all."
+        if several
+        else ""
+    )
 
 
 def _folded(groups: Sequence[Sequence[FoldedNorm]]) -> Table:

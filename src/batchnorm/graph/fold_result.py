@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from batchnorm.graph.ranges import LostRange
 from batchnorm.graph.threads import one_thread
 from batchnorm.graph.unfold import unfold
 from batchnorm.report import Diagrams, Document, Result
+from batchnorm.report.result import record
 
 __all__ = ["Costs", "FoldResult", "FoldedNorm", "LeftNorm", "Pictures"]
 
@@ -92,7 +93,7 @@ class Pictures:
     left: Diagrams
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FoldResult(Result):
     """The folded model, and an account of every norm.
 
@@ -124,14 +125,14 @@ class FoldResult(Result):
     bound: float
     error_float64: float | None = None
     on_random_inputs: bool | None = None
-    pairs: Pairs | None = field(default=None, repr=False)
-    original: Any = field(default=None, repr=False)
+    pairs: Pairs | None = None
+    original: Any = None
     sizes: Sequence[str] = ()
     unseen: Sequence[str] = ()
     lost: Sequence[LostRange] = ()
-    weights: Sequence[FoldedWeight] = field(default=(), repr=False)
+    weights: Sequence[FoldedWeight] = ()
     costs: Costs | None = None
-    pictures: Pictures | None = field(default=None, repr=False)
+    pictures: Pictures | None = None
     measured: Measured | None = None
 
     @property
@@ -194,7 +195,9 @@ class FoldResult(Result):
             raise StateError("FoldResult.measure: nothing was folded, so the model is as fast as it was.")
         inputs = own_inputs(self.original) if example_inputs is None else example_inputs
         before, after = (_runnable(model) for model in (self.unfold(), self.model))
-        return replace(self, measured=measure(before, after, inputs, seconds=seconds))
+        measured = replace(self, measured=measure(before, after, inputs, seconds=seconds))
+        record(measured, self.provenance)
+        return measured
 
     @property
     def summary(self) -> str:

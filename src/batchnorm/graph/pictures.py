@@ -11,7 +11,7 @@ from batchnorm.graph.fold_result import FoldedNorm, LeftNorm
 from batchnorm.graph.neighbourhood import around, nearest, sources, ways_to
 from batchnorm.graph.parameters import find_tensor
 from batchnorm.graph.plan import Plan, Step
-from batchnorm.report import Diagram, Diagrams, Node, Panel
+from batchnorm.report import Diagram, Diagrams, Panel
 from batchnorm.report.document import Role
 
 __all__ = ["draw_folded", "draw_left", "renamed"]
@@ -107,20 +107,7 @@ def _left(plan: Plan, norm: Call, left: LeftNorm) -> _Drawn:
 
 def _drawn(norm: str, title: str, panels: Sequence[Panel], caption: str) -> _Drawn:
     pattern = tuple((tuple((node.name, node.role) for node in p.nodes), tuple(p.edges)) for p in panels)
-    return _Drawn(norm, Diagram(title, _short(panels), [norm], caption), pattern)
-
-
-def _short(panels: Sequence[Panel]) -> list[Panel]:
-    """Return the same without what all names of modules begin with, where that leaves something of each."""
-    paths = [node.detail.split(".") for panel in panels for node in panel.nodes if node.detail]
-    common = 0
-    while all(len(path) > common + 1 for path in paths) and len({path[common] for path in paths}) == 1:
-        common += 1
-
-    def short(node: Node) -> Node:
-        return replace(node, detail=".".join(node.detail.split(".")[common:]))
-
-    return [replace(panel, nodes=[short(node) for node in panel.nodes]) for panel in panels]
+    return _Drawn(norm, Diagram(title, panels, [norm], caption), pattern)
 
 
 def _chain(panel: Panel) -> str:

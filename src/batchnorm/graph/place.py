@@ -19,6 +19,7 @@ from batchnorm.graph.several import Several
 from batchnorm.graph.sizes import runs_of
 from batchnorm.graph.trace import trace
 from batchnorm.nn.copying import copy_model
+from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.require import require_readable
 from batchnorm.nn.transaction import on_failure, transaction
 from batchnorm.report import Document, Paragraph, Result, Section, Table
@@ -27,6 +28,7 @@ __all__ = ["LeftSite", "PlaceResult", "PlacedNorm", "place"]
 
 
 @transaction("place")
+@with_provenance("place")
 def place(model: Module, example_inputs: Any, *, inplace: bool = False) -> PlaceResult:
     r"""Insert a norm between each convolution or linear layer and the activation that reads it.
 
@@ -253,7 +255,7 @@ class LeftSite:
     reason: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PlaceResult(Result):
     """What :func:`place` did.
 
@@ -267,14 +269,14 @@ class PlaceResult(Result):
         warnings: what no run shows: a frozen model that learns again; what code outside ``forward`` would miss.
     """
 
-    model: Module = field(repr=False)
+    model: Module
     placed: list[PlacedNorm]
     left: list[LeftSite]
     renamed: dict[str, str]
     dropped: list[str]
     note: str | None = None
     warnings: list[str] = field(default_factory=list)
-    _fresh: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
+    _fresh: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def convert_state_dict(self, old: Mapping[str, Any]) -> dict[str, Any]:
         """Return a checkpoint of the original model as one of the placed model, which computes the same in eval mode.

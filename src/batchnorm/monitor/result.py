@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from batchnorm.errors import StateError
 from batchnorm.monitor.drift import MIN_SAMPLES, ChannelDrift, LayerDrift
 from batchnorm.monitor.saturation import SLOPE, ActivationUse
-from batchnorm.report import Document, Paragraph, Plot, Result, Section, Series, Table
+from batchnorm.report import Document, Paragraph, Plot, Result, Section, Series, Table, foremost
 from batchnorm.report.document import Block, Cell, Tone
 from batchnorm.report.result import finite_or_none
 
 __all__ = ["Verdict", "WatchResult"]
-
-_SHOWN, _SHOWN_WELL = 12, 5
-"""How many norms a terminal shows where some are flagged, and where all is well."""
 
 Verdict: TypeAlias = Literal["as stored", "drifted", "not judged"]
 
@@ -34,7 +31,6 @@ class WatchResult(Result):
         every: of the calls of the model every so many-th was looked at.
         window: how many samples count at most, the last ones; None for all.
         notes: what the numbers do not say, as sentences.
-        brief: whether text shows only what matters first; pages and :meth:`to_dict` always hold everything.
     """
 
     layers: tuple[LayerDrift, ...]
@@ -44,11 +40,6 @@ class WatchResult(Result):
     every: int = 1
     window: int | None = None
     notes: tuple[str, ...] = ()
-    brief: bool = True
-
-    def whole(self) -> WatchResult:
-        """Return the same result, of which text shows every norm and activation."""
-        return replace(self, brief=False)
 
     @property
     def verdict(self) -> Verdict:
@@ -67,18 +58,10 @@ class WatchResult(Result):
         """
         if self.verdict == "not judged":
             raise StateError(
-                f"watch: whether the data drifted is not known. {self._summary()[0]} Let the watched model meet more "
+                f"watch: whether the data drifted is not known. {self.summary} Let the watched model meet more "
                 "samples first; result.verdict can be asked at any time."
             )
         return self.verdict == "drifted"
-
-    def __repr__(self) -> str:
-        """Return one line: the verdict, and what it is of."""
-        worst = max((finite_or_none(layer.distance) or 0.0 for layer in self.layers), default=0.0)
-        return (
-            f"WatchResult({self.verdict}: {_of(sum(layer.flagged for layer in self.layers), self.layers)} flagged, "
-            f"{self.samples:,} samples, largest distance {worst:.3g} σ)"
-        )
 
     @property
     def samples(self) -> int:
@@ -87,22 +70,17 @@ class WatchResult(Result):
 
     def document(self) -> Document:
         """Return the report as data."""
-        summary, tone = self._summary()
+        summary, tone = self._told()
         judged = [layer for layer in self.layers if layer.distance is not None]
         plots = [self._plot(judged)] if len(judged) > 1 else []
         notes = [Paragraph(note) for note in self.notes]
         sections = [Section("Norms", [*notes, self._layer_table(), *plots], [*notes, *self._worst_norms()])]
         if self.saturation:
             sections.append(Section("Activations", [_activation_table(self.saturation)], self._worst_activations()))
-        if not self.brief:
-            sections = [replace(section, brief=None) for section in sections]
         return Document("Watch", summary, sections, tone)
 
     def _worst_norms(self) -> list[Block]:
         """Return what a terminal shows: the flagged norms, or those that are farthest off, a few of them."""
-        flagged = [layer for layer in self.layers if layer.flagged]
-        order = sorted(flagged or self.layers, key=lambda layer: -(finite_or_none(layer.distance) or 0.0))
-        shown = order[: _SHOWN if flagged else _SHOWN_WELL]
         rows: list[list[Cell]] = [
             [
                 layer.name or "(the model)",
@@ -111,17 +89,17 @@ class WatchResult(Result):
                 layer.bound,
                 None if layer.status in ("too few samples", "not called") else _words(layer.worst(1)),
             ]
-            for layer in shown
+            for layer in self.layers
         ]
-        more = len(order) - len(shown)
-        what = "are flagged" if flagged else "are nearer"
-        rest = f" {more} more {what}; result.whole() or --verbose shows all." if more else ""
+        flagged = [row for row, layer in enumerate(self.layers) if layer.flagged]
         return [
             Table(
                 ["norm", "verdict", "distance", "at least", "worst channel"],
                 rows,
-                caption=f"In stored standard deviations σ. Flagged: at least {self.tolerance:g}.{rest}",
-                tones={i: "bad" for i, layer in enumerate(shown) if layer.flagged},
+                caption=f"In stored standard deviations σ. Flagged: at least {self.tolerance:g}.",
+                tones=dict.fromkeys(flagged, "bad"),
+                shown=foremost([finite_or_none(layer.distance) or 0.0 for layer in self.layers], flagged),
+                optional=("at least",),
             )
         ]
 
@@ -131,9 +109,14 @@ class WatchResult(Result):
         dead = sum(len(use.dead or ()) for use in self.saturation)
         count = f"{len(self.saturation)} activation{'s' * (len(self.saturation) != 1)}"
         text = f"{count}: {dead} dead units behind ReLU; {len(lost)} with most of their units or values lost."
-        return [Paragraph(text), *([_activation_table(lost[:_SHOWN_WELL])] if lost else [])]
+        return [Paragraph(text), *([_activation_table(lost)] if lost else [])]
 
-    def _summary(self) -> tuple[str, Tone]:
+    @property
+    def summary(self) -> str:
+        """The result in one line."""
+        return self._told()[0]
+
+    def _told(self) -> tuple[str, Tone]:
         flagged = [layer for layer in self.layers if layer.status == "drifted"]
         broken = [layer.name or "the model" for layer in self.layers if layer.nonfinite]
         if flagged or broken:
@@ -163,6 +146,7 @@ class WatchResult(Result):
             ]
             for layer in self.layers
         ]
+        bad = [row for row, layer in enumerate(self.layers) if layer.flagged]
         return Table(
             ["norm", "verdict", "samples", "effective", "distance", "lower bound", "detectable", "worst channel"],
             rows,
@@ -170,7 +154,9 @@ class WatchResult(Result):
             f"deviations σ, noise taken off. Flagged where its lower bound exceeds {self.tolerance:g}. Effective: "
             "number of independent values behind a channel's mean. Detectable: about the smallest distance that this "
             "stream would have been flagged for.",
-            tones={i: "bad" for i, layer in enumerate(self.layers) if layer.flagged},
+            tones=dict.fromkeys(bad, "bad"),
+            shown=foremost([layer.distance or 0.0 for layer in self.layers], bad),
+            optional=("effective", "samples", "detectable", "lower bound"),
         )
 
     def _plot(self, judged: Sequence[LayerDrift]) -> Plot:
@@ -196,7 +182,7 @@ class WatchResult(Result):
             "every": self.every,
             "window": self.window,
             "notes": list(self.notes),
-            "summary": self._summary()[0],
+            "summary": self.summary,
             "layers": [
                 {
                     "name": layer.name,
@@ -247,12 +233,15 @@ def _activation_table(uses: Sequence[ActivationUse]) -> Table:
         ]
         for use in uses
     ]
+    bad = [row for row, use in enumerate(uses) if _mostly_lost(use)]
     return Table(
         ["called in", "function", "units", "saturated values", "always saturated units", "dead units"],
         rows,
         caption=f"Saturated: slope below {100 * SLOPE:g} % of its maximum. Dead: a unit (channel, feature) that fired "
         "at no sample and no position.",
-        tones={i: "bad" for i, use in enumerate(uses) if _mostly_lost(use)},
+        tones=dict.fromkeys(bad, "bad"),
+        shown=foremost([max(use.saturated or 0.0, len(use.dead or ()) / max(use.units, 1)) for use in uses], bad),
+        optional=("units", "always saturated units"),
     )
 
 

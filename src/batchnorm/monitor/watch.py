@@ -15,6 +15,7 @@ from batchnorm.monitor.references import Comparable, from_buffers, from_populati
 from batchnorm.monitor.result import WatchResult
 from batchnorm.monitor.stream import PANES, LayerStream
 from batchnorm.nn.frozen import state_of
+from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.require import require_module
 from batchnorm.nn.select import NormModule, select_norms
 from batchnorm.statistics.population import Population
@@ -187,6 +188,7 @@ class Watch:
         """Forget all that has been seen, and begin anew; what it is compared with stays."""
         self._seen.clear()
 
+    @with_provenance("watch", lambda watching: watching._model)
     def result(self) -> WatchResult:
         """Return what has been seen so far; other threads may go on calling the model meanwhile.
 

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.errors import StateError
 from batchnorm.nn.frozen import THAWED, Exact, State, move, state_of, thawed_class
+from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.require import lazy_names, require_module
 from batchnorm.nn.select import NormModule, named_norms, select_norms
 from batchnorm.nn.transaction import on_failure, transaction
@@ -36,6 +37,7 @@ def is_frozen(module: Module) -> bool:
 
 
 @transaction("freeze")
+@with_provenance("freeze")
 def freeze(
     model: Module, names: str | Sequence[str] | None = None, *, stats: bool = True, affine: bool = True
 ) -> FreezeResult:
@@ -105,6 +107,7 @@ def freeze(
 
 
 @transaction("unfreeze")
+@with_provenance("unfreeze")
 def unfreeze(model: Module, names: str | Sequence[str] | None = None) -> FreezeResult:
     """Take :func:`freeze` back: class, attributes and ``requires_grad`` flags are what they were before it.
 
@@ -276,6 +279,3 @@ class FreezeResult(Result):
     def to_dict(self) -> dict[str, Any]:
         """Return the verb, the number of norms in the model, and the layers."""
         return {"verb": self.verb, "total": self.total, "layers": [asdict(layer) for layer in self.layers]}
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.document().summary}>"

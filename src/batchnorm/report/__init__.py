@@ -16,6 +16,7 @@ from batchnorm.report.document import (
     Table,
 )
 from batchnorm.report.result import Result
+from batchnorm.report.short import foremost
 
 __all__ = [
     "Diagram",
@@ -32,4 +33,5 @@ __all__ = [
     "Section",
     "Series",
     "Table",
+    "foremost",
 ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import takewhile
 
+from batchnorm.report.cells import end_of_name
 from batchnorm.report.document import Diagram, Node, Panel, Role
 from batchnorm.report.layers import Layout, lay_out
 
-__all__ = ["mark", "to_svg"]
+__all__ = ["inside", "mark", "to_svg"]
 
 _LETTER, _SMALL_LETTER = 7.3, 6.1  # widths of a letter of the two sizes, in a font of equal widths
 _BOX, _LOW, _BELOW = 42.0, 14.0, 26.0  # height of a box, and of dots; from one layer to the next
@@ -39,7 +41,8 @@ _LOOK: dict[Role, tuple[str, str, float, str, str]] = {
 def to_svg(diagram: Diagram) -> str:
     """Return the diagram as an ``<svg>`` element of its natural size: its panels side by side, an arrow in between."""
     titled = _TITLE if any(panel.title for panel in diagram.panels) else 0.0
-    drawn = [_Drawing.of(panel, titled + _MARGIN) for panel in diagram.panels]
+    outer = inside(diagram)
+    drawn = [_Drawing.of(panel, titled + _MARGIN, outer) for panel in diagram.panels]
     height = max((drawing.bottom for drawing in drawn), default=0.0) + _MARGIN
     parts: list[str] = []
     x = _MARGIN
@@ -56,6 +59,19 @@ def to_svg(diagram: Diagram) -> str:
     )
 
 
+def inside(diagram: Diagram) -> str:
+    """Return the module that everything in a diagram is in; the drawing has names without it. ``""`` is the model.
+
+    >>> inside(Diagram("", [Panel("", [Node("conv2d", "stem.0"), Node("relu", "stem")], [])]))
+    'stem'
+    """
+    paths = {node.detail: node.detail.split(".") for panel in diagram.panels for node in panel.nodes if node.detail}
+    if not paths:
+        return ""
+    same = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths.values(), strict=False))]
+    return ".".join(same[:-1] if len(paths) == 1 else same)  # of the only module a name is left
+
+
 def mark(role: Role) -> str:
     """Return a small box that looks as those of a role do, for a legend."""
     return (
@@ -66,23 +82,24 @@ def mark(role: Role) -> str:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """A panel with the place of everything: the upper edge of each layer, and how high it is."""
+    """A panel with the place of everything: each layer's upper edge and height; what names are told inside of."""
 
     panel: Panel
     layout: Layout
     tops: Sequence[float]
     heights: Sequence[float]
+    outer: str
 
     @classmethod
-    def of(cls, panel: Panel, top: float) -> _Drawing:
+    def of(cls, panel: Panel, top: float, outer: str) -> _Drawing:
         """Lay out a panel below a line."""
-        layout = lay_out([_width(node) for node in panel.nodes], panel.edges, _GAP)
+        layout = lay_out([_width(node, outer) for node in panel.nodes], panel.edges, _GAP)
         heights = [_LOW] * (max(layout.layer, default=-1) + 1)
         for node, layer in zip(panel.nodes, layout.layer, strict=True):
             if node.name != _DOTS:
                 heights[layer] = _BOX
         tops = [top + sum(heights[:layer]) + layer * _BELOW for layer in range(len(heights))]
-        return cls(panel, layout, tops, heights)
+        return cls(panel, layout, tops, heights, outer)
 
     @property
     def bottom(self) -> float:
@@ -104,7 +121,7 @@ class _Drawing:
         nodes = [
             _dots(left + x, self.tops[layer], self.heights[layer], number in leading)
             if node.name == _DOTS
-            else _node(node, left + x, self.tops[layer])
+            else _node(node, left + x, self.tops[layer], self.outer)
             for number, (node, x, layer) in enumerate(
                 zip(self.panel.nodes, self.layout.x, self.layout.layer, strict=True)
             )
@@ -112,16 +129,17 @@ class _Drawing:
         return [*parts, *edges, *nodes]
 
 
-def _width(node: Node) -> float:
+def _width(node: Node, outer: str) -> float:
     if node.name == _DOTS:
         return 24.0
-    letters = max(len(_shown(node.name)) * _LETTER, len(_shown(node.detail)) * _SMALL_LETTER)
+    letters = max(len(end_of_name(node.name, _MOST_LETTERS)) * _LETTER, len(_place(node, outer)) * _SMALL_LETTER)
     return max(letters + 20, 56)
 
 
-def _shown(text: str) -> str:
-    """Return a name, or its end where it is long: that is what tells modules apart."""
-    return text if len(text) <= _MOST_LETTERS else "…" + text[1 - _MOST_LETTERS :]
+def _place(node: Node, outer: str) -> str:
+    """Return where a node runs, as it is called inside of what holds all nodes."""
+    name = node.detail.removeprefix(outer).removeprefix(".") if outer else node.detail
+    return end_of_name(name, _MOST_LETTERS)
 
 
 def _dots(x: float, y: float, height: float, is_leading: bool) -> str:
@@ -129,11 +147,11 @@ def _dots(x: float, y: float, height: float, is_leading: bool) -> str:
     return _text(_DOTS, x, y + (height - 4 if is_leading else 7), 14, _QUIET)
 
 
-def _node(node: Node, x: float, y: float) -> str:
-    width, colour = _width(node), _LOOK[node.role][4]
-    lines = [_text(_shown(node.name), x, y + (18 if node.detail else 25), 12, colour)]
-    if node.detail:
-        lines.append(_text(_shown(node.detail), x, y + 33, 10, _QUIET))
+def _node(node: Node, x: float, y: float, outer: str) -> str:
+    width, colour, place = _width(node, outer), _LOOK[node.role][4], _place(node, outer)
+    lines = [_text(end_of_name(node.name, _MOST_LETTERS), x, y + (18 if place else 25), 12, colour)]
+    if place:
+        lines.append(_text(place, x, y + 33, 10, _QUIET))
     whole = f"{node.name} {node.detail}".strip()
     box = _rectangle(x - width / 2, y, width, _BOX, node.role, 7)
     return f"<g><title>{escape(whole)}</title>{box}{''.join(lines)}</g>"

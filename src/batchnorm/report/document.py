@@ -47,13 +47,27 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under named columns. ``tones`` colours rows by their index."""
+    """Rows under named columns.
+
+    Attributes:
+        columns: their names.
+        rows: a cell for each column; the first is what the row is of.
+        title: above it.
+        caption: below it.
+        tones: colours rows by their index.
+        shown: the indices of the rows that the short form of a long table has; None for the bad ones, or the first.
+        optional: names of columns that the short form does without where they find no room, those first.
+        rest: says what a short form has left out.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     title: str = ""
     caption: str = ""
     tones: dict[int, Tone] = field(default_factory=dict)
+    shown: Sequence[int] | None = None
+    optional: Sequence[str] = ()
+    rest: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,8 @@ class HeatMap:
     """Rows of many values each, as colour: negative ones blue, positive ones orange, the stronger the larger.
 
     Rows may be of different lengths; each is drawn over the whole width. A value that is not finite has a colour of its
-    own. ``limit`` is the size that has full colour. ``tones`` colours the names of rows by their index.
+    own. ``limit`` is the size that has full colour. ``tones`` colours the names of rows by their index. ``rest`` says
+    what a short form has left out.
     """
 
     title: str
@@ -107,6 +122,7 @@ class HeatMap:
     unit: str = ""
     caption: str = ""
     tones: dict[int, Tone] = field(default_factory=dict)
+    rest: str = ""
 
 
 Role: TypeAlias = Literal["plain", "faint", "gone", "kept", "crossed", "changed", "blocking"]
@@ -158,8 +174,8 @@ Block: TypeAlias = Paragraph | Facts | Table | Plot | Plots | HeatMap | Diagrams
 class Section:
     """A heading with the blocks under it.
 
-    ``brief`` is what a terminal shows instead of all these blocks, where they would drown the rest; with nothing in it,
-    the whole section is left out there.
+    ``brief`` is what the short form has instead of all these blocks, where they would drown the rest; with nothing in
+    it, the whole section is left out there.
     """
 
     title: str
@@ -169,9 +185,20 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A title, one line of summary, and sections."""
+    """A title, one line of summary, and sections.
+
+    Attributes:
+        title: what it is about.
+        summary: one line.
+        sections: the rest.
+        tone: colours the summary.
+        more: how the whole is shown, where this is the short form.
+        provenance: where it comes from, as names and values; for the page.
+    """
 
     title: str
     summary: str
     sections: Sequence[Section]
     tone: Tone = "plain"
+    more: str = ""
+    provenance: Sequence[tuple[str, str]] = ()

@@ -7,18 +7,19 @@ from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from batchnorm.files.replace import replacing
 from batchnorm.harmless import harmless_data
-from batchnorm.report.diagrams import mark, to_svg
+from batchnorm.report.cells import format_cell, is_numeric
+from batchnorm.report.diagrams import inside, mark, to_svg
 from batchnorm.report.document import Block, Cell, Document, Plot, Table
 from batchnorm.report.heatmap import strip
-from batchnorm.report.text import format_cell, is_numeric
 
-__all__ = ["to_html", "write_html"]
+__all__ = ["to_fragment", "to_html", "write_html"]
 
 _MOST_ROWS = 24
 
@@ -28,7 +29,29 @@ def to_html(document: Document) -> str:
 
     Plots are drawn where matplotlib is installed; without it their numbers are shown, and how to get the drawing.
     """
-    document = harmless_data(document)
+    return _filled(
+        "page.html.j2",
+        document,
+        numbers=_numbers,
+        draw=_drawing(),
+        diagram=lambda block: Markup(to_svg(block)),
+        inside=inside,
+        mark=lambda role: Markup(mark(role)),
+        strip=strip,
+        scale=[i / 64 - 1 for i in range(129)],
+        version=version("batchnorm"),
+    )
+
+
+def to_fragment(document: Document) -> str:
+    """Return the document as a piece of a page, for notebooks: texts and tables, as compact as they can be.
+
+    It has no pictures: give the short form, which has none (:mod:`batchnorm.report.short`).
+    """
+    return _filled("fragment.html.j2", document)
+
+
+def _filled(template: str, document: Document, **more: Any) -> str:
     environment = Environment(
         loader=PackageLoader("batchnorm.report"),
         autoescape=True,
@@ -36,18 +59,8 @@ def to_html(document: Document) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(
-        document=document,
-        kind_of=_kind,
-        cell=format_cell,
-        numeric=_numeric,
-        numbers=_numbers,
-        draw=_drawing(),
-        diagram=lambda block: Markup(to_svg(block)),
-        mark=lambda role: Markup(mark(role)),
-        strip=strip,
-        scale=[i / 64 - 1 for i in range(129)],
-        version=version("batchnorm"),
+    return environment.get_template(template).render(
+        document=harmless_data(document), kind_of=_kind, cell=format_cell, numeric=_numeric, **more
     )
 
 

@@ -23,6 +23,7 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 
+from batchnorm.report.cells import end_of_name
 from batchnorm.report.document import Plot, Series
 
 __all__ = ["to_svg"]
@@ -37,7 +38,7 @@ _OF_THE_PAGE = {
     **{colour: f"var(--series-{i}, {colour})" for i, colour in enumerate(_PALETTE, 1)},
 }
 _WIDTH, _HEIGHT = 4.6, 3.1  # inches; small, so that letters are legible when a phone shows it 350 pixels wide
-_ROW = 0.17  # inches of a line of text
+_ROW, _LETTER = 0.17, 0.07  # inches of a line of text, and of a letter
 _FONT = 9.5
 _FAMILY = "DejaVu Sans"  # comes with matplotlib; letters are drawn as outlines, so the reader needs no font
 _ENDS: dict[str, Any] = {
@@ -48,6 +49,7 @@ _ENDS: dict[str, Any] = {
 }
 _SMALLEST = 1e-100  # beyond it, and its inverse, matplotlib overflows
 _MOST_BARS = 40  # with a name each, one below the other
+_MOST_LETTERS = 24  # of a name beside an axis: its end, which tells layers apart, and leaves room for the bars
 _MOST_POINTS = 500  # of a line; more cannot be told apart at this size
 
 
@@ -63,10 +65,12 @@ def to_svg(plot: Plot, *, prefix: str = "") -> str:
     """
     plot = _drawable(plot)
     names = _names(plot.series)
+    shown = [end_of_name(name, _MOST_LETTERS) for name in names]
     lying = bool(names) and len(names) <= _MOST_BARS and (len(names) > 6 or sum(map(len, names)) > 40)
     colours = _colours(plot.series)
     height = max(_HEIGHT, 0.9 + _ROW * len(names)) if lying else _HEIGHT
     height += _ROW * max(0, math.ceil(len(colours) / _legend_columns(colours)) - 1)
+    height += 0 if lying else _LETTER * max(0, max(map(len, shown), default=0) - 8)  # upright names
     figure = Figure(figsize=(_WIDTH, height), dpi=72, facecolor="none", edgecolor="none", linewidth=0)
     figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=0.03, w_pad=0.03, hspace=0, wspace=0))
     axes = figure.add_subplot(facecolor="none", prop_cycle=None)
@@ -80,7 +84,7 @@ def to_svg(plot: Plot, *, prefix: str = "") -> str:
             _draw_line(axes, series, names, colours[_key(series)], lying)
     if plot.y_range is not None:
         (axes.set_xlim if lying else axes.set_ylim)(plot.y_range)
-    _set_ticks(axes, plot, names, lying)
+    _set_ticks(axes, plot, shown, lying)
     _add_legend(figure, axes)
     for text in figure.findobj(Text):
         text.set(

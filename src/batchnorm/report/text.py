@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Iterable
-from typing import Any
+import shutil
+from collections.abc import Callable
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from batchnorm.harmless import harmless_data
+from batchnorm.report.cells import format_cell
 from batchnorm.report.document import (
     Block,
-    Cell,
     Diagrams,
     Document,
     Facts,
@@ -25,103 +24,78 @@ from batchnorm.report.document import (
     Table,
 )
 from batchnorm.report.heatmap import shades
+from batchnorm.report.tables import STYLE, caption, fitted, pairs
 
-__all__ = ["format_cell", "is_numeric", "render", "to_text"]
+__all__ = ["render", "to_text", "usual_width"]
 
-_STYLE = {"plain": "", "good": "green", "bad": "red"}
-
-
-def format_cell(cell: Cell) -> str:
-    """Return a cell as a person reads it: 4 significant digits, yes/no, and a dash for nothing.
-
-    >>> format_cell(0.123456), format_cell(1e-9), format_cell(True), format_cell(None)
-    ('0.1235', '1e-09', 'yes', '–')
-    """
-    if cell is None:
-        return "–"
-    if isinstance(cell, bool):
-        return "yes" if cell else "no"
-    if isinstance(cell, float):
-        return f"{cell:.4g}" if math.isfinite(cell) else str(cell)
-    return str(cell)
+_USUAL, _NARROWEST = 80, 20
 
 
-def is_numeric(cells: Iterable[Cell]) -> bool:
-    """Return whether a column holds a number, so that it is set flush right."""
-    return any(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
+def usual_width() -> int:
+    """Return how wide a text is of which nobody says it: as ``COLUMNS`` says, as the terminal is, else 80."""
+    return max(shutil.get_terminal_size((_USUAL, 24)).columns, _NARROWEST)
 
 
 def render(document: Document) -> RenderableType:
-    """Return the document as a Rich renderable, in which no character and no markup of a name does anything."""
+    """Return the document as a Rich renderable, in which no character and no markup of a name does anything.
+
+    Pictures have no text: those who want them ask for a page.
+    """
     document = harmless_data(document)
     parts: list[RenderableType] = [Text(document.title, style="bold")]
     if document.summary:
-        parts.append(Text(document.summary, style=_STYLE[document.tone]))
+        parts.append(Text(document.summary, style=STYLE[document.tone]))
     for section in document.sections:
-        if section.brief is not None and not section.brief:
-            continue
-        if section.title:
+        blocks = [block for block in section.blocks if not isinstance(block, Plot | Plots | Diagrams)]
+        if blocks and section.title:
             parts.append(Text(f"\n{section.title}", style="bold"))
-        parts.extend(_block(block) for block in (section.blocks if section.brief is None else section.brief))
+        parts.extend(_block(block, document.more) for block in blocks)
     return Group(*parts)
 
 
-def _block(block: Block) -> RenderableType:
+class _ByWidth:
+    """What is laid out when it is known how wide it may be."""
+
+    def __init__(self, layout: Callable[[int], RenderableType]) -> None:
+        self._layout = layout
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._layout(options.max_width)
+
+
+def _block(block: Block, more: str) -> RenderableType:
     if isinstance(block, Paragraph):
-        return Text(block.text, style=_STYLE[block.tone])
+        return Text(block.text, style=STYLE[block.tone])
     if isinstance(block, Facts):
-        grid = RichTable.grid(padding=(0, 2))
-        for name, value in block.items:
-            grid.add_row(Text(name), Text(format_cell(value)))
-        return grid
+        items = [(name, format_cell(value)) for name, value in block.items]
+        return _ByWidth(lambda room: pairs(items, room))
     if isinstance(block, Table):
-        return _table(block)
-    if isinstance(block, Plot):
-        return Text(f"[plot: {block.title}]", style="dim")
-    if isinstance(block, Plots):
-        return Group(*(_block(plot) for plot in block.plots))
+        return _ByWidth(lambda room: fitted(block, room, more))
     if isinstance(block, HeatMap):
-        return _heat_map(block)
-    if isinstance(block, Diagrams):
-        return Text("\n".join(f"[picture: {diagram.title}]" for diagram in block.diagrams), style="dim")
+        return _ByWidth(lambda room: _heat_map(block, room))
     raise TypeError(f"no text for a block of type {type(block).__name__}")
 
 
-_MOST_SHADES = 48
+_MOST_SHADES, _FEWEST_SHADES = 48, 8
 
 
-def _heat_map(block: HeatMap) -> RenderableType:
+def _heat_map(block: HeatMap, room: int) -> RenderableType:
     """Return a row of shades for each row; the darkest is the limit."""
-    grid = _titled(block, box=None)
-    grid.add_column("")
-    grid.add_column(Text(f"full shade: {format_cell(block.limit)} {block.unit}".rstrip()), no_wrap=True)
+    grid = RichTable.grid(padding=(0, 2, 0, 0), pad_edge=False)
+    names = max((Text(name).cell_len for name, _ in block.rows), default=0)
+    wide = max(min(_MOST_SHADES, room - names - 2), _FEWEST_SHADES)
     for index, (name, values) in enumerate(block.rows):
-        style = _STYLE[block.tones.get(index, "plain")]
-        grid.add_row(Text(name, style=style), Text(shades(values, block.limit, _MOST_SHADES), style=style))
-    return grid
+        style = STYLE[block.tones.get(index, "plain")]
+        grid.add_row(Text(name, style=style), Text(shades(values, block.limit, wide), style=style))
+    title = f"{block.title} (full shade: {format_cell(block.limit)} {block.unit}".rstrip() + ")"
+    rest = [Text(block.rest)] if block.rest else []
+    return Group(Text(title, style="italic"), grid, *rest, *caption(block.caption))
 
 
-def _titled(block: Table | HeatMap, **settings: Any) -> RichTable:
-    # Text(), so that brackets in a name are not read as markup, nor words between colons as signs
-    title = Text(block.title, style="table.title") if block.title else None
-    caption = Text(block.caption, style="table.caption") if block.caption else None
-    return RichTable(title=title, caption=caption, title_justify="left", **settings)
-
-
-def _table(block: Table) -> RichTable:
-    table = _titled(block)
-    for index, column in enumerate(block.columns):
-        numeric = is_numeric(row[index] for row in block.rows)
-        table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
-    for index, row in enumerate(block.rows):
-        cells = [Text(format_cell(cell)) for cell in row]
-        table.add_row(*cells, style=_STYLE[block.tones.get(index, "plain")])
-    return table
-
-
-def to_text(document: Document, width: int = 120) -> str:
-    """Return the document as plain text of at most ``width`` columns."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+def to_text(document: Document, width: int | None = None) -> str:
+    """Return the document as plain text of at most ``width`` columns: :func:`usual_width` by default."""
+    room = usual_width() if width is None else width
+    console = Console(file=io.StringIO(), width=room, color_system=None, legacy_windows=False)
     console.print(render(document))
     out = console.file
     assert isinstance(out, io.StringIO)

@@ -16,6 +16,7 @@ from batchnorm.errors import ArgumentTypeError, NonFiniteError, ShapeError, Stat
 from batchnorm.files.tensor_memory import repeats
 from batchnorm.moments import Moments
 from batchnorm.nn.copying import copy_model
+from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.transaction import transaction
 from batchnorm.statistics.buffers import write_all
 from batchnorm.statistics.merge_result import MergedStatistics, MergeResult
@@ -33,6 +34,7 @@ __all__ = ["merge"]
 
 
 @transaction("merge", lambda models: _modules_of(models))
+@with_provenance("merge")
 def merge(
     models: Iterable[Module | Mapping[str, Tensor]],
     weights: Iterable[float] | None = None,

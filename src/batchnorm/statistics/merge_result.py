@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from batchnorm.report import Document, Facts, Paragraph, Result, Section, Table
+from batchnorm.report import Document, Facts, Paragraph, Result, Section, Table, foremost
 from batchnorm.report.document import Block
 from batchnorm.report.result import finite_or_none
 
@@ -99,7 +100,7 @@ class MergeResult(Result):
         blocks: list[Block] = [facts, Paragraph(self.advice)]
         if self.layers:
             blocks.append(_layer_table([layer.to_dict() for layer in self.layers]))
-        return Document(f"Merge {type(self.model).__name__}", self._summary, [Section("", blocks)])
+        return Document(f"Merge {type(self.model).__name__}", self.summary, [Section("", blocks)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the model's class, the weights, the layers and the advice."""
@@ -113,15 +114,13 @@ class MergeResult(Result):
         }
 
     @property
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """The result in one line."""
         models, norms = len(self.weights), len(self.layers)
         return (
             f"{models} model{'s' * (models != 1)} merged: {self.averaged} tensors averaged, the statistics of {norms} "
             f"norm{'s' * (norms != 1)} mixed."
         )
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self._summary}>"
 
 
 def _percent(share: float) -> str:
@@ -140,4 +139,9 @@ def _layer_table(rows: Sequence[dict[str, Any]]) -> Table:
         "Share of the merged variance that lies between the models; distance of the models' means in standard "
         "deviations within a model; over the channels."
     )
-    return Table(tuple(columns.values()), [tuple(row[key] for key in columns) for row in rows], caption=caption)
+    return Table(
+        tuple(columns.values()),
+        [tuple(row[key] for key in columns) for row in rows],
+        caption=caption,
+        shown=foremost([math.inf if row["largest_distance"] is None else row["largest_distance"] for row in rows]),
+    )

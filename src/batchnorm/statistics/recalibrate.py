@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from batchnorm.errors import ShapeError, UnknownNameError, closest
 from batchnorm.nn.calling import Forward, call_on_batch
+from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.redirect import overlooked
 from batchnorm.nn.require import require_module
 from batchnorm.nn.snapshot import untouched
@@ -37,6 +38,7 @@ ORDERS = ["sequential", "parallel"]
 
 
 @transaction("recalibrate", lambda _: ())  # it claims the model when what it raises reaches all processes
+@with_provenance("recalibrate")
 def recalibrate(
     model: Module,
     batches: Iterable[Any],

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from batchnorm.errors import StateError
 from batchnorm.nn.transaction import on_failure, transaction
-from batchnorm.report import Document, Paragraph, Result, Section, Table
+from batchnorm.report import Document, Paragraph, Result, Section, Table, foremost
 from batchnorm.report.document import Block
 from batchnorm.report.result import finite_or_none
 from batchnorm.statistics.buffers import write_all
@@ -211,7 +211,7 @@ class RecalibrateResult(Result):
         """Say how sure the statistics are, and whether that is enough."""
         worst = self.least_certain()
         largest = worst[0].overall_uncertainty
-        if not isfinite(largest):
+        if not math.isfinite(largest):
             return "How sure this is cannot be told from a single batch."
         names = ", ".join(f"{layer.name or 'the model'} ({layer.overall_uncertainty:.2g})" for layer in worst)
         text = f"Least certain: {names}, in standard deviations."
@@ -234,9 +234,6 @@ class RecalibrateResult(Result):
             "notes": list(self.notes),
         }
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.document().summary}>"
-
 
 def _layer_table(rows: Sequence[dict[str, Any]]) -> Table:
     columns = {
@@ -253,4 +250,10 @@ def _layer_table(rows: Sequence[dict[str, Any]]) -> Table:
         "Uncertainty: the standard error of the mean in standard deviations, or of the variance relative to itself, "
         "whichever is larger; root mean square over the channels."
     )
-    return Table(tuple(columns.values()), [tuple(row[key] for key in columns) for row in rows], caption=caption)
+    return Table(
+        tuple(columns.values()),
+        [tuple(row[key] for key in columns) for row in rows],
+        caption=caption,
+        shown=foremost([math.inf if row["largest_mean_shift"] is None else row["largest_mean_shift"] for row in rows]),
+        optional=("values per channel", "batches"),
+    )

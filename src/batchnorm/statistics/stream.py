@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from batchnorm.errors import ArgumentTypeError, BatchError, EmptyStreamError
+from batchnorm.nn.provenance import saw
 
 __all__ = ["empty_stream", "in_one_line", "length_of", "numbered", "part_of", "require_stream"]
 
@@ -79,6 +80,8 @@ def numbered(verb: str, batches: Any, *, allow_empty: bool = False) -> Iterator[
         batch = _guarded(verb, index, next, iterator, _END)
         if batch is _END:
             break
+        if index == 0:
+            saw(batch)
         yield index, batch
     if index == 0 and not allow_empty:
         raise empty_stream(verb, type(batches).__name__)

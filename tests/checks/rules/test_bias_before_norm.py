@@ -80,6 +80,7 @@ class Custom(nn.Module):
         lambda net, x: net.norm(net.conv(x)) * net.conv.bias.sum(),
         lambda net, x: F.group_norm(net.conv(x), 2),
         lambda net, x: net.norm(F.conv2d(x, net.conv.weight)),
+        lambda net, x: (net.norm(net.conv(x)), F.relu(net.conv(x))),  # the second time nothing takes it out
     ],
 )
 def test_not_flagged(forward: Any) -> None:
@@ -106,6 +107,27 @@ def test_flagged_without_a_fix(forward: Any, phrase: str) -> None:
     assert finding.layer == "conv"
     assert finding.fix is None
     assert phrase in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("count", "phrase"),
+    [(2, "the norms norms.0 and norms.1 subtract each"), (3, "the norms norms.0, norms.1 and norms.2 subtract each"),
+     (7, "the norms norms.0, norms.1, norms.2, norms.3 and 3 more subtract each")],
+)  # fmt: skip
+def test_one_layer_before_several_norms_is_one_finding(count: int, phrase: str) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(count))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(norm(self.conv(x + i)) for i, norm in enumerate(self.norms))
+
+    (finding,) = findings(Heads(), 2, 3, 4, 4)
+    assert finding.layer == "conv"
+    assert finding.fix is None
+    assert phrase in finding.message
 
 
 def test_shared_tensors_have_no_fix() -> None:
@@ -222,4 +244,4 @@ def test_one_bias_before_three_norms_is_one_finding(forward: Any) -> None:
 
     (finding,) = findings(Three(), 2, 3, 4, 4)
     assert (finding.layer, finding.fix) == ("conv", None)
-    assert "its 3 norms (norms.0, norms.1, norms.2) subtract each channel's mean" in finding.message
+    assert "the norms norms.0, norms.1 and norms.2 subtract each channel's mean" in finding.message

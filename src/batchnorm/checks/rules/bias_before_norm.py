@@ -90,12 +90,17 @@ def _ends(graph: Graph, call: Call, bias: Value) -> tuple[list[Call], list[Value
     return cancelling_norms(graph, call) if meant else ([], [])
 
 
+_MOST_NAMES = 4
+
+
 def _called(norms: list[Call]) -> str:
     names = list(dict.fromkeys(norm.module for norm in norms))
     if len(names) == 1:
         return f"the norm {names[0]} subtracts" if names[0] else "the norm subtracts"
-    named = ", ".join(name or "(the model)" for name in names[:3]) + (", …" if len(names) > 3 else "")
-    return f"its {len(names)} norms ({named}) subtract"
+    shown = [name or "(a function)" for name in names]
+    more = [f"{len(shown) - _MOST_NAMES} more"] if len(shown) > _MOST_NAMES else []
+    *first, last = [*shown[:_MOST_NAMES], *more]
+    return f"the norms {', '.join(first)} and {last} subtract"
 
 
 def _keeps_its_statistics(model: Module, norm: Call) -> bool:

@@ -16,6 +16,7 @@ from torch.nn import Module
 from batchnorm.cli.errors import CommandError, reason
 from batchnorm.cli.load.objects import call_factory, find_object
 from batchnorm.cli.output import note
+from batchnorm.report.provenance import source
 
 __all__ = ["ArrayBatches", "device_of", "dtype_of", "load_batches"]
 
@@ -48,6 +49,7 @@ def load_batches(spec: str, model: Module, *, batch_size: int = 64) -> Iterable[
     Raises:
         CommandError: no such file or name, damaged, or not an iterable.
     """
+    source("data", spec)
     if spec.endswith(".npz"):
         array = _read_npz(Path(spec))
         tensor = torch.from_numpy(array)

@@ -13,6 +13,7 @@ from torch.nn import Module
 from batchnorm.cli.errors import CommandError, reason
 from batchnorm.cli.load.batches import device_of, dtype_of, load_batches
 from batchnorm.errors import closest
+from batchnorm.report.provenance import source
 
 __all__ = ["load_example", "random_input"]
 
@@ -40,6 +41,7 @@ def load_example(
     if inputs and data is not None:
         raise CommandError("--input and --data: give one of them; --data takes its first batch as the example input.")
     if inputs:
+        source("data", f"random numbers, seed {seed}")
         generator = torch.Generator().manual_seed(seed)
         return tuple(random_input(shape, dtype_of(model), generator).to(device_of(model)) for shape in inputs)
     if data is None:

@@ -10,6 +10,7 @@ from torch.nn import Module
 from batchnorm.cli.errors import CommandError
 from batchnorm.cli.load.objects import call_factory, find_object
 from batchnorm.cli.load.weights import fit_weights, read_weights
+from batchnorm.report.provenance import source
 
 __all__ = ["load_model"]
 
@@ -25,6 +26,7 @@ def load_model(spec: str, weights: Path | None = None, *, seed: int = 0) -> Modu
     Raises:
         CommandError: any of it cannot be used.
     """
+    source("model", spec)
     torch.manual_seed(seed)
     found = find_object("--model", spec)
     if not isinstance(found, Module):

@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from batchnorm.cli.errors import CommandError, reason
 from batchnorm.errors import InputError
 from batchnorm.files.program import read_program
+from batchnorm.report.provenance import source
 
 __all__ = ["load_program"]
 
@@ -19,6 +20,7 @@ def load_program(path: Path) -> ExportedProgram:
     Raises:
         CommandError: there is no such file, or it holds something else.
     """
+    source("model", str(path))
     if not path.is_file():
         raise CommandError(f"--model {path}: no such file.")
     try:

@@ -19,6 +19,7 @@ from batchnorm.cli.output import note
 from batchnorm.errors import closest
 from batchnorm.files.tensor_memory import Footprint, footprint
 from batchnorm.nn.prefixes import wrapper_prefix
+from batchnorm.report.provenance import source
 
 __all__ = ["fit_weights", "read_weights"]
 
@@ -33,6 +34,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     Raises:
         CommandError: no such file, another suffix, damaged, or holding more than tensors.
     """
+    source("weights", str(path))
     if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
         raise CommandError(
             f"--weights {path}: expected a file that ends in .safetensors, {' '.join(TORCH_SUFFIXES)}; "
