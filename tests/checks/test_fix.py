@@ -100,7 +100,7 @@ def test_a_fix_that_would_be_wrong_in_the_other_mode_is_not_applied() -> None:
 
     fixed = check(TwoWays(), X).fix()
     assert fixed.applied == []
-    assert "in eval mode, in which the model runs other code" in fixed.left[0].reason
+    assert "in eval mode: the model runs other code" in fixed.left[0].reason
     assert fixed.model.conv.bias is not None
 
 
