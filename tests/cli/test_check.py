@@ -18,6 +18,13 @@ def build():
     return nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU())
 def swapped():
     return nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.BatchNorm2d(6))
+def late():
+    return nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.GELU(), nn.BatchNorm2d(6))
+def misused():
+    norms = nn.BatchNorm2d(6, momentum=0.99), nn.BatchNorm2d(6, eps=1.0), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), *norms, nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6))
+    model[1].running_var[2] = -1
+    return model
 """
 
 
@@ -74,6 +81,27 @@ def test_the_list_of_rules_needs_no_model(command: Callable[..., Any]) -> None:
     done = command("check", "--rules")
     assert done.code == 0
     assert [line.split()[:2] for line in done.out.splitlines()] == [[rule.code, rule.name] for rule in RULES]
+    off = [line.split()[0] for line in done.out.splitlines() if line.endswith("Off unless selected.")]
+    assert off == [rule.code for rule in RULES if not rule.by_default]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "codes"), [([], []), (["--select", "BN015"], ["BN015"]), (["--select", "BN"], [])]
+)
+def test_a_rule_that_is_off_runs_when_it_is_named(
+    command: Callable[..., Any], arguments: list[str], codes: list[str]
+) -> None:
+    done = command("check", "-m", "clean:late", "-i", SHAPE, "--json", *arguments)
+    assert [f["code"] for f in json.loads(done.out)["findings"]] == codes
+    assert done.code == (1 if codes else 0)
+
+
+def test_values_and_modes_are_told_in_80_columns(command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = command("check", "-m", "clean:misused", "-i", "2,3,8,8")
+    assert done.code == 1
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert all(code in done.out for code in ("BN007", "BN008", "BN009", "BN010", "BN014"))
 
 
 def test_fix_writes_the_mended_state_dict_and_exits_with_0(
