@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
+import batchnorm
+from batchnorm.nn.pending import deferring_always
 from batchnorm.nn.snapshot import Snapshot, untouched
 
 
@@ -119,3 +122,36 @@ def test_parameters_that_were_replaced_come_back() -> None:
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(after[name] is p for name, p in before.items())
+
+
+class Stops(nn.Module):
+    """Fails while the output of a fused norm has not been read yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fails = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.conv(x))
+        if self.fails:
+            raise RuntimeError("stop")
+        return torch.relu(h)
+
+
+def test_a_step_that_a_fused_layer_owes_is_neither_lost_nor_taken_after_all_was_put_back() -> None:
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = batchnorm.convert(Stops(), x, fuse=True).model.train()
+    with deferring_always():
+        unread = model.norm(x.new_ones(4, 4, 8, 8))
+        before = copy.deepcopy(model.norm.state_dict())
+        model.fails = True
+        with pytest.raises(RuntimeError) as caught, untouched(model):
+            model(x)
+        # the traceback holds the forward's frame, and with it the output that nobody has read
+        assert model.norm.num_batches_tracked == before["num_batches_tracked"] + 1  # the one from before the block
+        after = copy.deepcopy(model.norm.state_dict())
+        del caught
+        gc.collect()
+        assert all(torch.equal(value, after[key]) for key, value in model.norm.state_dict().items())
+        assert unread.mean().isfinite()
+        assert model.norm.num_batches_tracked == 1

@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import get_ident
@@ -43,7 +43,7 @@ from batchnorm.nn.redirect import shallow_copy
 if TYPE_CHECKING:
     from batchnorm.nn.batch_norm import _Layer
 
-__all__ = ["Pending", "defer", "deferring_always"]
+__all__ = ["Pending", "cancel_steps", "defer", "deferring_always", "settle_steps"]
 
 
 def defer(layer: _Layer, input: Any) -> Pending | None:
@@ -174,10 +174,18 @@ class _Source:
 
     def __del__(self) -> None:
         if getattr(self, "_owes", False) and not sys.is_finalizing():
-            try:
-                self.step()
-            except Exception as error:  # which nobody could catch
-                warnings.warn(f"{error} Its running statistics took no step.", RuntimeWarning, stacklevel=2)
+            self.step_or_warn()
+
+    def step_or_warn(self) -> None:
+        """Take the step where nobody could catch what it raises, or would know what it is about."""
+        try:
+            self.step()
+        except Exception as error:
+            warnings.warn(f"{error} Its running statistics took no step.", RuntimeWarning, stacklevel=2)
+
+    def cancel(self) -> None:
+        """Owe no step any more."""
+        self._owes = False
 
     @contextmanager
     def mode(self) -> Iterator[None]:
@@ -263,6 +271,10 @@ class _Steps:
         if source is not None:
             source.step()
 
+    def owed(self) -> list[_Source]:
+        """Return the calls that owe a step, in all threads."""
+        return [source for reference in list(self._owed.values()) if (source := reference()) is not None]
+
     def begin(self, source: _Source) -> None:
         """Note a call that owes a step."""
         self._owed[get_ident()] = weakref.ref(source)
@@ -294,6 +306,25 @@ def _steps_of(layer: _Layer) -> _Steps | None:
         return None
     steps: _Steps | None = _steps.get(mean)
     return _steps.setdefault(mean, _Steps()) if steps is None else steps
+
+
+def settle_steps(buffers: Iterable[Tensor]) -> None:
+    """Take the steps that calls of this thread owe the running statistics among ``buffers``."""
+    for source in _owed_to(buffers):
+        if source.thread == get_ident():
+            source.step_or_warn()
+
+
+def cancel_steps(buffers: Iterable[Tensor]) -> None:
+    """Let no call owe a step to the running statistics among ``buffers``: they were set to what they were before it."""
+    for source in _owed_to(buffers):
+        source.cancel()
+
+
+def _owed_to(buffers: Iterable[Tensor]) -> Iterator[_Source]:
+    for buffer in buffers:
+        steps: _Steps | None = _steps.get(buffer)
+        yield from [] if steps is None else steps.owed()
 
 
 class Pending(Tensor):

@@ -12,6 +12,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from batchnorm.files.tensor_memory import bytes_of, without_repeats
+from batchnorm.nn.pending import cancel_steps, settle_steps
 from batchnorm.nn.transaction import on_failure
 
 __all__ = ["Snapshot", "Structure", "untouched"]
@@ -26,6 +27,8 @@ class Snapshot:
     """
 
     def __init__(self, model: Module, *, parameters: bool = False) -> None:
+        self._buffers = list(model.buffers())
+        settle_steps(self._buffers)  # of fused layers whose output nobody has read yet: they are not to be lost
         # scripted modules that went through torch.jit.freeze have no mode
         self._modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
         # a scripted module keeps its buffers in C++, where their slots cannot change
@@ -34,7 +37,7 @@ class Snapshot:
             (slots, dict(slots)) for m in plain for slots in (m._parameters, m._buffers)
         ]
         self._values: list[tuple[Tensor, Tensor]] = []
-        tensors = list(model.buffers()) + (list(model.parameters()) if parameters else [])
+        tensors = self._buffers + (list(model.parameters()) if parameters else [])
         for tensor in tensors:
             if is_lazy(tensor):  # without a value until the first forward
                 continue
@@ -44,6 +47,7 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put every mode and value back."""
+        cancel_steps(self._buffers)  # an output that an exception still holds would take its step when that is gone
         for module, training in self._modes:
             # the attribute itself: train() may be overridden (a frozen norm ignores it)
             module.training = training
