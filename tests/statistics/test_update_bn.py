@@ -92,7 +92,9 @@ def test_a_tensor_holds_batches_along_its_first_dimension() -> None:
     assert theirs[1].num_batches_tracked == model[1].num_batches_tracked == 3
 
 
-@pytest.mark.parametrize("loader", [[], iter(()), torch.zeros(0, 8, 4), DataLoader([])], ids=str)
+@pytest.mark.parametrize(
+    "loader", [[], iter(()), torch.zeros(0, 8, 4), DataLoader([])], ids=["list", "iterator", "tensor", "loader"]
+)
 def test_an_empty_loader_changes_nothing(loader: Any) -> None:
     model = network()
     before = bits(model)
