@@ -167,3 +167,25 @@ def test_one_interrupt_gives_up_a_model_that_waits_in_c(monkeypatch: pytest.Monk
     for thread in set(threading.enumerate()) - threads:
         thread.join(60)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_thread_that_never_begins_hides_no_error(
+    error: type[BaseException], at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt may come before the first line of ``Thread.start``; and the system may refuse a thread."""
+    model, starts, start = network(), [], threading.Thread.start
+
+    def failing(self: threading.Thread) -> None:
+        starts.append(self)
+        if len(starts) == at or (error is RuntimeError and len(starts) > at):
+            raise error("no thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    threads = threading.active_count()
+    with pytest.raises((KeyboardInterrupt, RuntimeError), match="no thread"):
+        recalibrate(model, images(4, 4, 4))
+    assert threading.active_count() == threads
+    assert compiled_modules_eager.depth() == 0

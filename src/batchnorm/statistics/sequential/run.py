@@ -171,7 +171,8 @@ class Run:
         self.tell_to_leave()  # in any case: a thread that was begun a moment ago is not alive yet
         for second in count():
             self._replies.put(None)
-            self._thread.join(timeout=1)  # a model that catches everything is told again at its next operator
+            if self._thread.is_alive():  # one that never began, for want of threads or after an interrupt, has no end
+                self._thread.join(timeout=1)  # a model that catches everything is told again at its next operator
             if not self._thread.is_alive():
                 break
             if second == GIVE_UP:
