@@ -232,3 +232,18 @@ def test_half_precision_in_autocast() -> None:
         joined = measured(model, batches)
         assert joined[2] < 50
         assert_alike(joined, measured(model, batches, alone=True), rtol=0.02, atol=0.02)
+
+
+class Dims(nn.Module):
+    """Turns a whole batch down where one of its values is very large; in eval mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where((x.abs() > 50).any(), 0.1 * x, x)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("at", [41, 166, 203, 299])
+def test_one_batch_that_changes_its_neighbours_alone_is_not_joined(size: int, at: int) -> None:
+    model, batches = nn.Sequential(Dims(), network()[:6]), images(300, size)
+    batches[at] = batches[at] * 100
+    assert_alike(measured(model, batches), measured(model, batches, alone=True))

@@ -44,6 +44,8 @@ _STILL = 1e-6
 _TINY = torch.finfo(torch.float64).tiny
 _SAME = 1e-3
 """Two runs of one batch that differ by more than this, in the same units, were disturbed."""
+_PER_WITNESS = 16
+"""Of so many batches that were joined, one is run again by itself."""
 _FIRST = 16
 """With a tolerance, so many batches are measured first, to tell how many it takes."""
 
@@ -270,10 +272,12 @@ class Sequential:
         """Return whether some batches, run once more by themselves, bring to each norm what they brought before."""
         if len(sweep.travellers) < 2:
             return True
-        return all(self._repeats(index, traveller, sweep, inputs) for index, traveller in _witnesses(sweep))
+        witnesses = _witnesses(sweep)
+        batches = inputs.again(witnesses)
+        return all(self._repeats(index, batch, witnesses[index], sweep) for index, batch in batches)
 
-    def _repeats(self, index: int, traveller: Traveller, sweep: Sweep, inputs: Inputs) -> bool:
-        run = self._start(index, inputs.one(index), None)
+    def _repeats(self, index: int, batch: Any, traveller: Traveller, sweep: Sweep) -> bool:
+        run = self._start(index, batch, None)
         try:
             run.start()
             with below_autograd():
@@ -311,12 +315,18 @@ def _first(inputs: Inputs, number: int | None) -> Iterator[tuple[int, Any]]:
             index += 1
 
 
-def _witnesses(sweep: Sweep) -> list[tuple[int, Traveller]]:
-    """Return the batches that are run again: the first, and some of those that were joined, of each size of a group."""
+def _witnesses(sweep: Sweep) -> dict[int, Traveller]:
+    """Return the batches that are run again, by their rising indices: the first of all, and some of those joined.
+
+    Those are one of each group, for a batch that is unlike all others may change its neighbours alone; where groups are
+    of fewer than ``_PER_WITNESS`` batches, of so many groups that no more is run again, evenly spaced. In any case some
+    groups, and one of each size.
+    """
     groups = sweep.joined
-    some = [groups[i * (len(groups) - 1) // 4] for i in range(5)] if groups else []
+    number = min(len(groups), max(5, sum(t.number for t in groups) // _PER_WITNESS))
+    some = [groups[i * (len(groups) - 1) // max(1, number - 1)] for i in range(number)]
     chosen = [sweep.travellers[0], *some, *{t.number: t for t in groups}.values()]
-    return [(index, t) for t in dict.fromkeys(chosen) for index in t.brought]
+    return dict(sorted((index, t) for t in dict.fromkeys(chosen) for index in t.brought))
 
 
 def _repeats(run: Run, index: int, traveller: Traveller, sweep: Sweep) -> bool:
