@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import batchnorm
-from batchnorm.errors import StateError
+from batchnorm.errors import ArgumentTypeError, StateError
 
 
 class NormAct(nn.BatchNorm2d):
@@ -118,16 +118,24 @@ def other(name: str, module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(("make", "said"), [
     (lambda: nn.Linear(3, 3), "the model has no module first"),
     (lambda: other("late", nn.GroupNorm(2, 6)), "expected a BatchNorm2d at late; got a GroupNorm"),
+    (lambda: batchnorm.convert(Net()).model, r"expected a torch\.nn\.\S+\.BatchNorm2d at \w+; got a batchnorm\.nn\."),
     (lambda: other("up", nn.Conv2d(4, 6, 2)), "expected a parameter of shape 4×3×2×2 at up.weight; got"),
     (lambda: other("conv", nn.Conv2d(3, 4, 3)), "expected no parameter at conv.bias; got a parameter of shape 4"),
     (lambda: other("up", nn.Identity()), r"the model has no parameter up\.weight"),
-], ids=["another model", "another norm", "another shape", "a bias more", "no parameter"])  # fmt: skip
+], ids=["another model", "another norm", "converted", "another shape", "a bias more", "no parameter"])  # fmt: skip
 def test_a_model_of_another_architecture_is_refused_and_left_as_it_was(result, make, said) -> None:
     net = make()
     before = repr(net)
     with pytest.raises(StateError, match=f"refold: {said}"):
         batchnorm.refold(net, result.pairs, inplace=True)
     assert repr(net) == before
+
+
+@pytest.mark.parametrize("verb", [batchnorm.unfold, batchnorm.refold])
+@pytest.mark.parametrize("pairs", [None, 3], ids=["of nothing folded", "a number"])
+def test_what_is_no_pairs_is_refused(verb, pairs) -> None:
+    with pytest.raises(ArgumentTypeError, match=f"{verb.__name__}: expected the pairs of a fold or the path of their"):
+        verb(Net(), pairs)
 
 
 def test_a_folded_model_is_not_folded_again(result) -> None:

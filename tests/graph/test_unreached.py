@@ -71,6 +71,46 @@ def test_settings_modes_errors_and_defaults_that_a_part_has_are_not():
         assert word not in sentence
 
 
+class Settings(nn.Module):
+    """Local variables that hold settings of the model, and some that only look as if they did."""
+
+    def __init__(self):
+        super().__init__()
+        self.blur, self.parts, self.limit = None, nn.ModuleList([Part()]), 3
+
+    def forward(self, x):
+        blur = getattr(self, "blur", None)
+        again = blur
+        if again is not None:
+            x = again(x)
+        for number, part in enumerate(self.parts):
+            if number > 2 and part is not None:
+                x = part(x)
+        limit = self.limit
+        if len(x) > limit:
+            x = -x
+        chosen = self.blur
+        if len(x) > 50:
+            chosen = self.parts
+        if chosen is not None:
+            x = x + 1
+        found = False
+        if x.sum() < -1000:
+            found = True
+        if found:
+            x = x + 2
+        return x
+
+
+def test_what_a_local_variable_reads_from_the_model_alone_is_a_setting_of_it():
+    sentence = told(Settings().eval(), (X,))
+    for setting in ("again", "number"):
+        assert setting not in sentence
+    for condition in ("`len(x) > limit`", "`len(x) > 50`", "`chosen is not None`", "`x.sum() < -1000`"):
+        assert condition in sentence
+    assert "and 1 more" in sentence  # `found`
+
+
 def test_what_another_run_reached_is_reached():
     net = Ways().eval()
     runs = [(X,), (X, True), (torch.ones(101, 3),), (X, False, "z"), (-X,)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from batchnorm.errors import InputError
+from batchnorm.graph.example_error import example_error
 from batchnorm.graph.outputs import NamedTensor, difference, named_tensors
 from batchnorm.graph.several import each
 from batchnorm.graph.trace import fresh_inputs
@@ -73,9 +73,7 @@ class _Check:
                     except Exception as error:  # a single value per channel in training, a loss that needs labels
                         failure = error if number == 0 else failure
         if not self._references:
-            raise InputError(
-                f"{type(model).__name__} fails on the example inputs: {type(failure).__name__}: {failure}"
-            ) from failure
+            raise example_error(model, failure) from failure
 
     def failing(self, names: list[str]) -> dict[str, str]:
         """Return the norms that must not be fused, found by halves, each with the reason."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, SyncBatchNorm
 
-from batchnorm.errors import InputError, StateError
+from batchnorm.errors import ArgumentTypeError, InputError, StateError
 from batchnorm.files.tensor_file import read_tensors, write_tensors
 from batchnorm.files.tensor_memory import bytes_of
 from batchnorm.graph.own_weights import ties
@@ -153,6 +154,23 @@ class Pairs:
         }
         write_tensors(Path(path), _FORMAT, tensors, json.dumps(about))
         return Path(path)
+
+    @classmethod
+    def given(cls, verb: str, pairs: Pairs | str | Path, like: Module | None) -> Pairs:
+        """Return what a verb was given: pairs, or those of the file.
+
+        Raises:
+            ArgumentTypeError: it is neither, as ``FoldResult.pairs`` is None where nothing was folded.
+            InputError, StateError: as of :meth:`load`.
+        """
+        if isinstance(pairs, Pairs):
+            return pairs
+        if isinstance(pairs, str | os.PathLike):
+            return cls.load(pairs, like)
+        raise ArgumentTypeError(
+            f"{verb}: expected the pairs of a fold or the path of their file; got {type(pairs).__name__}. "
+            "FoldResult.pairs has them, FoldResult.save_pairs writes them; where nothing was folded there are none."
+        )
 
     @classmethod
     def load(cls, path: str | Path, like: Module | None = None) -> Pairs:

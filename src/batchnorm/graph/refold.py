@@ -58,7 +58,7 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
         True
     """
     require_module("refold", model)
-    known = pairs if isinstance(pairs, Pairs) else Pairs.load(pairs, like=model)
+    known = Pairs.given("refold", pairs, like=model)
     _require_original(model, known)
     target = model if inplace else copy_model("refold", model, "Change it in place: inplace=True.")
     on_failure(Structure(target).restore)
@@ -108,7 +108,9 @@ def _require_original(model: Module, pairs: Pairs) -> None:
         there, expected = type(modules[name]), type(norm)
         # by name: a parametrized module has a class of its own
         same = (there.__module__, there.__qualname__) == (expected.__module__, expected.__qualname__)
-        _require(same, f"expected a {expected.__name__} at {name}; got a {there.__name__}")
+        alike = there.__name__ == expected.__name__  # a torch layer, and the one that convert makes of it
+        wanted, got = (f"{t.__module__}.{t.__name__}" if alike else t.__name__ for t in (expected, there))
+        _require(same, f"expected a {wanted} at {name}; got a {got}")
     for name in pairs.bordered:
         conv = modules.get(name)
         _require(

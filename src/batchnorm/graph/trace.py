@@ -27,9 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from batchnorm.errors import BatchNormError, InputError
+from batchnorm.errors import BatchNormError
 from batchnorm.graph.branches import EITHER, run_both
 from batchnorm.graph.dataflow import Call, Graph, ModuleCall, Value
+from batchnorm.graph.example_error import example_error
 from batchnorm.graph.several import each
 from batchnorm.nn.calling import below_autograd, call_on_example
 from batchnorm.nn.operators import named_arguments
@@ -105,9 +106,7 @@ class _Tracer(TorchDispatchMode):
         except BatchNormError:
             raise
         except Exception as error:
-            raise InputError(
-                f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
-            ) from error
+            raise example_error(model, error) from error
         returned = tuple(self.value_of(leaf) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
         self.outputs += returned
         self.mark_kept(returned)

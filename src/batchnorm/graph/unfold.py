@@ -56,7 +56,7 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
         ('BatchNorm2d', True)
     """
     require_module("unfold", model)
-    known = pairs if isinstance(pairs, Pairs) else Pairs.load(pairs, like)
+    known = Pairs.given("unfold", pairs, like)
     _require_folded(model, known)
     target = model if inplace else copy_model("unfold", model, "Unfold it in place: inplace=True.")
     on_failure(Structure(target).restore)

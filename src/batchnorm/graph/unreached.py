@@ -4,6 +4,7 @@ While the model runs, the instructions of its own functions that are executed ar
 not of torch or of this package. In the syntax tree, what has none of them was not reached, of a function that ran. Of
 that only is told what depends on the inputs: the condition that leads there reads an argument or a local variable.
 Conditions on the model's settings, on its mode or on tracing, and ways that only raise, are no ways that inputs take.
+A local variable that is bound once, to what is read from the model alone, is one of its settings.
 """
 
 from __future__ import annotations
@@ -177,7 +178,9 @@ class _Function:
         if not is_root:  # the model's own code calls it, always without these, or as it does here
             ignored |= {arg.arg for arg in positional[len(positional) - len(args.defaults) :]}
             ignored |= {arg.arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default}
-        self._names = {*code.co_varnames, *code.co_cellvars} - ignored
+        owner = {positional[0].arg} if positional else set()
+        names = {*code.co_varnames, *code.co_cellvars}
+        self._names = names - ignored - _read_from(owner, node, names)
 
     def _reached(self, node: ast.stmt | ast.expr) -> bool:
         start, end = (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
@@ -225,6 +228,29 @@ class _Function:
         if not self._is_root and any(isinstance(n, ast.Name) and n.id in ("isinstance", "hasattr") for n in names):
             return False
         return any(isinstance(n, ast.Name) and n.id in self._names and self._reached(n) for n in names)
+
+
+def _read_from(owner: set[str], function: ast.FunctionDef, names: set[str]) -> set[str]:
+    """Return the local variables that are bound once, to what is read from ``owner`` and from no other of ``names``.
+
+    ``aa = getattr(self, "aa", None)`` is one, and so is ``block`` in ``for block in self.blocks``. What is bound twice
+    may depend on the way that was taken between, and what is bound to a constant may be changed in place.
+    """
+    stored = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)]
+    sources = [
+        (target, node.value) for node in ast.walk(function) if isinstance(node, ast.Assign) for target in node.targets
+    ]
+    sources += [(node.target, node.iter) for node in ast.walk(function) if isinstance(node, ast.For)]
+    settings = set(owner)
+    while True:
+        before = len(settings)
+        for target, value in sources:
+            read = {n.id for n in ast.walk(value) if isinstance(n, ast.Name)} & names
+            bound = {n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            if read and read <= settings:
+                settings |= {name for name in bound if stored.count(name) == 1}
+        if len(settings) == before:
+            return settings - owner
 
 
 def _choices(statement: ast.stmt) -> Iterator[ast.IfExp]:

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_map
 
 from batchnorm.errors import InputError, VerificationError
 from batchnorm.files.tensor_memory import without_repeats
+from batchnorm.graph.example_error import example_error
 from batchnorm.graph.outputs import NamedTensor, difference, named_tensors, scale_of
 from batchnorm.graph.several import Several
 from batchnorm.graph.trace import fresh_inputs
@@ -68,9 +69,7 @@ def run(model: Module, example_inputs: Any) -> list[NamedTensor]:
         try:
             return named_tensors(call_on_example(model, fresh_inputs(example_inputs)))
         except Exception as error:
-            raise InputError(
-                f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
-            ) from error
+            raise example_error(model, error) from error
 
 
 Run: TypeAlias = Callable[[Module, Any], list[NamedTensor]]

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from batchnorm.errors import ArgumentTypeError, BatchError, BatchNormError, NonFiniteError
 from batchnorm.nn.calling import Forward, call_on_batch
-from batchnorm.nn.select import named_norms
+from batchnorm.nn.half_norms import half_norms
 from batchnorm.statistics.stream import in_one_line
 
 __all__ = ["explained"]
@@ -33,27 +33,7 @@ def explained(verb: str, error: Exception, model: Module, index: int, batch: Any
     hint = _CALLED if isinstance(error, TypeError) and call is call_on_batch else ""
     return BatchError(
         f"{verb}: {type(model).__name__} failed on batch {index} (counting from 0): {in_one_line(error)} "
-        f"{hint}{_half_norms(model)}The model is as it was."
-    )
-
-
-def _half_norms(model: Module) -> str:
-    """Name the norms in half precision inside a model that is not, which torch does not run; ``""`` without any."""
-    norms = named_norms(model)
-    others = {id(p) for norm in norms.values() for p in norm.parameters()}
-    if not any(p.dtype == torch.float32 and id(p) not in others for p in model.parameters()):
-        return ""
-    half = [
-        name
-        for name, norm in norms.items()
-        if any(t.dtype in (torch.float16, torch.bfloat16) for t in (*norm.parameters(), *norm.buffers()))
-    ]
-    if not half:
-        return ""
-    first = f"model.get_submodule({half[0]!r})" if half[0] else "model"
-    return (
-        f"{half[0]} holds half precision in a model of float32 ({len(half)} of {len(norms)} norms do): {first}.float() "
-        "makes it fit. "
+        f"{hint}{half_norms(model)}The model is as it was."
     )
 
 
