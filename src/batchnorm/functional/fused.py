@@ -179,10 +179,13 @@ def _differentiable_gradients(
         # A slope that is 1 here and another number there has no derivative of its own, so it may be a factor of dy;
         # then there is no activation left, and the values of the residual do not matter.
         slope = slope_below_zero(activation)
-        dy = torch.where(calls.unpack_bits(bits, x), dy, 0.0 if slope is None else slope * dy)
+        wide = dy.to(calls.compute_dtype(x.dtype))  # in half precision the product would be rounded, and then the sums
+        given, dy = dy, torch.where(calls.unpack_bits(bits, x), wide, 0.0 if slope is None else slope * wide)
         activation = None
+    else:
+        given = dy
     if added and residual is None:
-        residual = dy
+        residual = given  # for its shape and type only
     mean, rstd = statistics(x, None, eps) if training else (stored[0], stored[2])
     transform = Transform(mean, rstd, weight, bias, residual, activation, None)
     reduced = REFERENCE.backward_reduce(dy, x, transform)
