@@ -710,8 +710,11 @@ def test_python_control_flow_and_dict_outputs():
     a, b = net(**expect_inputs), result.model(**expect_inputs)
     assert b["count"] == 3
     assert torch.allclose(a["score"], b["score"], rtol=0, atol=WRONG)
-    partly = fold(net, (randn(2, 3, 6, 6), 1))
-    assert [item.norm for item in partly.left] == ["blocks.1.1", "blocks.2.1"]
+    partly = fold(net, (randn(2, 3, 6, 6), 1))  # and with 2 in place of 1
+    assert [item.norm for item in partly.left] == ["blocks.2.1"]
+    for depth in range(4):
+        a, b = net(*expect_inputs.values(), depth), partly.model(*expect_inputs.values(), depth)
+        assert torch.allclose(a["score"], b["score"], rtol=0, atol=WRONG)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")

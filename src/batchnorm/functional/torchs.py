@@ -51,7 +51,7 @@ def torch_batch_norm(
             y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         else:
             dtype = torch.float32 if weight is None else weight.dtype
-            mean, var = torch.zeros(input.shape[1], dtype=dtype), torch.zeros(input.shape[1], dtype=dtype)
+            mean, var = input.new_zeros(2, input.shape[1], dtype=dtype)
             y = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
             if _digits_lost(mean, var, torch.zeros_like(mean), torch.zeros_like(var), 1.0):
                 return None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.nn import Module
@@ -28,10 +29,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.errors import BatchNormError
+from batchnorm.functional.validation import HALF
 from batchnorm.graph.branches import EITHER, run_both
 from batchnorm.graph.dataflow import Call, Graph, ModuleCall, Value
 from batchnorm.graph.example_error import example_error
 from batchnorm.graph.several import each
+from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.calling import below_autograd, call_on_example
 from batchnorm.nn.operators import named_arguments
 from batchnorm.nn.snapshot import untouched
@@ -132,11 +135,25 @@ class _Tracer(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func.namespace in ("prim", "profiler"):  # a question about a tensor, or a time mark: no computation
             return result
+        if self._widens_own_parameter(func, given, result):
+            self._values[result] = self.value_of(given["self"])
+            return result
         call = self._new_call(func, read)
         for tensor in _written(func._schema, given):
             self._renew(tensor, call)
         self._note(call, args, kwargs, result)
         return result
+
+    def _widens_own_parameter(self, func: Any, given: dict[str, Any], result: Any) -> bool:
+        """Whether a layer of this library takes γ or β of half precision to the float32 of its statistics.
+
+        That is no operator of the model's: it normalizes by the parameter, and in float64 there is no such cast.
+        """
+        if func not in _CASTS or not self._running or not isinstance(self._running[-1].module, _LAYERS):
+            return False
+        parameter = given.get("self")
+        own = any(parameter is p for p in self._running[-1].module._parameters.values())
+        return own and parameter is not None and parameter.dtype in HALF and result.dtype == torch.float32
 
     def _new_call(self, func: Any, read: dict[str, Any]) -> Call:
         module = self._running[-1].name if self._running else ""
@@ -241,6 +258,10 @@ class _Tracer(TorchDispatchMode):
         for value in kept():
             if holder not in value.held_by:
                 value.held_by.append(holder)
+
+
+_LAYERS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+_CASTS = {torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default}
 
 
 def fresh_inputs(example_inputs: Any) -> Any:

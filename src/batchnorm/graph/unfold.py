@@ -76,7 +76,10 @@ def _put_modules_back(target: Module, known: Pairs) -> None:
     norms = list({id(norm): norm for norm in known.norms.values()}.values())
     # all in one: what they have in common stays one
     together = copy_model("unfold", ModuleList(norms), "Keep the original model instead.")
-    copies = dict(zip(map(id, norms), together.to(_device_of(target, known)).children(), strict=True))
+    device = _device_of(target, known)
+    if any(tensor.device != device for tensor in (*together.parameters(), *together.buffers())):
+        together.to(device)  # only then: layers of this library take statistics of half precision to float32 on the way
+    copies = dict(zip(map(id, norms), together.children(), strict=True))
     for name, norm in known.norms.items():
         copies[id(norm)].train(target.get_submodule(name).training)
         _put(target, name, copies[id(norm)])
