@@ -34,7 +34,6 @@ __all__ = ["EPILOG", "watch"]
 EPILOG = examples(
     "batchnorm watch -m net:build -w net.pt -d images.npz",
     "batchnorm watch -m net:build -w net.pt -d net:batches --html drift.html",
-    "batchnorm watch -m net:build -d today.npz --reference known.safetensors",
 )
 
 
