@@ -5,8 +5,8 @@ namespace batchnorm {
 namespace {
 
 template <class A>
-bool lost(int64_t channels, const A* new_mean, const A* new_variance, const A* mean, const A* variance,
-          double momentum, double ratio) {
+bool lost(int64_t channels, const A* new_mean, const A* new_variance, const A* mean, const A* variance, double momentum,
+          double ratio) {
     const double kept = 1 - momentum, room = ratio * ratio * momentum;
     for (int64_t c = 0; c < channels; ++c) {
         const double m = new_mean[c] - kept * mean[c], v = new_variance[c] - kept * variance[c];

@@ -504,8 +504,8 @@ Backward backward_of(const Case& c, const Inputs& in, const Forward& f, bool cen
         big_g.push_back(std::fabs(in.dy[i]) * (none ? 1 : 1.5 + f.magnitude[i]));
         xhat.push_back((in.x[i] - f.mean[k]) * f.rstd[k]);
         big_x.push_back(f.rstd[k] * (std::fabs(in.x[i]) + std::fabs(f.mean[k])));
-        const double of_z =
-            0.5 * p.eps * std::fabs(f.z[i]) + 12 * p.working * f.magnitude[i] + (none ? 1 : 1 / c.activation.slope) * p.tiny * p.eps;
+        const double of_z = 0.5 * p.eps * std::fabs(f.z[i]) + 12 * p.working * f.magnitude[i] +
+                            (none ? 1 : 1 / c.activation.slope) * p.tiny * p.eps;
         loss.push_back(recovered[k] ? of_z / std::fabs(in.weight[k]) : 0);
         g_sum[k].add(g[i]);
         gx_sum[k].add(g[i] * xhat[i]);
