@@ -23,7 +23,7 @@ class NormAfterNorm(Rule):
 
     Why it matters:
         A channel that comes out of the first norm has mean β₁ and variance γ₁²: the second one subtracts β₁ and divides
-        by |γ₁| again. The two compute what one alone would, but for ε, with the sign of γ₁. β₁ has no effect at all,
+        by abs(γ₁) again. The two compute what one alone would, but for ε, with the sign of γ₁. β₁ has no effect at all,
         γ₁ none but through ε, and both get gradients of rounding errors; time and memory are spent twice.
 
     Flagged:
