@@ -177,7 +177,7 @@ def test_values_of_one_column(size: int) -> None:
     torch.manual_seed(0)
     model = Groups().eval()
     batchnorm.recalibrate(model, [images(256, 1)])
-    data = images(4 * size, 2).split(size)
+    data = images(256, 2).split(size)
     with torch.no_grad():
         batches = [{"x": x, "y": model(x)[:, 0]} for x in data]
     spoiled = copy.deepcopy(model)
