@@ -52,6 +52,8 @@ def random_like(
 
 
 def _drawn(example: Tensor, shape: tuple[int, ...], generator: torch.Generator, factor: float, shift: float) -> Tensor:
+    if example.is_meta:  # it has no values
+        return example.detach().new_empty(shape)
     if not example.is_floating_point():
         return _others_of(example, shape, generator)
     values = example.detach().double().cpu()

@@ -133,8 +133,9 @@ def _require_no_empty_part(call: Call) -> None:
     Raises:
         Refusal: it does.
     """
-    sizes = {value.shape.count(0) > 0 for value in (*call.tensor_args(), *call.outputs)}
-    if len(sizes) > 1:
+    read = list(call.tensor_args())
+    own = any(value.kind == "state" and 0 in value.shape for value in read)  # no channels: so it is at all sizes
+    if not own and len({0 in value.shape for value in (*read, *call.outputs)}) > 1:
         raise Refusal(f"{place(call)} meets a part that is empty here, and need not be at other sizes.")
 
 
