@@ -13,6 +13,7 @@ import ast
 import copy
 import linecache
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ _SETTINGS = {
     *("is_autocast_enabled", "is_torchdynamo_compiling", "_is_tracing"),
 }
 _MOST_NAMED = 4
+
+
+_parsing = threading.Lock()
+"""Before Python 3.13, of two threads that parse at once either may fail (cpython#106905)."""
 
 
 class Reached:
@@ -112,8 +117,9 @@ class Reached:
         if not codes or not lines:
             return
         try:
-            tree = ast.parse("".join(lines))
-        except SyntaxError:  # the file is no longer what was run
+            with _parsing:
+                tree = ast.parse("".join(lines))
+        except (SyntaxError, SystemError):  # the file is no longer what was run; or another thread parses by itself
             return
         ran = {position for code in codes for position in _positions(code, self._ran[code])}
         for node in ast.walk(tree):
