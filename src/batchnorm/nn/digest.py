@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from batchnorm.files.tensor_memory import bytes_of
+
 __all__ = ["digest_of"]
 
 
@@ -23,8 +25,7 @@ def digest_of(tensor: Tensor) -> bytes:
     """
     found = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
     for part in _plain(tensor.detach()):
-        flat = part.cpu().contiguous().reshape(-1).view(torch.uint8)
-        found.update(memoryview(flat.numpy()))  # type: ignore[arg-type]
+        found.update(memoryview(bytes_of(part.cpu()).numpy()))  # type: ignore[arg-type]
     return found.digest()
 
 
@@ -42,7 +43,7 @@ def _plain(tensor: Tensor) -> list[Tensor]:
         return [joined.indices(), *_plain(joined.values())]
     if tensor.layout != torch.strided:
         return _plain(tensor.to_dense())
-    return [tensor.resolve_conj().resolve_neg()]
+    return [tensor]
 
 
 def _per_tensor(tensor: Tensor) -> bool:
