@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -256,10 +256,12 @@ class _Steps:
     """The steps of one pair of running statistics: which are owed, and which thread has moved them how often.
 
     Threads that train one model write into its statistics as they come, and a step is right on whatever it finds. What
-    is no other thread's step is somebody's write between the layer's call and its step, which has to be noticed.
+    is no other thread's step is somebody's write between the layer's call and its step, which has to be noticed. One
+    thread steps at a time: of two that read the old value before either writes the new one, a step would be lost.
     """
 
     def __init__(self) -> None:
+        self._turn = RLock()  # taken again by a call that is forgotten, and so takes its step, during another's
         self._owed: dict[int, weakref.ref[_Source]] = {}
         self._begun: dict[int, int] = {}
         self._ended: dict[int, int] = {}
@@ -284,11 +286,12 @@ class _Steps:
     def moving(self) -> Iterator[None]:
         """Count the step that the block takes."""
         me = get_ident()
-        self._begun[me] = self._begun.get(me, 0) + 1
-        try:
-            yield
-        finally:
-            self._ended[me] = self._ended.get(me, 0) + 1
+        with self._turn:
+            self._begun[me] = self._begun.get(me, 0) + 1
+            try:
+                yield
+            finally:
+                self._ended[me] = self._ended.get(me, 0) + 1
 
     def others_moved(self, source: _Source) -> bool:
         """Return whether another thread has, or may have, taken a step since the call of ``source``."""
@@ -297,6 +300,7 @@ class _Steps:
 
 
 _steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_steps_lock = RLock()  # two threads must not make a pair of statistics two records
 
 
 def _steps_of(layer: _Layer) -> _Steps | None:
@@ -304,8 +308,9 @@ def _steps_of(layer: _Layer) -> _Steps | None:
     mean = layer.running_mean if layer.track_running_stats else None
     if mean is None:
         return None
-    steps: _Steps | None = _steps.get(mean)
-    return _steps.setdefault(mean, _Steps()) if steps is None else steps
+    with _steps_lock:
+        steps: _Steps | None = _steps.get(mean)
+        return _steps.setdefault(mean, _Steps()) if steps is None else steps
 
 
 def settle_steps(buffers: Iterable[Tensor]) -> None:
