@@ -13,7 +13,7 @@ def test_every_listed_operator_exists() -> None:
 
 
 def test_arguments_have_the_names_of_the_schema_and_its_defaults() -> None:
-    schema = torch.ops.aten.clamp.default._schema
+    clamp = torch.ops.aten.clamp.default
     x = torch.ones(1)
-    assert named_arguments(schema, (x,), {"max": 2}) == {"self": x, "min": None, "max": 2}
-    assert named_arguments(schema, (x, 1), {}) == {"self": x, "min": 1, "max": None}
+    assert named_arguments(clamp, (x,), {"max": 2}) == {"self": x, "min": None, "max": 2}
+    assert named_arguments(clamp, (x, 1), {}) == {"self": x, "min": 1, "max": None}

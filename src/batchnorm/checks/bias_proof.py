@@ -64,7 +64,7 @@ class BiasProof(Proof):
 
     def __call__(self, call: Call, args: Any, kwargs: Any, result: Any) -> None:
         """Compare, if this is the call of the layer in question."""
-        given = named_arguments(call.op._schema, args, kwargs)
+        given = named_arguments(call.op, args, kwargs)
         if given.get("weight") is not self._weight:
             return
         x, weight = to_float64(given["input"][:_SAMPLES]), to_float64(given["weight"])

@@ -130,7 +130,7 @@ class _Tracer(TorchDispatchMode):
             call = self._new_call(EITHER, {"branches": [self.value_of(leaf) for leaf in leaves]})
             self._note(call, args, kwargs, result)
             return result
-        given = named_arguments(func._schema, args, kwargs)
+        given = named_arguments(func, args, kwargs)
         read = {name: tree_map(self._as_value, value) for name, value in given.items()}
         result = func(*args, **kwargs)
         if func.namespace in ("prim", "profiler"):  # a question about a tensor, or a time mark: no computation

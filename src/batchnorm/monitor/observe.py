@@ -81,7 +81,6 @@ class _Signature:
     """What about an operator matters here."""
 
     operator: str
-    schema: Any
     is_norm: bool
     unit_dim: int | None  # where the units of its output are
     may_activate: bool
@@ -104,7 +103,6 @@ def _signature(func: Any) -> _Signature | None:
     spatial = normalizes or "conv" in name or name in ("native_group_norm", "group_norm", "instance_norm")
     signature = _Signature(
         operator,
-        func._schema,
         # our own operator reports itself, also above autograd, where a dispatch mode does not meet it whole
         normalizes and space != "batchnorm",
         1 if spatial else -1 if operator in _FEATURES_LAST else None,
@@ -203,12 +201,12 @@ class Observer(Forwards):
             assert isinstance(forward, _Call)
             forward.unit_dim = signature.unit_dim
             return
-        self.look(self._operator, forward, signature, args, kwargs)
+        self.look(self._operator, forward, func, signature, args, kwargs)
 
     def _operator(
-        self, forward: _Call, signature: _Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, forward: _Call, func: Any, signature: _Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        given = named_arguments(signature.schema, args, kwargs)
+        given = named_arguments(func, args, kwargs)
         if signature.is_norm:
             eps = given.get("eps", given.get("epsilon", 1e-5))
             self._norm(forward, given["input"], given.get("running_mean"), given.get("running_var"), eps)

@@ -20,7 +20,7 @@ from math import prod
 
 from torch import Tensor
 
-__all__ = ["distance", "looked_at", "parts"]
+__all__ = ["as_rows", "distance", "looked_at", "parts"]
 
 _WORTH = 2**14  # values of a sample: of fewer all are read, for the calls would cost more than the memory
 _ROWS = 7  # are left at least
@@ -53,6 +53,11 @@ def looked_at(shape: tuple[int, ...]) -> int:
     return max(1, prod(shape[2:]) // distance(shape))
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """Return an input (N, C, *space) as (N, C, rows, width): copied if it lies so that rows have no one distance."""
+    return x if x.dim() == 4 else x.reshape(*x.shape[:2], *_rows_of(x.shape))
+
+
 def parts(x: Tensor, first: int) -> list[Tensor]:
     """Return what is looked at of an input (N, C, *space): (n, C, rows, width) of its samples, in their order.
 
@@ -63,8 +68,8 @@ def parts(x: Tensor, first: int) -> list[Tensor]:
     k = distance(x.shape)
     if k == 1:
         return [x]
-    height, width = _rows_of(x.shape)
-    x = x.reshape(x.shape[0], x.shape[1], height, width)  # copied if it lies so that rows have no one distance
+    x = as_rows(x)
+    height, width = x.shape[2:]
     sample, channel, row, column = x.stride()
     start = x.storage_offset()
     found = []

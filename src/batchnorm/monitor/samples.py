@@ -10,7 +10,7 @@ from batchnorm.kernels.native import calls
 from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library
 from batchnorm.moments import expand_mask
-from batchnorm.monitor.positions import parts
+from batchnorm.monitor.positions import as_rows, distance, parts
 
 __all__ = ["sample_statistics", "samples_in"]
 
@@ -39,8 +39,7 @@ def sample_statistics(
         mean = x.to(float64_device(x.device)).double()
         variance = torch.zeros_like(mean)
     else:
-        each = [_moments(part) for part in parts(x, first)]
-        mean, variance = each[0] if len(each) == 1 else (torch.cat(t) for t in zip(*each, strict=True))
+        mean, variance = _over_positions(x, first)
     if groups == rows:
         return mean, variance
     mean, variance = (t.reshape(groups, rows // groups, channels) for t in (mean, variance))
@@ -52,6 +51,28 @@ def samples_in(x: Tensor, samples: int | None) -> int:
     """Return how many samples the rows of ``x`` make, where the model was given so many."""
     rows = x.shape[0]
     return samples if samples and rows > samples and rows % samples == 0 else rows
+
+
+_SHORT = 8  # values in a row: of fewer, the kernels would read one by one
+
+
+def _over_positions(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each (sample, channel) over the positions that are looked at."""
+    k = distance(x.shape)
+    if k > 1 and _kernels_read(x):
+        rows = as_rows(x)
+        height, width = rows.shape[2:]
+        if rows.stride(3) == 1 and width >= _SHORT:
+            mean, m2 = calls.moments_of_samples(rows, first, k)
+            if height % k == 0:
+                return mean, m2 / (height // k * width)
+            count = [(height - (first + n) % k + k - 1) // k * width for n in range(len(x))]
+            return mean, m2 / torch.tensor(count, dtype=torch.float64, device="cpu")[:, None]
+    each = [_moments(part) for part in parts(x, first)]
+    if len(each) == 1:
+        return each[0]
+    mean, variance = (torch.cat(t) for t in zip(*each, strict=True))
+    return mean, variance
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 __all__ = ["NORM_OPERATORS", "named_arguments"]
@@ -29,8 +30,14 @@ Modules call ``aten::batch_norm`` or this library's own; the others come from ex
 """
 
 
-def named_arguments(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every argument of a call by its name in the schema, defaults filled in."""
-    given = {argument.name: argument.default_value for argument in schema.arguments}
-    given |= {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)}
-    return {**given, **kwargs}
+def named_arguments(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every argument of an operator's call by its name in the schema, defaults filled in."""
+    names, defaults = _parameters(op)
+    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+
+
+@cache
+def _parameters(op: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return the names of an operator's parameters, and their defaults; kept, for a schema is slow to read."""
+    arguments = op._schema.arguments
+    return tuple(a.name for a in arguments), {a.name: a.default_value for a in arguments}

@@ -17,11 +17,9 @@ __all__ = ["NormCall", "run_with_functions"]
 
 
 @cache
-def _schema(func: Any) -> Any | None:
-    """Return the operator's schema if it is a batch norm that takes running statistics."""
-    if func._schema.name not in NORM_OPERATORS:
-        return None
-    return func._schema if any(a.name == "running_mean" for a in func._schema.arguments) else None
+def _is_norm(func: Any) -> bool:
+    """Return whether an operator is a batch norm that takes running statistics."""
+    return func._schema.name in NORM_OPERATORS and any(a.name == "running_mean" for a in func._schema.arguments)
 
 
 def run_with_functions(mode: TorchDispatchMode, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
@@ -55,10 +53,7 @@ class NormCall:
     @classmethod
     def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NormCall | None:
         """Return the call, or None if ``func`` is any other operator."""
-        schema = _schema(func)
-        if schema is None:
-            return None
-        return cls(func, named_arguments(schema, args, kwargs))
+        return cls(func, named_arguments(func, args, kwargs)) if _is_norm(func) else None
 
     @property
     def input(self) -> Tensor:

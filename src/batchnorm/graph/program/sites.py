@@ -128,7 +128,7 @@ def _arguments(node: Node) -> tuple[str, dict[str, Any]] | None:
     target = _FUNCTIONS.get(target, target)
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
-    return target._schema.name.split("::")[1], named_arguments(target._schema, node.args, node.kwargs)
+    return target._schema.name.split("::")[1], named_arguments(target, node.args, node.kwargs)
 
 
 def _bound(node: Node) -> dict[str, Any]:

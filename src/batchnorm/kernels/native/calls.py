@@ -42,6 +42,7 @@ __all__ = [
     "forward",
     "invertible",
     "moments",
+    "moments_of_samples",
     "normalize",
     "train_backward",
     "train_forward",
@@ -232,6 +233,33 @@ def moments(x: Tensor, eps: float = 0.0, *, planes: bool = False) -> Tensor:
     statistics = torch.empty_like(plan.statistics)
     plan.kernels.moments((x.data_ptr(), *plan.strides), (0, 0, statistics.data_ptr(), torch.get_num_threads()), eps)
     return statistics
+
+
+def moments_of_samples(x: Tensor, first: int, step: int) -> tuple[Tensor, Tensor]:
+    """Return mean and M2 of some rows of each sample and channel, float64, (N, C), read where they lie.
+
+    Args:
+        x: (N, C, rows, width), of any strides but that neighbours in a row lie side by side.
+        first: sample n shows the rows r ≡ first + n (mod ``step``).
+        step: at most as many as there are rows.
+    """
+    samples, channels, height, width = x.shape
+    sample, channel, row, _ = x.stride()
+    # of each sample its rows take the place of the samples of a batch, of which a kernel takes the moments
+    statistics = torch.empty(samples, 3, channels, dtype=torch.float64, device="cpu")
+    address, found, threads = x.data_ptr(), statistics.data_ptr(), torch.get_num_threads()
+    for n in range(samples):
+        offset = (first + n) % step
+        kernels = _kernels_of_rows((height - offset + step - 1) // step, channels, width, x.dtype)
+        at = address + (n * sample + offset * row) * x.itemsize
+        kernels.moments((at, step * row, channel), (0, 0, found + n * 3 * channels * 8, threads), 0.0)
+    return statistics[:, 0], statistics[:, 1]
+
+
+@lru_cache(maxsize=4096)
+def _kernels_of_rows(rows: int, channels: int, width: int, dtype: torch.dtype) -> Any:
+    assert library is not None
+    return library.Plan(PLANES, DTYPES[dtype], rows, channels, width, *_told(None))
 
 
 def normalize(
