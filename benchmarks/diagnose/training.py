@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["PLAIN", "Recipe", "fit", "logits", "norms", "trained"]
+__all__ = ["PLAIN", "Feed", "Recipe", "fit", "logits", "norms", "trained"]
 
 Feed = Callable[[Tensor, Tensor, torch.Generator], Batch]
 

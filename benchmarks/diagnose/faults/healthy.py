@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from benchmarks.diagnose.architectures import build
+from benchmarks.diagnose.architectures import TIMM, build
 from benchmarks.diagnose.data import Batch
 from benchmarks.diagnose.faults.dataflow import pass_in_train_mode
 from benchmarks.diagnose.faults.registry import EVERY, THREE, Bench, Metric, Planted, accuracy, healthy
-from benchmarks.diagnose.training import PLAIN, Recipe, fit, norms
+from benchmarks.diagnose.training import PLAIN, Feed, Recipe, fit, norms
 from torch import Tensor, nn
 
 from batchnorm import fold, freeze, recalibrate
@@ -125,12 +125,16 @@ def _negative(bench: Bench, images: Tensor) -> Tensor:
     return (1 - 2 * bench.data.mean) / bench.data.std - images
 
 
+def _with_frozen(bench: Bench, feed: Feed | None = None) -> Recipe:
+    """Return how a network learns while its norms are frozen: deep ones diverge at 0.05, for nothing scales them."""
+    return Recipe(epochs=12, learning_rate=0.005 if bench.architecture in TIMM else 0.05, feed=feed)
+
+
 def _tuned(bench: Bench, metric: Metric | None) -> Planted:
     """Fine-tune on negatives with all norms frozen: the statistics stay those of the positives, and are needed so."""
     model = bench.trained()
     freeze(model)
-    recipe = Recipe(epochs=12, learning_rate=0.05, feed=lambda x, y, generator: (_negative(bench, x), y))
-    fit(model, bench.data, recipe, bench.seed)
+    fit(model, bench.data, _with_frozen(bench, feed=lambda x, y, generator: (_negative(bench, x), y)), bench.seed)
     training = [(_negative(bench, images), labels) for images, labels in bench.data.training()]
     return bench.planted(
         model.eval(), [], model, batches=_inverted(bench), training_batches=training, metric=metric
@@ -155,7 +159,7 @@ def frozen_early(bench: Bench) -> Planted:
     model = build(bench.architecture, bench.seed)
     pass_in_train_mode(model, bench.data.training()[:5])
     freeze(model)
-    fit(model, bench.data, Recipe(epochs=12, learning_rate=0.05), bench.seed)
+    fit(model, bench.data, _with_frozen(bench), bench.seed)
     return bench.planted(model.eval(), [], model, metric=accuracy)
 
 
@@ -166,8 +170,7 @@ def eval_by_hand_accuracy(bench: Bench) -> Planted:
     held = {name: norm.train for name, norm in norms(model).items()}
     for norm in norms(model).values():
         norm.train = lambda mode=True, norm=norm: norm  # as a train() of the model's own that passes norms over
-    recipe = Recipe(epochs=12, learning_rate=0.05, feed=lambda x, y, generator: (_negative(bench, x), y))
-    fit(model, bench.data, recipe, bench.seed)
+    fit(model, bench.data, _with_frozen(bench, feed=lambda x, y, generator: (_negative(bench, x), y)), bench.seed)
     for name in held:
         del norms(model)[name].train
     return bench.planted(model.eval(), [], model, batches=_inverted(bench), metric=accuracy)

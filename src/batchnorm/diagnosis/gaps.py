@@ -24,7 +24,7 @@ TOLERANCE = 0.2
 behind weights that are still learning."""
 
 _STRICT = 0.1
-"""The tolerance where the other layers of the model show that its averages do not lag."""
+"""The tolerance where the other layers of the model show that its averages do not lag, and of cumulative averages."""
 
 _ADDED_UP = 0.5
 """A norm that meets, as the model is, what is so far from its statistics is hurt, whoever is to blame."""
@@ -120,12 +120,18 @@ class LayerGap:
         Args:
             without: channels that do not count, bool, (C,).
         """
+        return min(self.excess_from(met, without) for met in (self.measured, self.training, self.deployed))
+
+    def excess_from(self, met: Statistics, without: Tensor | None = None) -> float:
+        """Return what of the distance of the stored statistics from others is not chance.
+
+        Args:
+            met: statistics of as many samples as those that were measured.
+            without: channels that do not count, bool, (C,).
+        """
         keep = slice(None) if without is None else ~without
-        nearest = math.inf
-        for reference in (self.measured, self.training, self.deployed):
-            squared = squared_distance(*self.stored, *reference, self.eps)[keep]
-            nearest = min(nearest, typical((squared - _NOISE * self.noise[keep]).nan_to_num(nan=math.inf)))
-        return nearest
+        squared = squared_distance(*self.stored, *met, self.eps)[keep]
+        return typical((squared - _NOISE * self.noise[keep]).nan_to_num(nan=math.inf))
 
     @property
     def log_ratio(self) -> Tensor:
@@ -216,7 +222,7 @@ def measure(passes: Passes) -> Gaps:
         _layer(site, meeting, population[site][0], deployed, training) for site, meeting in settled.meetings.items()
     )
     threshold = _threshold(layers)
-    layers = tuple(replace(layer, off=not layer.excess() <= threshold) for layer in layers)
+    layers = tuple(replace(layer, off=not layer.excess() <= _tolerated(layer, threshold)) for layer in layers)
     return Gaps(layers, deployed, training, settled, population, threshold)
 
 
@@ -230,6 +236,12 @@ def _threshold(layers: tuple[LayerGap, ...]) -> float:
     if largest <= tolerance and inherited > _ADDED_UP and largest > 0:
         return largest / 2
     return tolerance
+
+
+def _tolerated(layer: LayerGap, threshold: float) -> float:
+    """Return how far a layer may be off; a cumulative average is to be as of one model, and has no lag to excuse."""
+    cumulative = layer.momentum is None and bool(layer.num_batches_tracked)
+    return min(threshold, _STRICT) if cumulative else threshold
 
 
 def _change(before: Statistics, meeting: Meeting) -> float:

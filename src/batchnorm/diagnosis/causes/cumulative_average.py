@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from batchnorm.diagnosis.case import Case, Suspicion
+from batchnorm.diagnosis.case import Case, Severity, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, names_of
 
 __all__ = ["CumulativeAverage"]
@@ -19,7 +19,8 @@ class CumulativeAverage(Cause):
         .. math:: \frac1t \sum_{i=1}^{t} \mathrm{batch}_i
 
         which is right for weights that stand still, and an average over all the weights there ever were for those that
-        learn.
+        learn. A gap of 0.1 standard deviations is enough here: no moving average lags behind. It is doubtful where no
+        gap is as large as for other norms.
 
     What excludes it:
         A momentum. Statistics that fit the training batches. Norms that the user froze.
@@ -40,10 +41,11 @@ class CumulativeAverage(Cause):
             return
         found = [layer for layer in case.everywhere(found) if layer in found or layer.momentum is None]
         case.explained.update(names_of(found))
+        severity: Severity | None = None if any(layer.excess() > case.gaps.threshold for layer in found) else "doubtful"
         first = max(found, key=lambda layer: layer.distance)
         evidence = (
             f"momentum=None averages over all {first.num_batches_tracked} batches since the first, whose weights were "
             f"others; the gap of {first.name or 'the norm'} is {first.distance:.2g} standard deviations "
             f"({len(found)} of {len(case.layers)} norms)."
         )
-        yield Suspicion(names_of(found), evidence, case.recalibrate(found), case.corrected(found))
+        yield Suspicion(names_of(found), evidence, case.recalibrate(found), case.corrected(found), severity=severity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from batchnorm.diagnosis.case import SMALL, Case, Severity, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, module_line, names_of
@@ -20,6 +21,9 @@ _NOTHING = 0.05
 _FEWEST = 4
 """So many values that fit into half precision by chance: once in 2¹³ each."""
 
+_SHORT = 4
+"""Numbers of so few significant bits fit into any precision: they were written by hand, as 5.0 is."""
+
 
 class HalfPrecision(Cause):
     """Running statistics kept, or once kept, in half precision.
@@ -31,7 +35,8 @@ class HalfPrecision(Cause):
         65504 overflow in float16.
 
     What excludes it:
-        A float32 buffer with one value that no half precision has.
+        A float32 buffer with one value that no half precision has. One whose values say nothing: numbers of few bits,
+        such as 0, 1 or 5.0, and a number that is there many times counts once.
 
     Evidence:
         The dtype, and half a unit in the last place of the means, in standard deviations.
@@ -94,11 +99,16 @@ def _half(layer: LayerGap, fewest: int = _FEWEST) -> torch.dtype | None:
     dtype = layer.site.running_mean.dtype
     if dtype in _HALF:
         return dtype
-    values = torch.cat(layer.stored)
-    telling = values[torch.isfinite(values) & (values != 0) & (values != 1)]
+    telling = _telling(torch.cat(layer.stored))
     if dtype != torch.float32 or is_initial(layer) or telling.numel() < fewest:
         return None
     return next((half for half in _HALF if torch.equal(telling.to(half).double(), telling)), None)
+
+
+def _telling(values: Tensor) -> Tensor:
+    """Return the different values that would not fit into half precision unless they had been rounded to it."""
+    significand = torch.frexp(values).mantissa * 2**_SHORT
+    return values[torch.isfinite(values) & (significand != significand.round())].unique()
 
 
 def _loss(layer: LayerGap, dtype: torch.dtype) -> float:

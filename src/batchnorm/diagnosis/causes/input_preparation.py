@@ -21,7 +21,10 @@ from batchnorm.moments import Moments
 __all__ = ["InputPreparation"]
 
 _LEFT = 0.25
-"""What a preparation leaves of the distance of the first norm, at most."""
+"""What a preparation leaves of the distance of the first norm, at most, chance taken off."""
+
+_WITH_CHANCE = 0.5
+"""The same with what chance leaves: of a small gap that is much."""
 
 _LEFT_OVER = 1.5 * TOLERANCE
 _SOME = 16
@@ -41,7 +44,8 @@ class InputPreparation(Cause):
         Training batches that the stored statistics do not fit: then the fault is in the model. A first norm that fits.
 
     Evidence:
-        What the inputs look like, their range, and how much of the gap the other preparation explains.
+        What the inputs look like, their range, and how much of the gap the other preparation explains. What these
+        batches leave by chance speaks against none.
 
     Cure:
         Prepare the inputs as for the training, the line of code does so for ``batches``. Measuring statistics on wrong
@@ -90,20 +94,24 @@ def _best(case: Case, first: LayerGap) -> tuple[Preparation, float, Range] | Non
         change = explain(case.passes, first, noisy=False, contrast=contrast)
         due = None if change is None else fitted(given, change.contrast, change.brightness, dims)
         candidates += [] if due is None else [due]
-    shares = [(_share(case, first, batches, due), due) for due in candidates]
-    share, best = min(shares, key=lambda pair: round(20 * pair[0]), default=(1.0, None))  # among equals the first
-    if best is None or share > _LEFT or share * first.distance > _LEFT_OVER:
+    shares = [(*_shares(case, first, batches, due), due) for due in candidates]
+    if not shares:
+        return None
+    share, beyond, best = min(shares, key=lambda one: round(20 * one[0]))  # among equals the first
+    if share > _WITH_CHANCE or beyond > _LEFT or share * first.distance > _LEFT_OVER:
         return None
     return best, share, given
 
 
-def _share(case: Case, first: LayerGap, batches: Sequence[Any], due: Preparation) -> float:
-    """Return what share of the distance of the first norm is left if the inputs are prepared so."""
+def _shares(case: Case, first: LayerGap, batches: Sequence[Any], due: Preparation) -> tuple[float, float]:
+    """Return what share of the distance of the first norm is left if the inputs are prepared so, and beyond chance."""
     met = first_inputs(case.passes, [with_input(batch, due) for batch in batches], first)
     if not met:
-        return 1.0
+        return 1.0, 1.0
     moments = reduce(Moments.merge, (Moments.of(x.cpu()) for x in met))
     mean, variance = moments.mean, moments.variance(correction=1)
     if not bool(torch.isfinite(variance).all()):
-        return 1.0
-    return layer_distance(first.stored, (mean, variance), first.eps) / max(first.distance, 1e-300)
+        return 1.0, 1.0
+    whole = max(first.distance, 1e-300)
+    left = layer_distance(first.stored, (mean, variance), first.eps)
+    return left / whole, first.excess_from((mean, variance)) / whole
