@@ -4,6 +4,9 @@ import pytest
 import torch
 from tests.diagnosis.conftest import settle
 
+import batchnorm
+from batchnorm.diagnosis.gaps import TOLERANCE
+
 
 def norms_of(net) -> list:
     return [net.bn1, net.bn2, net.bn3, net.bn4]
@@ -30,3 +33,15 @@ def test_a_cumulative_average_of_weights_that_stood_still_is_nothing(net, found)
         norm.momentum = None
         norm.reset_running_stats()
     assert found(settle(net, steps=20)) == []
+
+
+def test_a_gap_that_a_moving_average_may_have_is_doubtful_in_a_cumulative_one(net, batches, monkeypatch) -> None:
+    monkeypatch.setattr("batchnorm.diagnosis.gaps._threshold", lambda layers: TOLERANCE)  # none fits conspicuously well
+    for norm in norms_of(net):
+        norm.running_mean += 0.15 * norm.running_var.sqrt()
+    moving = batchnorm.diagnose(net, batches)
+    for norm in norms_of(net):
+        norm.momentum = None
+    (finding,) = batchnorm.diagnose(net, batches).findings
+    assert moving.healthy
+    assert (finding.cause, finding.layer, finding.severity) == ("cumulative_average", "bn1", "doubtful")

@@ -44,3 +44,19 @@ def test_a_model_in_bfloat16_with_norms_in_float32(net, found, batches) -> None:
 def _in_bfloat16(model, batch):
     with torch.autocast("cpu", torch.bfloat16):
         return model(batch)
+
+
+@pytest.mark.parametrize("value", [5.0, 0.375, -96.0])
+@pytest.mark.parametrize("variance", [None, 2.0])
+def test_numbers_written_by_hand_were_not_rounded(net, found, value: float, variance: float | None) -> None:
+    net.bn2.running_mean.fill_(value)
+    if variance is not None:
+        net.bn2.running_var.fill_(variance)
+    assert ("stale", "bn2") in found(net)
+    assert "half_precision" not in [cause for cause, _ in found(net)]
+
+
+def test_one_number_in_every_channel_is_no_rounding(net, found) -> None:
+    net.bn2.running_mean.fill_(1.0078125)  # all eight bits of bfloat16
+    net.bn2.running_var.fill_(2.015625)
+    assert "half_precision" not in [cause for cause, _ in found(net)]
