@@ -108,7 +108,8 @@ def _half(layer: LayerGap, fewest: int = _FEWEST) -> torch.dtype | None:
 def _telling(values: Tensor) -> Tensor:
     """Return the different values that would not fit into half precision unless they had been rounded to it."""
     significand = torch.frexp(values).mantissa * 2**_SHORT
-    return values[torch.isfinite(values) & (significand != significand.round())].unique()
+    telling: Tensor = values[torch.isfinite(values) & (significand != significand.round())].unique()
+    return telling
 
 
 def _loss(layer: LayerGap, dtype: torch.dtype) -> float:
