@@ -150,3 +150,16 @@ def test_what_the_users_code_prints_goes_to_stderr(capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "hello\nnote: careful.\n"
+
+
+def test_on_a_terminal_a_note_is_as_wide_as_that(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    note(f"{'word ' * 20}and a/path/that/is/longer/than/the/line/but/is/not/broken.")
+    lines = capsys.readouterr().err.splitlines()
+    assert all(len(line) <= 40 for line in lines if "/" not in line)
+    assert lines[0].startswith("note: word")
+    assert all(line.startswith("      ") for line in lines[1:])
+    assert "a/path/that/is/longer/than/the/line/but/is/not/broken." in lines[-1]

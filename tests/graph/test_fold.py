@@ -266,7 +266,7 @@ def test_wrong_algebra_or_an_interruption_leaves_the_model_bit_identical(monkeyp
     net = make()
     before = state_of(net)
     of_fold, of_settle = "batchnorm.graph.fold_model.", "batchnorm.graph.settle."
-    names = [of_fold + name for name in ("trace", "run", "verify", "_in_float64", "copy_to_try", "tell", "settle")]
+    names = [of_fold + name for name in ("trace", "run", "verify", "verify_float64", "copy_to_try", "tell", "settle")]
     names += [of_settle + name for name in ("trace", "make_plan", "round_parameters", "copy_to_try")]
     names += ["batchnorm.graph.sizes." + name for name in ("trace", "random_like")]
     for name in names:

@@ -142,3 +142,36 @@ def test_the_code_of_torch_is_not_looked_at_and_who_watches_is_put_back():
         assert sys.gettrace() is watcher
     finally:
         sys.settrace(before)
+
+
+class Caching(nn.Module):
+    """What it computes once for each device, and once for each number of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_device, self.by_rows = {}, {}
+
+    def of_device(self, device):
+        key = str(device)
+        if key not in self.by_device:
+            self.by_device[key] = 1.0
+        return self.by_device[key]
+
+    def of_rows(self, rows, device):
+        if rows not in self.by_rows:
+            self.by_rows[rows] = rows
+        if (rows, device) not in self.by_device:
+            self.by_device[rows, device] = rows
+        return self.by_rows[rows]
+
+    def forward(self, x):
+        return x * self.of_device(x.device) + self.of_rows(len(x), x.device)
+
+
+def test_what_a_model_has_kept_for_its_device_is_no_way_that_inputs_take():
+    model = Caching()
+    model(X)  # so that nothing is computed while the model is watched
+    sentence = told(model, (X,))
+    assert "`rows not in self.by_rows`" in sentence
+    assert "`(rows, device) not in self.by_device`" in sentence
+    assert "key" not in sentence

@@ -47,7 +47,7 @@ def _named(names: str | Sequence[str], *, off_too: bool = False) -> set[type[Rul
             known = [known for rule in RULES for known in (rule.code, rule.name)]
             hint = closest(code, known) or closest(name.lower(), known)
             raise UnknownNameError(
-                f"{name!r}: no rule of that code or name{hint}. The rules are "
+                f"{name!r}: no rule of that code or name{hint or '.'} The rules are "
                 f"{', '.join(f'{rule.code} ({rule.name})' for rule in RULES)}."
             )
         chosen |= found

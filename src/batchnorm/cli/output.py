@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, product
 from pathlib import Path
@@ -17,6 +18,7 @@ from batchnorm.files.failures import system_error
 from batchnorm.files.replace import Together, is_same, together
 from batchnorm.harmless import harmless
 from batchnorm.report.result import Result, finite_or_none
+from batchnorm.report.text import usual_width
 
 __all__ = [
     "STATE_SUFFIXES",
@@ -36,8 +38,15 @@ STATE_SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
 def note(text: str) -> None:
-    """Tell the user something beside the result, on stderr."""
-    print(f"note: {harmless(text)}", file=sys.stderr)
+    """Tell the user something beside the result, on stderr: on a terminal at most as wide as that, else one line."""
+    lead = "note: "
+    shown = f"{lead}{harmless(text)}"
+    if sys.stderr.isatty():
+        indent = " " * len(lead)
+        shown = textwrap.fill(
+            shown, usual_width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    print(shown, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -88,10 +88,13 @@ class Call:
 
     def tensor_args(self) -> Iterator[Value]:
         """Yield every tensor that the call reads, those inside lists too; not one of which it reads the shape only."""
-        args = dict(self.args)
-        if self.name in _READ_A_SHAPE:
-            del args["other"]
-        yield from (leaf for leaf in tree_leaves(args) if isinstance(leaf, Value))
+        reads_a_shape = self.name in _READ_A_SHAPE
+        for name, argument in self.args.items():
+            if isinstance(argument, Value):
+                if not (reads_a_shape and name == "other"):
+                    yield argument
+            elif isinstance(argument, list | tuple | dict):
+                yield from (leaf for leaf in tree_leaves(argument) if isinstance(leaf, Value))
 
 
 @dataclass(eq=False)

@@ -26,12 +26,11 @@ from batchnorm.graph.pictures import draw_folded, draw_left, renamed
 from batchnorm.graph.plan import Plan
 from batchnorm.graph.quantization import FoldedWeight, folded_weights
 from batchnorm.graph.ranges import lost_ranges
-from batchnorm.graph.rewrite import Rewrite, round_parameters
+from batchnorm.graph.rewrite import Rewrite
 from batchnorm.graph.settle import Options, Settled, copy_to_try, settle
 from batchnorm.graph.several import Several
 from batchnorm.graph.sizes import Accepts, Runs, find_runs
 from batchnorm.graph.stand_in import StandIn
-from batchnorm.graph.threads import threads_for_float64
 from batchnorm.graph.trace import trace
 from batchnorm.graph.verify import Agreement, Reference, run, spacing, verify, verify_float64
 from batchnorm.nn.transaction import on_failure
@@ -61,11 +60,12 @@ def fold_model(
         InputError, StateError, VerificationError: as that says.
     """
     with torch.inference_mode(False):
-        work = copy_to_try(model)
-        run(work, example_inputs)  # what a model keeps from its first call is there in all that follow
         labels = ("the example inputs", *(f"examples[{number}]" for number in range(len(examples))))
         runs = find_runs(lambda: copy_to_try(model), Several((example_inputs, *examples), labels), accepts)
-        run(work, runs.warming)
+        work = runs.model
+        if work is None:
+            work = copy_to_try(model)
+            run(work, runs.warming)  # what a model keeps from its first call is there in all that follow
         graph, stored = _with_own_weights(work, runs)
         settled = settle(work, graph, runs, options)
         plan = settled.plan
@@ -170,8 +170,10 @@ def _compared(
     reference = Reference.of(work, example_inputs, touched)
     if is_stored:
         verify(reference, run(copy_to_try(model), example_inputs))
-    with threads_for_float64(settled.plan.graph):
-        exact = _in_float64(work, example_inputs, settled.plan, reference, touched)
+    exact = None
+    if settled.in_float64 is not None:
+        roundoff = max(spacing(tensor) / 2 for tensor in touched)
+        exact = verify_float64(*settled.in_float64, reference, roundoff)
     Rewrite().apply(work, settled.plan, settled.parameters)
     return verify(reference, run(work, example_inputs)), None if exact is None else exact.error
 
@@ -184,21 +186,6 @@ def _touched(model: Module, plan: Plan) -> list[Tensor]:
         names += [value.names[0] for value in values if isinstance(value, Value)]
     tensors = (find_tensor(model, name) for name in dict.fromkeys(names))
     return [tensor for tensor in tensors if tensor is not None]
-
-
-def _in_float64(
-    model: Module, example_inputs: Any, plan: Plan, reference: Reference, touched: Sequence[Tensor]
-) -> Agreement | None:
-    """Fold a float64 copy by the same plan and compare."""
-    wide = copy_to_try(model).double()
-    roundoff = max(spacing(tensor) / 2 for tensor in touched)
-    return verify_float64(
-        wide,
-        example_inputs,
-        reference,
-        lambda: Rewrite().apply(wide, plan, round_parameters(wide, plan.parameters)),
-        roundoff,
-    )
 
 
 # -- the change ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.nn import Module, Parameter
 
@@ -13,6 +13,7 @@ from batchnorm.graph.dataflow import Graph
 from batchnorm.graph.fold_result import LeftNorm
 from batchnorm.graph.leftover import Leftover, failing, find_leftovers
 from batchnorm.graph.norms import norm_uses
+from batchnorm.graph.outputs import NamedTensor, named_tensors
 from batchnorm.graph.plan import Plan, describe_source, make_plan
 from batchnorm.graph.proof import Proof
 from batchnorm.graph.ranges import lost_ranges, norms_that_shrink
@@ -21,7 +22,7 @@ from batchnorm.graph.rewrite import Rewrite, round_parameters
 from batchnorm.graph.sizes import Runs
 from batchnorm.graph.threads import threads_for_float64
 from batchnorm.graph.trace import trace
-from batchnorm.graph.verify import as_float64, run
+from batchnorm.graph.verify import as_float64, of_runs, run
 from batchnorm.nn.copying import copy_model
 
 __all__ = ["Options", "Settled", "copy_to_try", "settle"]
@@ -47,11 +48,21 @@ class Settled:
         parameters: the new parameters, by name.
         on_random_inputs: whether every value was compared on random inputs of the example's shape too; None where there
             was nothing to compare.
+        in_float64: what a float64 copy returned for the inputs that were given, and what it returns once it is folded;
+            None where it does not run in float64, or there was nothing to compare.
     """
 
     plan: Plan
     parameters: dict[str, Parameter]
     on_random_inputs: bool | None
+    in_float64: Outputs | None = None
+
+
+class Outputs(NamedTuple):
+    """What a model returned before and after."""
+
+    before: list[NamedTensor]
+    after: list[NamedTensor]
 
 
 def copy_to_try(model: Module) -> Module:
@@ -82,14 +93,17 @@ def settle(model: Module, graph: Graph, runs: Runs, options: Options) -> Settled
         if options.fuse:
             plan.leftovers = find_leftovers(model, plan, kept)
         parameters, problems = _rounded(model, plan, options.keep_range)
+        outputs = None
         if plan.changes and not problems:
             with threads_for_float64(graph):
-                problems = _problems(model, plan, runs, banned)
+                problems, outputs = _problems(model, plan, runs, banned, warm=runs.model is None)
+                if problems and runs.model is not None:  # what a run leaves behind where nobody looks may be why
+                    problems, outputs = _problems(model, plan, runs, banned, warm=True)
         if not problems:
             _tell_what_others_show(model, plan, runs, banned)
             sources = {use.name: describe_source(graph, use) for use in norm_uses(model, graph)}
             plan.left += [LeftNorm(name, sources.get(name), reason) for name, reason in banned.items()]
-            return Settled(plan, parameters, runs.on_random_inputs if plan.changes else None)
+            return Settled(plan, parameters, runs.on_random_inputs if plan.changes else None, outputs)
         leftovers = {item.name for item in plan.leftovers}
         kept |= {name: reason for name, reason in problems.items() if name in leftovers}
         banned |= {name: reason for name, reason in problems.items() if name not in leftovers}
@@ -129,29 +143,61 @@ def _rounded(model: Module, plan: Plan, keep_range: bool) -> tuple[dict[str, Par
     return parameters, norms_that_shrink(plan.steps, lost)
 
 
-def _problems(model: Module, plan: Plan, runs: Runs, banned: Collection[str]) -> dict[str, str]:
-    """Return the norms that must stay, after a look at every value of all runs in float64."""
-    wide, inputs = copy_to_try(model).double(), as_float64(runs.all)
+def _problems(
+    model: Module, plan: Plan, runs: Runs, banned: Collection[str], *, warm: bool
+) -> tuple[dict[str, str], Outputs | None]:
+    """Return the norms that must stay, after a look at every value of all runs in float64; and what was returned.
+
+    Args:
+        model: the model.
+        plan: what is to be done with it.
+        runs: what it runs on.
+        banned: the norms that stay anyway.
+        warm: whether to run it first, so that it has what it keeps from its first call.
+    """
+    wide, inputs, is_wide = copy_to_try(model).double(), as_float64(runs.all), True
     try:
-        run(wide, as_float64(runs.warming))  # what a model keeps from its first call, a copy may have to compute again
-        proof = _first_run(wide, plan, inputs)
+        if warm:
+            run(wide, as_float64(runs.warming))
+        proof, before = _first_run(wide, plan, inputs, runs)
     except InputError:  # a model that does not run in float64 is looked at in its own types
-        wide, inputs = copy_to_try(model), runs.all
-        run(wide, runs.warming)
-        proof = _first_run(wide, plan, inputs)
+        wide, inputs, is_wide = copy_to_try(model), runs.all, False
+        if warm:
+            run(wide, runs.warming)
+        proof, before = _first_run(wide, plan, inputs, runs)
     Rewrite().apply(wide, plan, round_parameters(wide, plan.parameters))
+    returned = _Returned(runs)
     try:
-        trace(wide, inputs, observer=proof.after)
+        trace(wide, inputs, observer=proof.after, returned=returned)
     except InputError as error:
         reason = f"Without it the model stops: {error.__cause__}."
-        return dict.fromkeys(_culprits(model, plan, runs.all, banned), reason)
-    return proof.problems()
+        return dict.fromkeys(_culprits(model, plan, runs.all, banned), reason), None
+    return proof.problems(), Outputs(before, returned.tensors()) if is_wide else None
 
 
-def _first_run(wide: Module, plan: Plan, inputs: Any) -> Proof:
-    proof = Proof(plan)
-    trace(wide, inputs, observer=proof.before)
-    return proof
+def _first_run(wide: Module, plan: Plan, inputs: Any, runs: Runs) -> tuple[Proof, list[NamedTensor]]:
+    proof, returned = Proof(plan), _Returned(runs)
+    trace(wide, inputs, observer=proof.before, returned=returned)
+    return proof, returned.tensors()
+
+
+class _Returned:
+    """What a model returns for the inputs that were given, of all on which it is run."""
+
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+        self._outputs: list[list[NamedTensor]] = []
+        self._seen = 0
+
+    def __call__(self, outputs: Any) -> None:
+        """Keep copies, if the inputs were given."""
+        self._seen += 1
+        if self._seen <= self._runs.given:
+            self._outputs.append(named_tensors(outputs))
+
+    def tensors(self) -> list[NamedTensor]:
+        """Return them as one list."""
+        return of_runs(self._outputs, self._runs.of_user)
 
 
 def _culprits(model: Module, plan: Plan, example_inputs: Any, banned: Collection[str]) -> list[str]:

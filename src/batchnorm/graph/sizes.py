@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from batchnorm.errors import InputError, StateError
 from batchnorm.graph.branches import EITHER
 from batchnorm.graph.dataflow import Graph
+from batchnorm.graph.kept import Kept
 from batchnorm.graph.random_inputs import random_like
 from batchnorm.graph.refusal import listed
 from batchnorm.graph.several import Several
@@ -49,12 +50,15 @@ class Runs:
         given: how many were given.
         on_random_inputs: whether it runs on random inputs of the example's shape.
         warnings: at which sizes it does not run, and which of its code none of the runs reached, as sentences.
+        model: the copy that it was found with, if that is as it was: a model that keeps nothing of its calls, as far
+            as can be told (:class:`batchnorm.graph.kept.Kept`). None otherwise.
     """
 
     all: Several
     given: int
     on_random_inputs: bool
     warnings: Sequence[str]
+    model: Module | None
 
     @property
     def of_user(self) -> Several:
@@ -100,7 +104,7 @@ def find_runs(copied: Callable[[], Module], given: Several, accepts: Accepts | N
     found = search.found
     runs = Several((*given.inputs, *(inputs for inputs, _ in found)), (*given.labels, *(label for _, label in found)))
     warnings = [*(search.warnings() if accepts is None else ()), *search.reached.sentences()]
-    return Runs(runs, len(given.inputs), random, warnings)
+    return Runs(runs, len(given.inputs), random, warnings, search.model if search.is_as_it_was() else None)
 
 
 def runs_of(verb: str, model: Module, example_inputs: Any) -> Several:
@@ -142,6 +146,7 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.model = self.copied()
+        self._kept = Kept(self.model)
         self.reached = Reached(self.model)
         leaves, self._structure = tree_flatten(self.example)
         self._leaves = leaves
@@ -172,7 +177,8 @@ class _Search:
             with reached.watching():
                 run(self.model, inputs)
         except InputError:
-            self.model = self.copied()  # it stopped half way
+            if not self.is_as_it_was():  # it stopped half way
+                self.model = self.copied()
             return False
         if keep:
             self.reached.add(reached)
@@ -180,6 +186,10 @@ class _Search:
         if keep:
             self.found.append((inputs, self.label(sizes) if label is None else label))
         return True
+
+    def is_as_it_was(self) -> bool:
+        """Whether the model can be told to be what it was before it was run."""
+        return self._kept.is_still_in(self.model)
 
     def _shapes(self, sizes: Mapping[_Axes, int]) -> dict[int, tuple[int, ...]]:
         shapes = {number: list(tensor.shape) for number, tensor in self._tensors.items()}

@@ -95,7 +95,7 @@ def _parts(graph: Graph, run: ModuleCall, norm: Call, name: str) -> tuple[str | 
         raise Refusal("Its module does more than take one tensor and return it normalized.")
     parts: list[str | Module] = []
     value, done = norm.output, {id(norm)}
-    children = [other for other in graph.module_calls if _is_child(other, run, name)]
+    children = _children(graph, run, name)
     while run.outputs != (value,):
         child = next((c for c in children if c.plain and c.inputs == (value,) and len(c.outputs) == 1), None)
         if child is not None:
@@ -118,11 +118,18 @@ def _parts(graph: Graph, run: ModuleCall, norm: Call, name: str) -> tuple[str | 
     return tuple(parts)
 
 
-def _is_child(other: ModuleCall, run: ModuleCall, name: str) -> bool:
-    """Whether the other run is that of a submodule, right within this one."""
-    rest = other.name.removeprefix(f"{name}.")
-    within = all(call in run.calls for call in other.calls)
-    return other is not run and other.name.startswith(f"{name}.") and "." not in rest and within
+def _children(graph: Graph, run: ModuleCall, name: str) -> list[ModuleCall]:
+    """Return the runs of submodules, right within this one."""
+    prefix = f"{name}."
+    named = [
+        other
+        for other in graph.module_calls
+        if other.run == run.run and other.name.startswith(prefix) and "." not in other.name.removeprefix(prefix)
+    ]
+    if not named:
+        return []
+    within = {id(call) for call in run.calls}
+    return [other for other in named if other is not run and all(id(call) in within for call in other.calls)]
 
 
 def _is_activation_of(call: Call, value: Value) -> bool:

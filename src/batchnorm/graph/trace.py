@@ -46,7 +46,13 @@ Observer: TypeAlias = Callable[[Call, Sequence[Any], dict[str, Any], Any], None]
 """Called after each operator with its record and with its real positional and keyword arguments and result."""
 
 
-def trace(model: Module, example_inputs: Any, *, observer: Observer | None = None) -> Graph:
+def trace(
+    model: Module,
+    example_inputs: Any,
+    *,
+    observer: Observer | None = None,
+    returned: Callable[[Any], None] | None = None,
+) -> Graph:
     """Run ``model`` once, in the modes it is in, and return the dataflow.
 
     The model is left as it was: buffers that the pass updates and the random generators are restored. It runs on a copy
@@ -58,6 +64,7 @@ def trace(model: Module, example_inputs: Any, *, observer: Observer | None = Non
             (:class:`batchnorm.graph.several.Several`): the dataflow is that of the runs one after the other, which
             share the model's state and nothing else; each begins with the model as it is.
         observer: looks at the tensors that pass by; it must not keep or change them.
+        returned: is called with what the model returned, after each run, before buffers are restored; likewise.
 
     Raises:
         InputError: the model fails on the inputs.
@@ -65,7 +72,10 @@ def trace(model: Module, example_inputs: Any, *, observer: Observer | None = Non
     tracer = _Tracer(model, observer)
     for inputs in each(example_inputs):
         with untouched(model):
-            tracer.follow(model, fresh_inputs(inputs))
+            outputs = tracer.follow(model, fresh_inputs(inputs))
+            if returned is not None:
+                returned(outputs)
+            del outputs  # what is held when the next run is over was kept by the model
     return Graph(tracer.calls, tracer.module_calls, tuple(tracer.inputs), tuple(tracer.outputs))
 
 
@@ -85,8 +95,10 @@ class _Tracer(TorchDispatchMode):
         self._thread = threading.get_ident()  # module hooks are global: other threads run them too
         self._running: list[ModuleCall] = []
         self._names = {id(m): name for name, m in model.named_modules()}
-        # Weak keys: a value whose tensor outlives the pass is held by somebody.
+        # Weak keys: a value whose tensor outlives the pass is held by somebody. The model's own tensors live on, and
+        # are many: they are known by their ids.
         self._values = WeakTensorKeyDictionary()
+        self._state_values: dict[int, Value] = {}
         state: dict[int, tuple[Tensor, list[str]]] = {}
         for get in (model.named_parameters, model.named_buffers):
             for name, tensor in get(remove_duplicate=False):
@@ -96,13 +108,13 @@ class _Tracer(TorchDispatchMode):
             for tensor, names in state.values()
         ]
 
-    def follow(self, model: Module, inputs: Any) -> None:
-        """Run the model, and record what it does behind what it did in the runs before."""
+    def follow(self, model: Module, inputs: Any) -> Any:
+        """Run the model, record what it does behind what it did in the runs before, and return what it returned."""
         self._run += 1
         self._running.clear()
         for tensor, value in self._state:  # which the run before may have written into
-            self._values[tensor] = value
-        self.inputs += [self.value_of(leaf, "input") for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+            self._state_values[id(tensor)] = value
+        self.inputs += [self.value_of(leaf, "input") for leaf in _tensors_in(inputs)]
         try:
             with below_autograd(), self.hooked(), self:
                 outputs = call_on_example(model, inputs)
@@ -110,9 +122,10 @@ class _Tracer(TorchDispatchMode):
             raise
         except Exception as error:
             raise example_error(model, error) from error
-        returned = tuple(self.value_of(leaf) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+        returned = tuple(self.value_of(leaf) for leaf in _tensors_in(outputs))
         self.outputs += returned
         self.mark_kept(returned)
+        return outputs
 
     # -- operators ---------------------------------------------------------------------------------------------------
 
@@ -126,17 +139,16 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             result, branches = run_both(self, func, args, kwargs)
-            leaves = [leaf for leaf in tree_leaves(branches) if isinstance(leaf, Tensor)]
-            call = self._new_call(EITHER, {"branches": [self.value_of(leaf) for leaf in leaves]})
+            call = self._new_call(EITHER, {"branches": [self.value_of(leaf) for leaf in _tensors_in(branches)]})
             self._note(call, args, kwargs, result)
             return result
         given = named_arguments(func, args, kwargs)
-        read = {name: tree_map(self._as_value, value) for name, value in given.items()}
+        read = {name: self._as_read(value) for name, value in given.items()}
         result = func(*args, **kwargs)
         if func.namespace in ("prim", "profiler"):  # a question about a tensor, or a time mark: no computation
             return result
         if self._widens_own_parameter(func, given, result):
-            self._values[result] = self.value_of(given["self"])
+            self._set_value(result, self.value_of(given["self"]))
             return result
         call = self._new_call(func, read)
         for tensor in _written(func._schema, given):
@@ -160,7 +172,7 @@ class _Tracer(TorchDispatchMode):
         return Call(len(self.calls), func, read, (), module, self._run)
 
     def _note(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        call.outputs = tuple(self._new_value(leaf, call) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        call.outputs = tuple(self._new_value(leaf, call) for leaf in _tensors_in(result))
         self.calls.append(call)
         for running in self._running:
             running.calls.append(call)
@@ -169,30 +181,47 @@ class _Tracer(TorchDispatchMode):
 
     def value_of(self, tensor: Tensor, kind: Any = "constant") -> Value:
         """Return the value that ``tensor`` holds now; one never seen before is new, of the given kind."""
-        value = self._values.get(tensor)
+        value = self._known(tensor)
         if value is None:
-            value = self._values[tensor] = Value(_shape(tensor), tensor.dtype, kind)
-        assert isinstance(value, Value)
+            value = Value(_shape(tensor), tensor.dtype, kind)
+            self._set_value(tensor, value)
         return value
+
+    def _known(self, tensor: Tensor) -> Value | None:
+        value = self._state_values.get(id(tensor)) or self._values.get(tensor)
+        assert value is None or isinstance(value, Value)
+        return value
+
+    def _set_value(self, tensor: Tensor, value: Value) -> None:
+        if id(tensor) in self._state_values:
+            self._state_values[id(tensor)] = value
+        else:
+            self._values[tensor] = value
+
+    def _as_read(self, argument: Any) -> Any:
+        """Return an argument with its tensors as the values that they hold."""
+        if isinstance(argument, Tensor):
+            return self.value_of(argument)
+        return argument if _holds_no_tensor(argument) else tree_map(self._as_value, argument)
 
     def _as_value(self, leaf: Any) -> Any:
         return self.value_of(leaf) if isinstance(leaf, Tensor) else leaf
 
     def _new_value(self, tensor: Tensor, call: Call) -> Value:
-        known = self._values.get(tensor)
-        if isinstance(known, Value) and known.producer is call:  # renewed by this in-place call already
+        known = self._known(tensor)
+        if known is not None and known.producer is call:  # renewed by this in-place call already
             return known
         value = Value(_shape(tensor), tensor.dtype, "computed", call)
-        self._values[tensor] = value
+        self._set_value(tensor, value)
         return value
 
     def _renew(self, written: Tensor, call: Call) -> None:
         """Give a new value to a tensor that ``call`` wrote into, and to all that share its memory."""
         memory = written.untyped_storage()._cdata
-        for tensor in list(self._values.keys()):
+        for tensor in [*(tensor for tensor, _ in self._state), *self._values.keys()]:
             if tensor is not None and _storage(tensor) == memory:
-                old = self._values[tensor]
-                self._values[tensor] = Value(_shape(tensor), tensor.dtype, "computed", call, names=old.names)
+                names = self.value_of(tensor).names
+                self._set_value(tensor, Value(_shape(tensor), tensor.dtype, "computed", call, names=names))
 
     # -- modules -----------------------------------------------------------------------------------------------------
 
@@ -220,7 +249,7 @@ class _Tracer(TorchDispatchMode):
         if id(module) not in self._names or threading.get_ident() != self._thread:
             return
         name = self._names[id(module)]
-        inputs = tuple(self.value_of(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+        inputs = tuple(self.value_of(leaf) for leaf in _tensors_in(args))
         if module._forward_pre_hooks:
             _hold(inputs, name)
         run = ModuleCall(name, module, inputs, run=self._run)
@@ -234,9 +263,9 @@ class _Tracer(TorchDispatchMode):
         while run.module is not module:  # a forward that raised, and whose error the model caught, was never left
             run = self._running.pop()
         # Keywords are shown on leaving only: what has been written into since is no longer what went in.
-        by_keyword = (self.value_of(leaf) for leaf in tree_leaves(kwargs) if isinstance(leaf, Tensor))
+        by_keyword = (self.value_of(leaf) for leaf in _tensors_in(kwargs))
         run.inputs += tuple(value for value in by_keyword if value.producer not in run.calls)
-        run.outputs = tuple(self.value_of(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        run.outputs = tuple(self.value_of(leaf) for leaf in _tensors_in(output))
         given = [*args, *kwargs.values()]
         by_name = set(kwargs) <= {"input"}
         run.plain = by_name and len(given) == 1 and isinstance(given[0], Tensor) and isinstance(output, Tensor)
@@ -249,7 +278,8 @@ class _Tracer(TorchDispatchMode):
         """Mark the values whose tensors are still alive though the model did not return them."""
 
         def kept() -> list[Value]:
-            live = [v for v in self._values.values() if v.kind == "computed" and not v.names]
+            known = (*self._values.values(), *self._state_values.values())
+            live = [v for v in known if v.kind == "computed" and not v.names]
             return [v for v in live if not any(v is r for r in returned)]
 
         if kept():
@@ -278,6 +308,26 @@ def fresh_inputs(example_inputs: Any) -> Any:
     return tree_map(copied, example_inputs)
 
 
+def _tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors among the leaves; what an operator or a module takes and returns is mostly one."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if type(tree) is tuple and all(isinstance(leaf, Tensor) for leaf in tree):
+        return list(tree)
+    if tree is None or (type(tree) in (tuple, dict) and not tree):
+        return []
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+_SCALARS = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+
+
+def _holds_no_tensor(argument: Any) -> bool:
+    """Whether that can be told at once: of a scalar, and of a list of them."""
+    kind = type(argument)
+    return kind in _SCALARS or (kind in (list, tuple) and all(type(item) in _SCALARS for item in argument))
+
+
 def _hold(values: Sequence[Value], name: str) -> None:
     holder = f"a hook of {name or 'the model'}"
     for value in values:
@@ -298,5 +348,7 @@ def _storage(tensor: Tensor) -> int | None:
 
 def _written(schema: Any, given: dict[str, Any]) -> list[Tensor]:
     """Return the arguments that the operator writes into."""
+    if not schema.is_mutable:
+        return []
     names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [leaf for name in names for leaf in tree_leaves(given[name]) if isinstance(leaf, Tensor)]
+    return [leaf for name in names for leaf in _tensors_in(given[name])]

@@ -187,6 +187,9 @@ class _Function:
         owner = {positional[0].arg} if positional else set()
         names = {*code.co_varnames, *code.co_cellvars}
         self._names = names - ignored - _read_from(owner, node, names)
+        # what a model keeps for each device is the same on each: no other inputs lead there
+        devices = {arg.arg for arg in [*positional, *args.kwonlyargs]} & {"device"}
+        self._keys = (devices | _read_from(devices, node, names)) if devices else set()
 
     def _reached(self, node: ast.stmt | ast.expr) -> bool:
         start, end = (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
@@ -233,7 +236,16 @@ class _Function:
             return False
         if not self._is_root and any(isinstance(n, ast.Name) and n.id in ("isinstance", "hasattr") for n in names):
             return False
-        return any(isinstance(n, ast.Name) and n.id in self._names and self._reached(n) for n in names)
+        read = {n.id for n in names if isinstance(n, ast.Name) and n.id in self._names and self._reached(n)}
+        return bool(read - self._keys if self._looks_into_own(condition) else read)
+
+    def _looks_into_own(self, condition: ast.expr) -> bool:
+        """Whether it asks if something is among what the model itself holds: ``key not in self.cache``."""
+        return (
+            isinstance(condition, ast.Compare)
+            and isinstance(condition.ops[-1], ast.In | ast.NotIn)
+            and not any(isinstance(n, ast.Name) and n.id in self._names for n in ast.walk(condition.comparators[-1]))
+        )
 
 
 def _read_from(owner: set[str], function: ast.FunctionDef, names: set[str]) -> set[str]:

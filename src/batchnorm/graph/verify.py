@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
-from batchnorm.errors import InputError, VerificationError
+from batchnorm.errors import VerificationError
 from batchnorm.files.tensor_memory import without_repeats
 from batchnorm.graph.example_error import example_error
 from batchnorm.graph.outputs import NamedTensor, difference, named_tensors, scale_of
@@ -42,7 +42,7 @@ from batchnorm.graph.trace import fresh_inputs
 from batchnorm.nn.calling import call_on_example, compiled_modules_eager
 from batchnorm.nn.snapshot import untouched
 
-__all__ = ["Agreement", "Reference", "Run", "as_float64", "run", "spacing", "verify", "verify_float64"]
+__all__ = ["Agreement", "Reference", "Run", "as_float64", "of_runs", "run", "spacing", "verify", "verify_float64"]
 
 NUDGES = 4
 _MARGIN = 8.0
@@ -60,16 +60,21 @@ def run(model: Module, example_inputs: Any) -> list[NamedTensor]:
         InputError: the model fails on the inputs.
     """
     if isinstance(example_inputs, Several):
-        return [
-            NamedTensor(f"{output.where} on {label}" if i else output.where, output.tensor)
-            for i, (inputs, label) in enumerate(zip(example_inputs, example_inputs.labels, strict=True))
-            for output in run(model, inputs)
-        ]
+        return of_runs([run(model, inputs) for inputs in example_inputs], example_inputs)
     with untouched(model), torch.no_grad(), compiled_modules_eager:
         try:
             return named_tensors(call_on_example(model, fresh_inputs(example_inputs)))
         except Exception as error:
             raise example_error(model, error) from error
+
+
+def of_runs(outputs: Sequence[list[NamedTensor]], inputs: Several) -> list[NamedTensor]:
+    """Return the outputs of several runs as one list, each named after its run; of the first inputs as they are."""
+    return [
+        NamedTensor(f"{output.where} on {label}" if i else output.where, output.tensor)
+        for i, (of_run, label) in enumerate(zip(outputs, inputs.labels, strict=False))
+        for output in of_run
+    ]
 
 
 Run: TypeAlias = Callable[[Module, Any], list[NamedTensor]]
@@ -156,9 +161,10 @@ def _nudged(tensors: Sequence[Tensor], generator: torch.Generator) -> Iterator[N
                 # a pattern that is repeated is random enough, and drawn a thousand times sooner
                 pattern = torch.randint(-1, 2, (_PATTERN,), generator=generator)
                 repeats = -(-tensor.numel() // _PATTERN)
-                wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-                steps = pattern.to(wide).repeat(repeats)[: tensor.numel()].reshape(tensor.shape)
-                tensor.copy_(wide * (1 + steps * spacing(tensor)))
+                wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+                factors = 1 + pattern.to(tensor.device, wide) * spacing(tensor)
+                factors = factors.repeat(repeats)[: tensor.numel()].reshape(tensor.shape)
+                tensor.copy_(factors.mul_(tensor))
             yield
         finally:
             for tensor, value in zip(tensors, kept, strict=True):
@@ -175,29 +181,23 @@ def verify(reference: Reference, outputs: list[NamedTensor]) -> Agreement:
 
 
 def verify_float64(
-    original: Module, example_inputs: Any, reference: Reference, rewrite: Callable[[], None], roundoff: float
+    before: list[NamedTensor], after: list[NamedTensor], reference: Reference, roundoff: float
 ) -> Agreement | None:
-    """Compare a float64 copy of the original with itself after ``rewrite()``; None where it does not run in float64.
+    """Compare what a float64 copy of the original returns with what it returns after the same rewrite.
+
+    None where it does not return the same things as the original, so that there is nothing to compare it with.
 
     Args:
-        original: the copy; ``rewrite`` changes it.
-        example_inputs: as for the original; floating-point tensors are converted.
+        before: what the copy returns for the inputs that the reference was made on.
+        after: what it returns after the rewrite.
         reference: of the original in its own types.
-        rewrite: applies to ``original`` what was done to the other.
         roundoff: the unit roundoff of the original's parameters.
 
     Raises:
         VerificationError: they differ by more than rounding in float64 explains.
     """
-    inputs = as_float64(example_inputs)
-    try:
-        before = run(original, inputs)
-    except InputError:
-        return None
     if [o.where for o in before] != [o.where for o in reference.outputs]:
         return None
-    rewrite()
-    after = run(original, inputs)
     scaled = _FLOAT64_SLACK * _FLOAT64_ROUNDOFF
     bounds = [
         bound * scaled / max(roundoff, _roundoff(output.tensor)) if output.is_float else bound

@@ -42,7 +42,7 @@ def find_object(option: str, spec: str) -> Any:
             known = [name for name in dir(found) if not name.startswith("_")]
             where = getattr(found, "__file__", None) or type(found).__name__
             raise CommandError(
-                f"{option} {spec}: {where} has no {part!r}{closest(part, known) or _names(known)}."
+                f"{option} {spec}: {where} has no {part!r}{closest(part, known) or _names(known)}"
             ) from None
     return found
 
@@ -104,7 +104,7 @@ def _import(option: str, module_name: str) -> Any:
 
 def _names(known: list[str]) -> str:
     shown = ", ".join(known[:5])
-    return f"; it has {shown}{', …' if len(known) > 5 else ''}" if known else ""
+    return f"; it has {shown}{', …' if len(known) > 5 else ''}." if known else "."
 
 
 def _like_module(spec: str) -> str:
