@@ -49,6 +49,18 @@ def test_few_batches_make_no_false_alarm(net, batches, count: int, size: int) ->
     assert batchnorm.diagnose(net, some).healthy
 
 
+def test_of_a_model_in_train_mode_it_is_judged_what_eval_would_bring(net, batches) -> None:
+    net.bn2.running_mean.add_(3)
+    told = []
+    for mode in (False, True):
+        net.train(mode)
+        result = batchnorm.diagnose(net, batches, spread_out)
+        told.append((result.metrics, [(f.layer, f.cause, str(f.severity), str(f.gain)) for f in result.findings]))
+        plain = batchnorm.diagnose(net, batches)
+        assert plain.findings[0].gain.gap_before > 0.1 > plain.findings[0].gain.gap_after
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize("mode", ["eval", "train", "mixed"])
 def test_the_model_is_bit_identical_afterwards(net, batches, mode: str) -> None:
     net.train(mode != "eval")

@@ -213,6 +213,8 @@ def measure(passes: Passes) -> Gaps:
         ShapeError: a norm met fewer than two values per channel in all.
     """
     model = passes.model
+    if model.training:  # it is being trained, and will be deployed as eval() leaves it
+        _set_eval(model)
     deployed = passes.run(Basis("stored"), tolerant=True)
     _set_eval(model)
     training = passes.run(Basis("batch"))
