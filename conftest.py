@@ -1,4 +1,4 @@
-"""The examples in the README, the manual and the docstrings are tests too."""
+"""How Hypothesis searches; and the examples in the README, the manual and the docstrings, which are tests too."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 from sybil.parsers.rest import DocTestParser
+
+# The same examples in every run and on every machine, and no clock: whether a test passes is not left to chance. A test
+# that wants more than others asks for a multiple of ``settings.default.max_examples``.
+settings.register_profile(
+    "test", max_examples=10, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("all", settings.get_profile("test"), max_examples=60)  # pytest --hypothesis-profile all
+settings.load_profile("test")
 
 
 @pytest.fixture(scope="module")

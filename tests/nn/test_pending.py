@@ -212,7 +212,7 @@ def test_a_reader_after_the_activation_costs_a_second_call_but_no_second_step():
     assert_same(list(plain.buffers()), list(fused.buffers()))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=5 * settings.default.max_examples)
 @given(
     st.lists(
         st.tuples(

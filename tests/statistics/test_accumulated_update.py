@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
@@ -53,7 +53,6 @@ def test_it_is_the_step_of_the_whole_batch(kind, momentum):
     assert norm.momentum == momentum
 
 
-@settings(max_examples=40, deadline=None)
 @given(cuts=st.lists(st.integers(2, 9), min_size=1, max_size=5), offset=st.floats(-1e3, 1e3))
 def test_however_the_batch_is_cut(cuts, offset):
     x = data(sum(cuts)) + offset

@@ -8,7 +8,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchnorm.kernels import ACCURACY, ACTIVATIONS, REFERENCE, Transform
@@ -322,7 +322,7 @@ def test_short_runs_of_coarse_values(name):
         check(Case(shape, torch.bfloat16, offset=100.0, isa=name))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5 * settings.default.max_examples)
 @given(cases())
 def test_any_call_is_within_the_bounds(case):
     check(case)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -92,7 +92,6 @@ def test_twenty_norms_hold_what_they_meet_in_eval_mode() -> None:
 
 
 @given(cut=st.lists(st.integers(1, 9), min_size=1, max_size=6))
-@settings(max_examples=15, deadline=None)
 def test_the_cut_into_batches_changes_nothing(cut: list[int]) -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(sum(cut) + 2, 3, 4, 4, generator=generator, dtype=torch.float64)
