@@ -91,7 +91,12 @@ CASES: dict[str, Callable[[], batchnorm.FoldResult]] = {
 }
 
 
-@pytest.fixture(params=CASES)
+def sweep(name: str) -> Any:
+    """Leave a case to `make test-all`, whose class of program another case or docs/deploy.md stands for."""
+    return pytest.param(name, marks=pytest.mark.sweep)
+
+
+@pytest.fixture(scope="module", params=CASES)
 def deployed(request: pytest.FixtureRequest) -> Deployed:
     result = CASES[request.param]()
     assert not result.left
@@ -127,19 +132,20 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inducto
 
 
 @needs_compiler
-@pytest.mark.parametrize("deployed", ["shared modules, control flow", "borders"], indirect=True)
+@pytest.mark.parametrize("deployed", [sweep("shared modules, control flow"), "borders"], indirect=True)
 def test_a_package_of_aotinductor_gives_the_same_up_to_rounding(deployed: Deployed, tmp_path: Path) -> None:
     package = torch._inductor.aoti_compile_and_package(deployed.program, package_path=str(tmp_path / "folded.pt2"))
     deployed.check(torch._inductor.aoti_load_package(package))
 
 
 @needs_compiler
-@pytest.mark.parametrize("deployed", ["raw inputs"], indirect=True)
+@pytest.mark.parametrize("deployed", [sweep("raw inputs")], indirect=True)
 def test_a_compiled_model_gives_the_same_up_to_rounding(deployed: Deployed) -> None:
     torch._dynamo.reset()
     deployed.check(torch.compile(deployed.model, dynamic=True))
 
 
+@pytest.mark.parametrize("deployed", [sweep("shared modules, control flow"), "raw inputs", "borders"], indirect=True)
 def test_onnx_runtime_gives_the_same_up_to_rounding(deployed: Deployed, tmp_path: Path) -> None:
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name, reason=f"torch.onnx.export needs {name}, which is not installed")

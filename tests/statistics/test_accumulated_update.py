@@ -246,7 +246,7 @@ def test_a_call_that_outlives_the_block_takes_no_part() -> None:
             output = super().forward(x)
             if threading.current_thread() is not threading.main_thread():
                 inside.set()
-                assert over.wait(60)
+                assert over.wait(200)
             return output
 
     inside, over = threading.Event(), threading.Event()
@@ -255,7 +255,7 @@ def test_a_call_that_outlives_the_block_takes_no_part() -> None:
         with batchnorm.accumulated_update(norm):
             norm(torch.tensor([[0.0], [2.0]]))
             late = pool.submit(norm, torch.tensor([[100.0], [200.0]]))
-            assert inside.wait(60)
+            assert inside.wait(200)
         over.set()
         late.result()
     assert norm.running_mean.tolist() == [1.0]
