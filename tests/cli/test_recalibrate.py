@@ -143,13 +143,13 @@ def test_ctrl_c_ends_the_process_with_130(here: Path, weights: Path) -> None:
     before = files(here)
     command = [sys.executable, "-m", "batchnorm", "recalibrate", *MODEL, "-d", "slow:batches", "-o", "net.pt"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 200
         while not (here / "running").exists():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
     assert process.returncode == 130
     assert out == ""
     assert err == "error: interrupted; every file is as it was, or complete.\n"

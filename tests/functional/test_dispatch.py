@@ -107,14 +107,14 @@ def test_a_forced_backend_is_forced_in_its_thread_only():
         with use_backend("reference"):
             seen["other"] = active_backend(X)
             inside.set()
-            done.wait(10)
+            done.wait(200)
 
     thread = threading.Thread(target=other)
     thread.start()
-    assert inside.wait(10)
+    assert inside.wait(200)
     seen["here"] = active_backend(X)
     done.set()
-    thread.join(10)
+    thread.join(200)
     assert seen == {"other": "reference", "here": "torch"}
     assert dispatch.at_once(X, True, False) == "torch"
 

@@ -99,7 +99,7 @@ def test_second_derivatives(with_residual, activation, training):
             )
 
         assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)  # along one random direction
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "leaky_relu(0.2)", "relu6"])
@@ -841,7 +841,7 @@ def test_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     for k in range(3):
         assert all(torch.equal(a, b) for a, b in zip(got[k], expected[k], strict=True))
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -105,7 +105,6 @@ def norms(draw: st.DrawFn) -> nn.Module:
 
 
 @given(models(), st.booleans())
-@settings(max_examples=60, deadline=None)
 def test_there_and_back_is_where_we_were(model, inplace):
     before = fingerprint(model)
     there = convert(model, inplace=inplace)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,14 @@ CASES: dict[str, Callable[[], batchnorm.FoldResult]] = {
 }
 
 
-@pytest.fixture(params=CASES)
-def deployed(request: pytest.FixtureRequest) -> Deployed:
-    result = CASES[request.param]()
+def sweep(name: str) -> Any:
+    """Leave a case to `make test-all`, whose class of program another case or docs/deploy.md stands for."""
+    return pytest.param(name, marks=pytest.mark.sweep)
+
+
+@cache
+def deploy(name: str) -> Deployed:
+    result = CASES[name]()
     assert not result.left
     batch = torch.export.Dim("batch")
     program = torch.export.export(result.model, (images(4),), dynamic_shapes=({0: batch},))
@@ -101,45 +107,52 @@ def deployed(request: pytest.FixtureRequest) -> Deployed:
     return Deployed(result.model, program, result.bound)
 
 
+@pytest.fixture(params=CASES)
+def deployed(request: pytest.FixtureRequest) -> Deployed:
+    return deploy(request.param)
+
+
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(int(sys.argv[2]))
-program = torch.export.load(sys.argv[1] + "/folded.pt2").module()
+outputs = []
+for number in range(int(sys.argv[3])):
+    program = torch.export.load(sys.argv[1] + f"/{number}.pt2").module()
+    with torch.no_grad():
+        outputs.append([program(x) for x in torch.load(sys.argv[1] + "/inputs.pt")])
 assert "batchnorm" not in sys.modules
-with torch.no_grad():
-    outputs = [program(x) for x in torch.load(sys.argv[1] + "/inputs.pt")]
 torch.save(outputs, sys.argv[1] + "/outputs.pt")
 """
 
 
-def test_a_file_of_torch_export_gives_the_same_bits_in_a_process_without_this_library(
-    deployed: Deployed, tmp_path: Path
-) -> None:
-    torch.export.save(deployed.program, tmp_path / "folded.pt2")
+def test_files_of_torch_export_give_the_same_bits_in_a_process_without_this_library(tmp_path: Path) -> None:
+    for number, name in enumerate(CASES):
+        torch.export.save(deploy(name).program, tmp_path / f"{number}.pt2")
     torch.save([images(size) for size in (1, 2, 7)], tmp_path / "inputs.pt")
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(torch.get_num_threads())]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(torch.get_num_threads()), str(len(CASES))]
     subprocess.run(command, check=True, cwd=tmp_path)
-    outputs = iter(torch.load(tmp_path / "outputs.pt"))
-    deployed.check(lambda _: next(outputs), exact=True)
+    for name, outputs in zip(CASES, map(iter, torch.load(tmp_path / "outputs.pt")), strict=True):
+        deploy(name).check(lambda _, outputs=outputs: next(outputs), exact=True)
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler; no g++")
 
 
 @needs_compiler
-@pytest.mark.parametrize("deployed", ["shared modules, control flow", "borders"], indirect=True)
+@pytest.mark.parametrize("deployed", [sweep("shared modules, control flow"), "borders"], indirect=True)
 def test_a_package_of_aotinductor_gives_the_same_up_to_rounding(deployed: Deployed, tmp_path: Path) -> None:
     package = torch._inductor.aoti_compile_and_package(deployed.program, package_path=str(tmp_path / "folded.pt2"))
     deployed.check(torch._inductor.aoti_load_package(package))
 
 
 @needs_compiler
-@pytest.mark.parametrize("deployed", ["raw inputs"], indirect=True)
+@pytest.mark.parametrize("deployed", [sweep("raw inputs")], indirect=True)
 def test_a_compiled_model_gives_the_same_up_to_rounding(deployed: Deployed) -> None:
     torch._dynamo.reset()
     deployed.check(torch.compile(deployed.model, dynamic=True))
 
 
+@pytest.mark.parametrize("deployed", [sweep("shared modules, control flow"), "raw inputs", "borders"], indirect=True)
 def test_onnx_runtime_gives_the_same_up_to_rounding(deployed: Deployed, tmp_path: Path) -> None:
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name, reason=f"torch.onnx.export needs {name}, which is not installed")

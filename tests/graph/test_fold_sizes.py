@@ -92,7 +92,7 @@ BY_SIZE = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.sweep), 2])
 @pytest.mark.parametrize("name", BY_SIZE)
 def test_what_depends_on_the_size_is_no_constant(name, batch):
     net = lively(Net(BY_SIZE[name]))
@@ -116,7 +116,7 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.sweep), 2])
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_holds_at_all_sizes_is_folded(name, batch):
     net = lively(Net(RIGHT[name]))
@@ -133,7 +133,7 @@ TRACEABLE = [
 
 
 @pytest.mark.parametrize("name", [*TRACEABLE, "running count", "sum over places", "plain", "views", "interpolated"])
-@pytest.mark.parametrize("kind", ["graph module", "exported"])
+@pytest.mark.parametrize("kind", [pytest.param("graph module", marks=pytest.mark.sweep), "exported"])
 def test_programs(name, kind):
     net = lively(Net((BY_SIZE | RIGHT)[name]))
     x = rand(2, 3, 16, 16)

@@ -11,7 +11,7 @@ import re
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -796,7 +796,6 @@ STEP = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(STEP, min_size=2, max_size=8), st.integers(0, 99))
 def test_random_graphs_compute_the_same(steps, seed):
     net = lively(RandomNet(steps), seed)

@@ -65,7 +65,7 @@ def original() -> nn.Module:
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def result() -> batchnorm.FoldResult:
     result = batchnorm.fold(original(), X, borders=True)
     assert not result.left

@@ -432,7 +432,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.reached.set()
-        assert self.go.wait(60)
+        assert self.go.wait(200)
         if self.error is not None:
             raise self.error
         return x
@@ -449,7 +449,7 @@ def test_a_watch_that_ends_while_a_thread_is_in_the_model(error) -> None:
     with ThreadPoolExecutor(1) as pool:
         with watch(model) as w:
             done = pool.submit(model, images(4))
-            assert gate.reached.wait(60)
+            assert gate.reached.wait(200)
         gate.go.set()
         if error is None:
             done.result()

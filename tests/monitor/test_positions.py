@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm.monitor.drift import judge
@@ -30,7 +30,6 @@ def test_rows_at_equal_distances_that_move_on_with_the_samples(shape: tuple[int,
         torch.testing.assert_close(variance[i], rows.var(1, correction=0), rtol=1e-9, atol=0)
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.integers(0, 500), st.integers(28, 120))
 def test_no_sample_is_lost_and_every_row_is_looked_at(samples: int, first: int, height: int) -> None:
     shape = (samples, 600, height, 1)

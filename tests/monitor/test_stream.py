@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm.monitor.samples import sample_statistics
@@ -57,7 +57,6 @@ def test_rows_of_one_sample_are_taken_together() -> None:
     assert len(sample_statistics(x, samples=3)[0]) == 4  # 4 rows do not belong to 3 samples
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 10**6))
 def test_the_cut_into_batches_does_not_matter(sizes: list[int], seed: int) -> None:
     x = torch.randn(sum(sizes), 3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

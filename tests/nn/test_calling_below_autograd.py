@@ -52,14 +52,14 @@ def test_threads_that_overlap_leave_the_compiler_as_it_was() -> None:
     def first() -> None:
         with below_autograd():
             first_in.set()
-            second_in.wait(10)
+            second_in.wait(200)
         first_out.set()
 
     def second() -> None:
-        first_in.wait(10)
+        first_in.wait(200)
         with below_autograd():
             second_in.set()
-            first_out.wait(10)
+            first_out.wait(200)
             still_eager.append(not compiles())
 
     threads = [threading.Thread(target=work) for work in (first, second)]

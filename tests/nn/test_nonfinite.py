@@ -149,8 +149,16 @@ def test_converted_layers_count_and_reverted_ones_keep_nothing():
     assert set(model[0].__dict__) == attributes
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("size", [(6, 3), (40000, 3)])
+@pytest.mark.parametrize(
+    ("size", "backend"),
+    [
+        ((6, 3), "aot_eager"),
+        ((40000, 3), "aot_eager"),
+        ((40000, 3), "inductor"),
+        *(pytest.param(*case, marks=pytest.mark.sweep) for case in (((6, 3), "eager"), ((40000, 3), "eager"))),
+        pytest.param((6, 3), "inductor", marks=pytest.mark.sweep),
+    ],
+)
 def test_compiled_layers_are_safe_and_count(size, backend):
     layer, x = BatchNorm1d(3), torch.randn(size)
     x[0, 1] = float("inf")

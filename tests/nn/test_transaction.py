@@ -50,7 +50,7 @@ class Held(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.entered.set()
-        assert self.go_on.wait(60)
+        assert self.go_on.wait(200)
         return self.inner(x)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:  # events cannot be copied
@@ -91,7 +91,7 @@ def test_the_second_verb_is_refused(first: str, second: str) -> None:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        assert model.entered.wait(60)
+        assert model.entered.wait(200)
         with pytest.raises(StateError, match=f"is being worked on by {first} already, in another thread"):
             VERBS[second](model)
         # the backbone of a model is part of it
@@ -101,7 +101,7 @@ def test_the_second_verb_is_refused(first: str, second: str) -> None:
         batchnorm.freeze(other)
     finally:
         model.go_on.set()
-        thread.join(60)
+        thread.join(200)
     assert raised == []
     assert not model.training
     if first != "recalibrate":
@@ -118,13 +118,13 @@ def test_undo_has_to_wait_too() -> None:
     thread = threading.Thread(target=lambda: batchnorm.check(model, X))
     thread.start()
     try:
-        assert model.entered.wait(60)
+        assert model.entered.wait(200)
         for result in undos[1:]:
             with pytest.raises(StateError, match="is being worked on by check already"):
                 result.undo()
     finally:
         model.go_on.set()
-        thread.join(60)
+        thread.join(200)
     undos[2].undo()
     undos[1].undo()
     undos[0].undo()
@@ -214,15 +214,16 @@ def test_interrupts_do_come() -> None:
         Interrupting(5).run(lambda: batchnorm.freeze(network()))
 
 
+@pytest.mark.parametrize("few", [5, pytest.param(50, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("name", CHANGES)
-def test_interrupted_anywhere_a_change_is_done_or_not(name: str) -> None:
+def test_interrupted_anywhere_a_change_is_done_or_not(name: str, few: int) -> None:
     make, change = CHANGES[name]
     counting = Interrupting(-1)
     model = make()
     counting.run(partial(change, model))
     # of many places some, but each of the last, where the change is made and the result is on its way to the caller
     most = range(1, counting.seen + 1)
-    few = 12 if counting.seen > 10_000 else 50
+    few = min(few, 12) if counting.seen > 10_000 else few
     places = [n for n in most if n > counting.seen - 2 * few or n % max(1, counting.seen // few) == 0]
     model = make()
     before = state_of(model)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
-TIMEOUT = timedelta(seconds=100)
+TIMEOUT = timedelta(seconds=200)
 """Of the group: a process that waits for others so long is one that nobody told of an error."""
 
 
@@ -34,7 +34,7 @@ def run(folder: Path, size: int, work: Callable[..., Any], *args: Any) -> list[A
     for process in processes:
         process.start()
     for process in processes:
-        process.join(200)
+        process.join(250)
         assert process.exitcode is not None, "it hangs"
     files = [folder / f"{rank}.pt" for rank in range(size)]
     return [torch.load(f, weights_only=False) if f.exists() else None for f in files]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,7 +24,6 @@ def fed(estimator: type[Estimator], batches: list[Tensor]) -> Estimator:
 cuts = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
 @given(cuts=cuts, seed=st.integers(0, 2**16), offset=st.sampled_from([0.0, 1.0, 1e4]))
 def test_pooled_is_the_concatenation_whatever_the_cut(cuts: list[int], seed: int, offset: float) -> None:
     x = torch.randn(sum(cuts), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + offset
@@ -38,7 +37,6 @@ def test_pooled_is_the_concatenation_whatever_the_cut(cuts: list[int], seed: int
     torch.testing.assert_close(variance, x.var(0), rtol=8 * len(x) * EPS, atol=float(8 * len(x) * EPS * scale))
 
 
-@settings(max_examples=40, deadline=None)
 @given(cuts=cuts, seed=st.integers(0, 2**16))
 def test_within_is_the_mean_over_batches_that_have_a_variance(cuts: list[int], seed: int) -> None:
     x = torch.randn(sum(cuts), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

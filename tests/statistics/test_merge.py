@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -77,7 +77,6 @@ class Tied(nn.Module):
 # -- the numbers -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(2, 40), min_size=1, max_size=5),
     seed=st.integers(0, 2**16),
@@ -118,7 +117,6 @@ def test_the_variance_between_the_models_is_part_of_it() -> None:
     assert layer.distance.tolist() == [8 / (1.5 + 1e-5) ** 0.5, 0]
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     weights=st.lists(st.floats(0.01, 100), min_size=2, max_size=5),
     order=st.randoms(use_true_random=False),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm.moments import Moments
@@ -16,7 +16,6 @@ from batchnorm.statistics.spread import Spread
 
 
 @given(number=st.integers(1, 9), length=st.integers(1, 4), channels=st.integers(1, 5), space=st.integers(1, 6))
-@settings(max_examples=40, deadline=None)
 def test_each_part_is_what_it_is_alone(number: int, length: int, channels: int, space: int) -> None:
     generator = torch.Generator().manual_seed(number)
     shape = (number * length, channels, space, 2) if space > 1 else (number * length, channels)

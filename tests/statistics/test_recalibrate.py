@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -66,7 +66,6 @@ def images(*sizes: int) -> list[Tensor]:
 # -- the numbers -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
 @given(cuts=st.lists(st.integers(1, 40), min_size=1, max_size=8), seed=st.integers(0, 2**16))
 def test_the_first_norm_holds_the_moments_of_the_stream_whatever_the_cut(cuts: list[int], seed: int) -> None:
     if sum(cuts) < 2:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize("layer", ["conv2", "fc3", "fc4"])
+@pytest.mark.parametrize("layer", ["conv2", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("fc3", "fc4"))])
 def test_the_layer_whose_weights_changed_is_named_first(net, batches, layer: str) -> None:
     import batchnorm
 

@@ -26,7 +26,8 @@ warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
-@pytest.fixture(params=PACKAGES)
+# under the other name the same code runs; two processes run it in test_processes.py
+@pytest.fixture(params=[PACKAGES[0], pytest.param(PACKAGES[1], marks=pytest.mark.sweep)])
 def pl(request: pytest.FixtureRequest) -> Any:
     return pytest.importorskip(request.param, reason=SKIP)
 

@@ -28,7 +28,7 @@ def run(code, **environment):
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         check=False,
     )
     return done.returncode, done.stdout.strip(), done.stderr

@@ -106,37 +106,59 @@ def step(model, x, function=None):
     return [y, x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
 
 
-def assert_same(got, expected, x):
+def assert_same(got, expected, x, what=""):
     """Two float32 evaluations of the same formulas, whose sums are over x.numel()/C values of size up to 20."""
     for a, b in zip(got, expected, strict=True):
         eps, size = torch.finfo(torch.float32).eps, max(1.0, b.abs().max().item())
-        assert a.dtype == b.dtype
-        assert (a.double() - b.double()).abs().max() <= 64 * eps * size * (x.numel() / C) ** 0.5
+        assert a.dtype == b.dtype, what
+        assert (a.double() - b.double()).abs().max() <= 64 * eps * size * (x.numel() / C) ** 0.5, what
 
 
-CASES = [(activation, residual) for activation, residual in product((None, "relu", "gelu"), (False, True))]
+class Variants(torch.nn.Module):
+    """A block of every kind side by side, each with an input of its own: compiled and exported once for all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleDict()
+        for activation, residual, inplace in product((None, "relu", "gelu"), (False, True), (False, True)):
+            self.blocks[f"{activation}, residual: {residual}, inplace: {inplace}"] = Block(
+                activation, residual, inplace
+            )
+
+    def inputs(self, shape):
+        return [randn(*shape, seed=seed) for seed in range(len(self.blocks))]
+
+    def forward(self, xs):
+        return {name: block(x) for (name, block), x in zip(self.blocks.items(), xs, strict=True)}
 
 
-@pytest.mark.parametrize("backend", ["aot_eager"])
+def steps(model, xs, function=None):
+    """Return what ``step`` does, for each block by its name, of one call of them all."""
+    model = copy.deepcopy(model)
+    function = (function or (lambda m: m))(model)
+    xs = [x.clone().requires_grad_() for x in xs]
+    ys = function(xs)
+    sum((y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum() for y in ys.values()).backward()
+    return {
+        name: [y, x.grad, *(p.grad for p in model.blocks[name].parameters()), *model.blocks[name].buffers()]
+        for (name, y), x in zip(ys.items(), xs, strict=True)
+    }
+
+
+def assert_each_same(got, expected, xs):
+    assert got.keys() == expected.keys()
+    for (name, values), x in zip(expected.items(), xs, strict=True):
+        assert_same(got[name], values, x, name)
+
+
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("activation", "residual"), CASES)
-def test_compiled_layers_equal_eager_ones_above_the_threshold(activation, residual, training, backend):
-    compiled(activation, residual, training, backend, LARGE)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("activation", "residual"), product((None, "relu"), (False, True)))
-def test_compiled_layers_equal_eager_ones_below_the_threshold(activation, residual, training):
-    compiled(activation, residual, training, "aot_eager", SMALL)
-
-
-def compiled(activation, residual, training, backend, shape):
+@pytest.mark.parametrize("shape", [LARGE, SMALL], ids=["above the threshold", "below"])
+def test_compiled_layers_equal_eager_ones(shape, training):
     torch._dynamo.reset()
-    for inplace in (False, True):
-        model, x = Block(activation, residual, inplace).train(training), randn(*shape)
-        expected = step(model, x)
-        got = step(model, x, lambda m: torch.compile(m, fullgraph=True, backend=backend))
-        assert_same(got, expected, x)
+    model = Variants().train(training)
+    xs = model.inputs(shape)
+    got = steps(model, xs, lambda m: torch.compile(m, fullgraph=True, backend="aot_eager"))
+    assert_each_same(got, steps(model, xs), xs)
 
 
 @pytest.mark.timeout(240)
@@ -184,18 +206,19 @@ def test_a_compiled_step_calls_the_native_operators():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("activation", "residual"), product((None, "relu", "gelu"), (False, True)))
-@pytest.mark.parametrize("shape", [LARGE, SMALL])
-def test_exported_programs_hold_torchs_operators_only(shape, activation, residual, training):
-    for inplace in (False, True):
-        model, x = Block(activation, residual, inplace).train(training), randn(*shape)
-        program = torch.export.export(model, (x,))
-        names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-        assert names
-        assert not [name for name in names if not name.startswith("aten.")]
-        run = program.module()
-        fresh = copy.deepcopy(model)
-        assert_same([run(x), *run.buffers()], [fresh(x), *fresh.buffers()], x)
+@pytest.mark.parametrize("shape", [LARGE, SMALL], ids=["above the threshold", "below"])
+def test_exported_programs_hold_torchs_operators_only(shape, training):
+    model = Variants().train(training)
+    xs = model.inputs(shape)
+    program = torch.export.export(model, (xs,))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert len(names) > len(xs)
+    assert not [name for name in names if not name.startswith("aten.")]
+    run, fresh = program.module(), copy.deepcopy(model)
+    got, expected = run(xs), fresh(xs)
+    assert_each_same({k: [y] for k, y in got.items()}, {k: [y] for k, y in expected.items()}, xs)
+    for (name, a), b in zip(run.named_buffers(), fresh.buffers(), strict=True):
+        assert_same([a], [b], xs[0], name)
 
 
 def test_a_program_with_a_dynamic_batch_is_exported():

@@ -35,10 +35,10 @@ def test_an_interrupt_inside_a_norm_leaves_no_thread(
         return run_on(self, *statistics)
 
     monkeypatch.setattr(NormCall, "run_on", interrupted)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt):
         recalibrate(model, images(4, 4, 4), memory=memory, cache=tmp_path)
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     assert list(tmp_path.iterdir()) == []
 
 
@@ -47,10 +47,10 @@ def test_a_norm_that_cannot_run_is_a_failure_of_the_model(monkeypatch: pytest.Mo
         raise RuntimeError("no kernel for this device")
 
     monkeypatch.setattr(NormCall, "run_on", failing)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     with pytest.raises(BatchError, match=r"failed on batch 0 .*no kernel for this device"):
         recalibrate(network(), images(4, 4, 4))
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
 
 
 class Locked(nn.Module):
@@ -68,15 +68,15 @@ class Locked(nn.Module):
 
 def test_a_batch_that_waits_for_the_lock_of_another_is_run_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "_PATIENCE", 0.5)
-    model, batches, threads = Locked(), images(4, 4, 4), threading.active_count()
+    model, batches, threads = Locked(), images(4, 4, 4), set(threading.enumerate())
     result = recalibrate(model, batches)
     assert "or a lock" in result.notes[0]
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     assert_alike(model.inner, expected(network(), batches))
 
 
 def test_an_interrupt_while_a_batch_waits_for_a_lock_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, threads = Locked(), threading.active_count()
+    model, threads = Locked(), set(threading.enumerate())
 
     def go(self: Any, answer: Any = None, patience: Any = None) -> Any:
         if patience is None:
@@ -88,7 +88,7 @@ def test_an_interrupt_while_a_batch_waits_for_a_lock_ends_it(monkeypatch: pytest
     monkeypatch.setattr(sweep.Run, "go", go)
     with pytest.raises(KeyboardInterrupt):
         recalibrate(model, images(4, 4))
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     assert not model.lock.locked()
 
 
@@ -137,7 +137,7 @@ def interrupted(model: Loops) -> None:
     before = copy.deepcopy(model.norm.state_dict())
 
     def press() -> None:
-        assert model.entered.wait(60)
+        assert model.entered.wait(200)
         os.kill(os.getpid(), signal.SIGINT)
 
     pressing = threading.Thread(target=press)
@@ -151,9 +151,9 @@ def interrupted(model: Loops) -> None:
 
 
 def test_one_interrupt_ends_a_model_that_loops_in_python() -> None:
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     interrupted(Loops(lambda: None))
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
 
 
 def test_one_interrupt_gives_up_a_model_that_waits_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_one_interrupt_gives_up_a_model_that_waits_in_c(monkeypatch: pytest.Monk
     assert not any(compiled_modules_eager._depths.values())
     let_go.release()  # the call ends, and with it the thread
     for thread in set(threading.enumerate()) - threads:
-        thread.join(60)
+        thread.join(200)
         assert not thread.is_alive()
 
 
@@ -184,8 +184,8 @@ def test_a_thread_that_never_begins_hides_no_error(
         start(self)
 
     monkeypatch.setattr(threading.Thread, "start", failing)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     with pytest.raises((KeyboardInterrupt, RuntimeError), match="no thread"):
         recalibrate(model, images(4, 4, 4))
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     assert compiled_modules_eager.depth() == 0
