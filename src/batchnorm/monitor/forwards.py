@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,7 @@ class Forward:
         root: the module that was called.
         looked_at: whether it is; else it is passed over.
         by_hooks: whether no operators are shown, as hooks tell enough.
+        uneventful: of the modules that are expected, in order, the names of those at which nothing is to be looked at.
         running: the modules of the model whose forwards are running, the outermost first.
         entered: how many modules have been called.
         mode: shows the operators; None where they are not shown.
@@ -56,6 +57,7 @@ class Forward:
     root: Module
     looked_at: bool = False
     by_hooks: bool = False
+    uneventful: Sequence[str | None] = ()
     running: list[Running] = field(default_factory=list)
     entered: int = 0
     mode: TorchDispatchMode | None = None
@@ -110,7 +112,7 @@ class Forwards(ABC):
 
     @abstractmethod
     def entered(self, forward: Forward, running: Running) -> None:
-        """Look at a module that begins."""
+        """Look at a module that begins, unless it is an uneventful one that was expected."""
 
     @abstractmethod
     def left_unseen(self, forward: Forward, running: Running) -> None:
@@ -154,7 +156,7 @@ class Forwards(ABC):
 
     def show_operators(self, forward: Forward) -> None:
         """Show the operators of a call from here on."""
-        forward.by_hooks = False
+        forward.by_hooks, forward.uneventful = False, ()
         forward.mode = _Mode(self, forward)
         # not by entering it: that notes in flags of the whole process that a mode is on, which is no thread's alone
         _push_mode(forward.mode)
@@ -198,10 +200,12 @@ class Forwards(ABC):
         if forward is None:
             forward = self._begin(module, name, args)
         if forward.looked_at:
-            running = Running(module, name, args, forward.entered)
-            forward.entered += 1
+            number = forward.entered
+            forward.entered = number + 1
+            running = Running(module, name, args, number)
             forward.running.append(running)
-            self.entered(forward, running)
+            if number >= len(forward.uneventful) or forward.uneventful[number] != name:
+                self.entered(forward, running)
 
     def _leave(self, module: Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self._local.forward

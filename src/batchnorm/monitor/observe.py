@@ -91,9 +91,6 @@ class _Call(Forward):
     first: dict[LayerStream, int] = field(default_factory=dict)  # numbers of its samples
 
 
-_END = (None, 1, None)
-
-
 class Observer(Forwards):
     """Takes up what passes by, from :meth:`open` to :meth:`close`.
 
@@ -140,7 +137,10 @@ class Observer(Forwards):
         first = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
         samples = None if first is None else first.shape[0]
         steps = self._traces.expected(name)
-        return _Call(root, True, steps is not None, samples=samples, name=name, steps=list(steps or ()))
+        if steps is None:
+            return _Call(root, True, samples=samples, name=name)
+        uneventful = [None if step.place or step.name in self._places else step.name for step in steps]
+        return _Call(root, True, True, uneventful, samples=samples, name=name, steps=list(steps))
 
     def begun(self, forward: Forward) -> None:
         """Let this library's own operator report its calls in this thread."""
@@ -166,9 +166,8 @@ class Observer(Forwards):
     def _entered_by_hooks(self, forward: _Call, running: Running) -> None:
         """Take the input of a place that only hooks see; show operators where the call goes another way than known."""
         steps, number = forward.steps, running.number
-        name, unit_dim, place = steps[number] if number < len(steps) else _END
-        if name is not None:
-            forward.unit_dim = unit_dim
+        name, unit_dim, place = steps[number] if number < len(steps) else (None, 0, None)
+        forward.unit_dim = unit_dim or forward.unit_dim
         if name != running.name or not (place is None or is_visible(running.module, place, running.args)):
             del steps[number:]
             self.show_operators(forward)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -45,30 +46,30 @@ class Step(NamedTuple):
     place: Place | None = None
 
 
+@lru_cache
+def _called(operator: str, **arguments: Any) -> Activation | None:
+    return activation_of(operator, arguments)
+
+
 _FORWARDS_OF_ACTIVATIONS: dict[Any, Callable[[Any], Activation | None]] = {
-    nn.ReLU.forward: lambda _: activation_of("relu", {}),
-    nn.Sigmoid.forward: lambda _: activation_of("sigmoid", {}),
-    nn.Tanh.forward: lambda _: activation_of("tanh", {}),
-    nn.Hardsigmoid.forward: lambda _: activation_of("hardsigmoid", {}),
-    # that of ReLU6 as well
-    nn.Hardtanh.forward: lambda m: activation_of("hardtanh", {"min_val": m.min_val, "max_val": m.max_val}),
-    nn.Threshold.forward: lambda m: activation_of("threshold", {"threshold": m.threshold, "value": m.value}),
+    nn.ReLU.forward: lambda _: _called("relu"),
+    nn.Sigmoid.forward: lambda _: _called("sigmoid"),
+    nn.Tanh.forward: lambda _: _called("tanh"),
+    nn.Hardsigmoid.forward: lambda _: _called("hardsigmoid"),
+    nn.Hardtanh.forward: lambda m: _called("hardtanh", min_val=m.min_val, max_val=m.max_val),  # that of ReLU6 too
+    nn.Threshold.forward: lambda m: _called("threshold", threshold=m.threshold, value=m.value),
 }
-
-
-def _forward_of(module: Module) -> Any:
-    return getattr(type(module), "forward", None)  # a script's has none
 
 
 def activation_in(module: Module) -> Activation | None:
     """Return which activation a module of torch computes of what it is given, None for all others."""
-    of = _FORWARDS_OF_ACTIVATIONS.get(_forward_of(module))
+    of = _FORWARDS_OF_ACTIVATIONS.get(getattr(type(module), "forward", None))
     return None if of is None else of(module)
 
 
 def is_visible(module: Module, place: Place, args: Sequence[Any]) -> bool:
     """Whether this call of a module is a place whose input a hook sees: torch's forward, given the hook's argument."""
-    forward = getattr(type(module), "forward", None)
+    forward = getattr(type(module), "forward", None)  # a script has none there
     return (
         (forward is _BatchNorm.forward if place == "norm" else forward in _FORWARDS_OF_ACTIVATIONS)
         and len(args) == 1
@@ -81,7 +82,7 @@ def is_visible(module: Module, place: Place, args: Sequence[Any]) -> bool:
 
 def reports_itself(module: Module) -> bool:
     """Whether a module is a norm of this library: what it is given is reported, or else seen when it has ended."""
-    return _forward_of(module) is BatchNorm2d.forward  # that of the others too
+    return getattr(type(module), "forward", None) is BatchNorm2d.forward  # that of the others too
 
 
 def is_given(x: Tensor, args: Sequence[Any]) -> bool:
