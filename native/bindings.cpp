@@ -110,6 +110,18 @@ struct type_caster<View> {
 };
 
 template <>
+struct type_caster<SampleRows> {
+    NB_TYPE_CASTER(SampleRows, const_name("tuple[int, int, int, int, int, int, int, int]"))
+    bool from_python(handle source, uint8_t, cleanup_list*) noexcept {
+        int64_t* const places[] = {&value.samples,       &value.channels,       &value.rows,       &value.width,
+                                   &value.sample_stride, &value.channel_stride, &value.row_stride, &value.step};
+        return from_tuple(source, 8, [&](auto&& item) {
+            for (Py_ssize_t i = 0; i < 8; ++i) *places[i] = PyLong_AsLongLong(item(i));
+        });
+    }
+};
+
+template <>
 struct type_caster<Parameters> {
     NB_TYPE_CASTER(Parameters, const_name("tuple[int, int, int, int]"))
     bool from_python(handle source, uint8_t, cleanup_list*) noexcept {
@@ -251,6 +263,16 @@ NB_MODULE(_native, m) {
         },
         "dtype"_a, "channels"_a, "new_mean"_a, "new_var"_a, "mean"_a, "var"_a, "momentum"_a, "ratio"_a,
         "Whether a batch's mean is more than ratio standard deviations from 0 in a channel, told by a step.");
+    m.def(
+        "sample_moments",
+        [](uintptr_t x, int dtype, SampleRows rows, int64_t first, uintptr_t mean, uintptr_t variance, int threads) {
+            rows.dtype = DType(dtype);
+            rows.data = at<char>(x);
+            rows.first = first;
+            active_kernels().sample_moments(rows, at<double>(mean), at<double>(variance), {run_on_pool, threads});
+        },
+        "x"_a, "dtype"_a, "rows"_a, "first"_a, "mean"_a, "variance"_a, "threads"_a, free,
+        "Mean and variance of each sample and channel over the rows r ≡ first + n (mod step).");
     m.def(
         "set_stream_bytes", [](int64_t bytes) { return std::exchange(stream_bytes, bytes); }, "bytes"_a,
         "Let outputs of more bytes go around the caches; returns the limit that held. For tests and measurements.");

@@ -212,6 +212,11 @@ INLINE bool is_near(double of_d, double of_dd, double n) {
     return std::isfinite(of_dd) && of_d * of_d <= 0.5 * n * of_dd;
 }
 
+// Likewise where a few units of rounding more do no harm: the shift is within four standard deviations of the mean.
+INLINE bool tells_variance(double of_d, double of_dd, double n) {
+    return std::isfinite(of_dd) && of_d * of_d <= 16.0 / 17.0 * n * of_dd;
+}
+
 template <class A>
 INLINE void update_running(const Running& running, int64_t c, double count, double mean, double m2) {
     if (!running.mean || !(count > 1)) return;

@@ -24,6 +24,7 @@ INLINE BackwardMode gradient_mode(const Shape& shape, const Affine& affine, cons
 }
 
 #include "planes-inl.hpp"
+#include "samples-inl.hpp"
 #include "table-inl.hpp"
 #include "rows-inl.hpp"
 #include "narrow-inl.hpp"
@@ -149,11 +150,15 @@ void train_backward(const Shape& shape, View dy, const Saved& saved, const Affin
     });
 }
 
+void sample_moments(const SampleRows& x, double* mean, double* variance, const Pool& pool) {
+    with_dtype(x.dtype, [&](auto value) { samples_moments<decltype(value)>(x, mean, variance, pool); });
+}
+
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {BATCHNORM_ISA_NAME, BATCHNORM_BYTES, moments,        normalize,
-                         train_forward,      backward_reduce, backward_input, train_backward};
+const Kernels kernels = {BATCHNORM_ISA_NAME, BATCHNORM_BYTES, moments,        normalize,     train_forward,
+                         backward_reduce,    backward_input,  train_backward, sample_moments};
 
 }  // namespace BATCHNORM_ISA
 }  // namespace batchnorm

@@ -86,6 +86,16 @@ struct Saved {
     const int32_t* slot;
 };
 
+// Of each sample of a batch of feature maps the rows r ≡ first + n (mod step), where n is the number of the sample. Value
+// (n, c, r, i) lies at n·sample_stride + c·channel_stride + r·row_stride + i; step ≤ rows.
+struct SampleRows {
+    DType dtype;
+    int64_t samples, channels, rows, width;
+    int64_t first, step;
+    const char* data;
+    int64_t sample_stride, channel_stride, row_stride;
+};
+
 // Runs task(begin, end, context) on parts of [0, n), at least `grain` long, on `threads` threads or fewer.
 using Task = void (*)(int64_t begin, int64_t end, void* context);
 struct Pool {
@@ -107,6 +117,8 @@ struct Kernels {
                            View dresidual, const Pool&);
     void (*train_backward)(const Shape&, View dy, const Saved&, const Affine&, Statistics, Sums, View dx,
                            View dresidual, const Pool&);
+    // mean and variance (divisor: the number of values) of each (sample, channel)
+    void (*sample_moments)(const SampleRows&, double* mean, double* variance, const Pool&);
 };
 
 // Bits are stored in words of 16 elements (8 of float64), of one run after the other: a plane, a row, or a sample.

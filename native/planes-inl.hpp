@@ -117,6 +117,24 @@ INLINE double mean_of(const T* x, int64_t runs, int64_t stride, int64_t length) 
     return sum(total[0] + total[1]) / (double(runs) * double(length));
 }
 
+// The sums of the deviations from a shift, and of their squares; what lies `ahead` bytes further on is fetched meanwhile.
+template <class T>
+INLINE void deviations(const T* x, int64_t runs, int64_t stride, int64_t length, int64_t ahead, Compute<T> shift,
+                       double& of_d, double& of_dd) {
+    using A = Compute<T>;
+    const Pack<A> shifts = broadcast(shift), zero = broadcast(A(0));
+    Pack<A> d[2] = {zero, zero}, dd[2] = {zero, zero};
+    for (int64_t r = 0; r < runs; ++r)
+        for_packs_by_turns<A>(length, [&](int64_t i, auto where, auto turn) {
+            __builtin_prefetch(reinterpret_cast<const char*>(x + r * stride + i) + ahead);
+            const Pack<A> e = only(load(x + r * stride + i, where) - shifts, where);
+            d[turn] = d[turn] + e;
+            dd[turn] = multiply_add(e, e, dd[turn]);
+        });
+    of_d = sum(d[0] + d[1]);
+    of_dd = sum(dd[0] + dd[1]);
+}
+
 // A block's deviations are taken from the mean of the blocks before it, in one reading; where that is far away, or there
 // are none yet, from its own mean: it is in the first-level cache then.
 template <class T>
@@ -127,16 +145,8 @@ NOINLINE void merge_block(const T* x, int64_t runs, int64_t stride, int64_t leng
     for (bool own : {false, true}) {
         if (!own && first_block) continue;
         const A shift = A(own ? mean_of(x, runs, stride, length) : moments.mean);
-        const Pack<A> shifts = broadcast(shift), zero = broadcast(A(0));
-        Pack<A> d[2] = {zero, zero}, dd[2] = {zero, zero};
-        for (int64_t r = 0; r < runs; ++r)
-            for_packs_by_turns<A>(length, [&](int64_t i, auto where, auto turn) {
-                __builtin_prefetch(reinterpret_cast<const char*>(x + r * stride + i) + ahead);
-                const Pack<A> e = only(load(x + r * stride + i, where) - shifts, where);
-                d[turn] = d[turn] + e;
-                dd[turn] = multiply_add(e, e, dd[turn]);
-            });
-        const double of_d = sum(d[0] + d[1]), of_dd = sum(dd[0] + dd[1]);
+        double of_d, of_dd;
+        deviations(x, runs, stride, length, ahead, shift, of_d, of_dd);
         if (own ? std::isfinite(of_dd) : is_near(of_d, of_dd, n))
             return moments.merge(n, double(shift) + of_d / n, std::max(0.0, of_dd - of_d * of_d / n));
     }

@@ -54,6 +54,20 @@ def test_statistics_that_were_never_measured_are_an_error(command: Callable[...,
     assert "never been updated" in command("watch", "-m", "net:build", "-d", "images.npz").sentence
 
 
+def test_a_part_of_the_batches_and_the_last_samples_can_be_asked_for(command: Callable[..., Any], here: Path) -> None:
+    images = np.load(here / "images.npz")["x"]
+    np.savez(here / "turning.npz", x=np.concatenate([images + 1.0, images[:32], images[:32]]))
+    turning = ("watch", *MODEL, "-d", "turning.npz", "-b", 16)
+    assert command(*turning).code == 1
+    last = command(*turning, "--window", 64, "--json")
+    assert last.code == 0, last.out
+    assert json.loads(last.out)["window"] == 64
+    some = json.loads(command(*turning, "--every", 2, "--json").out)
+    total = len(images) + 64
+    assert (some["every"], some["samples"]) == (2, sum(min(16, total - at) for at in range(0, total, 32)))
+    assert "window=5" in command(*turning, "--window", 5).sentence
+
+
 def test_what_counts_as_drift_can_be_set(command: Callable[..., Any], here: Path) -> None:
     assert command("watch", *MODEL, "-d", shifted(here), "-b", 20, "--tolerance", 10).code == 0
     found = json.loads(command("watch", *MODEL, "-d", "images.npz", "--names", "bn2", "--json").out)

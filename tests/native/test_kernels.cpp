@@ -989,6 +989,117 @@ private:
     int said_ = 0;
 };
 
+// -- moments of each sample ------------------------------------------------------------------------------------------
+
+constexpr uint64_t SAMPLE_CASES = 1500;
+
+struct SampleCase {
+    uint64_t seed;
+    SampleRows rows;
+    int64_t span;  // elements, gaps included
+    int threads;
+    enum Data : int { usual, far, outlier_first, constant, huge, infinite } data;
+};
+
+SampleCase sample_case_of(uint64_t seed) {
+    Random random{seed + 77};
+    SampleCase c{};
+    c.seed = seed;
+    SampleRows& r = c.rows;
+    r.dtype = DType(random.below(4));
+    r.samples = 1 + random.below(4);
+    r.channels = random.of<5>({1, 2, 7, 63, 130});
+    const bool whole = random.one_in(2);
+    r.rows = whole ? 1 : 1 + random.below(40);
+    r.width = whole ? random.of<8>({1, 9, 16, 49, 196, 784, 1025, 2300}) : random.of<6>({1, 8, 14, 28, 57, 112});
+    r.step = 1 + random.below(r.rows);
+    r.first = random.below(100);
+    r.row_stride = r.width + random.below(3);
+    r.channel_stride = r.rows * r.row_stride + random.below(3);
+    r.sample_stride = r.channels * r.channel_stride + random.below(3);
+    c.span =
+        (r.samples - 1) * r.sample_stride + (r.channels - 1) * r.channel_stride + (r.rows - 1) * r.row_stride + r.width;
+    c.threads = int(random.of<3>({1, 2, 5}));
+    c.data = SampleCase::Data(random.below(6));
+    return c;
+}
+
+// A value of a run, as it is meant: `first` of those that are looked at.
+double sample_value(const SampleCase& c, Random& random, bool first) {
+    switch (c.data) {
+        case SampleCase::far: return 300 + random.normal();
+        case SampleCase::outlier_first: return first ? 1000 : random.normal();
+        case SampleCase::constant: return 0.75;
+        case SampleCase::huge: return random.normal() * (c.rows.dtype == DType::float16 ? 1e4 : 1e30);
+        case SampleCase::infinite: return random.one_in(300) ? INFINITE : random.normal();
+        default: return 0.3 + random.normal();
+    }
+}
+
+// What one sample has in one channel, and how far the kernel may be off: 1024 values in 16 lanes, twice as wide in the
+// sums where the first value of all is taken off each.
+struct SampleMoments {
+    double mean = 0, variance = 0, of_mean = 0, of_variance = 0;
+
+    SampleMoments(const Doubles& values, DType dtype) {
+        const double n = double(values.size()), working = precision_of(dtype).working;
+        Sum sum, square;
+        for (double v : values) sum.add(v);
+        mean = sum.value() / n;
+        for (double v : values) square.add((v - mean) * (v - mean));
+        variance = square.value() / n;
+        const double about = 17 * variance + std::pow(working * mean, 2);
+        of_mean = 64 * working * std::sqrt(about) + 8 * EPS64 * std::fabs(mean);
+        of_variance = 64 * working * about + of_mean * of_mean + 16 * EPS64 * std::fabs(mean) * std::sqrt(variance);
+    }
+};
+
+bool agree(double found, double exact, double bound) {
+    ++comparisons;
+    if (!std::isfinite(exact)) return !std::isfinite(found);
+    return std::fabs(found - exact) <= bound;
+}
+
+void run_sample_case(const SampleCase& c) {
+    const SampleRows& r = c.rows;
+    Random random{c.seed + 1000003};
+    const int64_t width = width_of(r.dtype), results = r.samples * r.channels;
+    Buffer x(c.span * width, 0);
+    Array<double> mean(results), variance(results);
+    std::vector<Doubles> looked_at;
+    for (int64_t n = 0; n < r.samples; ++n)
+        for (int64_t k = 0; k < r.channels; ++k) {
+            Doubles values;
+            for (int64_t row = (r.first + n) % r.step; row < r.rows; row += r.step)
+                for (int64_t i = 0; i < r.width; ++i) {
+                    const int64_t at = n * r.sample_stride + k * r.channel_stride + row * r.row_stride + i;
+                    write(x.data() + at * width, r.dtype, sample_value(c, random, values.empty()));
+                    values.push_back(read(x.data() + at * width, r.dtype));
+                }
+            looked_at.push_back(values);
+        }
+    SampleRows given = r;
+    given.data = x.data();
+    active_kernels().sample_moments(given, mean.data(), variance.data(), pool_of(c.threads));
+    for (int64_t k = 0; k < results; ++k) {
+        const SampleMoments exact(looked_at[size_t(k)], r.dtype);
+        if (agree(mean[k], exact.mean, exact.of_mean) && agree(variance[k], exact.variance, exact.of_variance))
+            continue;
+        std::lock_guard<std::mutex> lock(report_lock);
+        std::printf("FAILED samples, seed %llu (%s): mean %.17g, not %.17g ± %.2g; variance %.17g, not %.17g ± %.2g\n",
+                    (unsigned long long)c.seed, name_of(r.dtype), mean[k], exact.mean, exact.of_mean, variance[k],
+                    exact.variance, exact.of_variance);
+        ++failures;
+        ++failed_cases;
+        return;
+    }
+    if (!x.guards_untouched() || !mean.guards_untouched() || !variance.guards_untouched()) {
+        std::printf("FAILED samples, seed %llu: written outside\n", (unsigned long long)c.seed);
+        ++failures;
+        ++failed_cases;
+    }
+}
+
 // -- all cases -------------------------------------------------------------------------------------------------------
 
 struct Options {
@@ -1052,6 +1163,12 @@ int run(const Options& options) {
                 stream_bytes = c.streaming ? 0 : cache;
                 run_case(c);
             }
+            return cases;
+        });
+        stated("  samples", [&] {
+            uint64_t cases = 0;
+            for (uint64_t seed = 0; options.seed < 0 && seed < SAMPLE_CASES; seed += options.every, ++cases)
+                run_sample_case(sample_case_of(seed));
             return cases;
         });
     }

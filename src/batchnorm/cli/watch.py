@@ -71,6 +71,24 @@ def watch(
             help="Probability of a false alarm, for all norms together.",
         ),
     ] = 0.01,
+    every: Annotated[
+        int,
+        typer.Option(
+            "--every",
+            metavar="N",
+            rich_help_panel=NORMS,
+            help="Look at the first of every N batches; the others run as without a watch.",
+        ),
+    ] = 1,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window",
+            metavar="N",
+            rich_help_panel=NORMS,
+            help="Let only the last N samples count, at least 32.",
+        ),
+    ] = None,
     html: Html = None,
     json_: Json = False,
     verbose: Verbose = False,
@@ -94,7 +112,16 @@ def watch(
         network = load_model(model, weights, seed=seed).eval()
         batches = load_batches(data, network, batch_size=batch_size)
         known = None if reference is None else Population.load(reference)
-        result = _watch(network, batches, names=names or None, reference=known, tolerance=tolerance, level=level)
+        result = _watch(
+            network,
+            batches,
+            names=names or None,
+            reference=known,
+            every=every,
+            window=window,
+            tolerance=tolerance,
+            level=level,
+        )
         with writing() as files:
             files.write("--html", html, result.to_html)
     publish(result, json_=json_, verbose=verbose, html=html)

@@ -1,15 +1,15 @@
 """Tells, in every thread, which module of a model is running, and shows the operators that run in it.
 
 Module hooks tell whose forward is running; they are global ones, so that nothing is written into the model. A dispatch
-mode meets every operator, but only in the thread that it is put on: it is put on where a call of the model begins, and
-taken off where that ends.
+mode meets every operator, but only in the thread that it is put on: it is put on where a call of the model begins, or
+later, and taken off where that ends. Where hooks tell enough it is not put on, for it costs more than they do.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +21,22 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 __all__ = ["Forward", "Forwards", "Running"]
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Running:
-    """A module whose forward is running, and whether it has been seen to normalize."""
+    """A module whose forward is running, and whether it has been seen to normalize.
+
+    Attributes:
+        module: the module.
+        name: in the model.
+        args: what it was given.
+        number: how many modules were called before it, in the same call of the model.
+        seen: whether it has been seen to normalize.
+    """
 
     module: Module
     name: str
+    args: tuple[Any, ...]
+    number: int
     seen: bool = False
 
 
@@ -36,12 +46,20 @@ class Forward:
 
     Attributes:
         root: the module that was called.
+        looked_at: whether it is; else it is passed over.
+        by_hooks: whether no operators are shown, as hooks tell enough.
+        uneventful: of the modules that are expected, in order, the names of those at which nothing is to be looked at.
         running: the modules of the model whose forwards are running, the outermost first.
-        mode: shows the operators; None where this call is passed over.
+        entered: how many modules have been called.
+        mode: shows the operators; None where they are not shown.
     """
 
     root: Module
+    looked_at: bool = False
+    by_hooks: bool = False
+    uneventful: Sequence[str | None] = ()
     running: list[Running] = field(default_factory=list)
+    entered: int = 0
     mode: TorchDispatchMode | None = None
 
 
@@ -65,10 +83,12 @@ class Forwards(ABC):
 
     Args:
         model: whose calls are followed; each call of it, or of a module in it where it is not running itself.
+        norms: names of modules that are expected to be seen to normalize.
     """
 
-    def __init__(self, model: Module) -> None:
+    def __init__(self, model: Module, norms: Collection[str]) -> None:
         self._model = model
+        self._unseen = norms
         self._names: dict[int, str] = {}
         for name, module in model.named_modules():
             self._names[id(module)] = name
@@ -83,28 +103,28 @@ class Forwards(ABC):
     # -- what a subclass does --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def begin(self, root: Module, name: str, args: tuple[Any, ...]) -> tuple[Forward, bool]:
-        """Return the record of a call that begins, and whether its operators are looked at."""
+    def begin(self, root: Module, name: str, args: tuple[Any, ...]) -> Forward:
+        """Return the record of a call that begins, which says whether it is looked at, and how."""
 
     @abstractmethod
     def operator(self, forward: Forward, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at an operator that is about to run."""
 
     @abstractmethod
-    def entered(self, forward: Forward, running: Running, args: tuple[Any, ...]) -> None:
-        """Look at a module that begins."""
+    def entered(self, forward: Forward, running: Running) -> None:
+        """Look at a module that begins, unless it is an uneventful one that was expected."""
 
     @abstractmethod
-    def left(self, forward: Forward, running: Running, args: tuple[Any, ...], output: Any) -> None:
-        """Look at a module that has ended, with an output or with an exception (no output)."""
+    def left_unseen(self, forward: Forward, running: Running) -> None:
+        """Look at a norm that has ended with an output, and was not seen to normalize."""
 
     @abstractmethod
     def begun(self, forward: Forward) -> None:
         """Prepare this thread for a call that is looked at."""
 
     @abstractmethod
-    def ended(self, forward: Forward) -> None:
-        """Take back what :meth:`begun` did."""
+    def ended(self, forward: Forward, complete: bool) -> None:
+        """Take back what :meth:`begun` did; the call has given an output, if it is complete."""
 
     # -- from here on what is the same for all ---------------------------------------------------------------------
 
@@ -130,9 +150,16 @@ class Forwards(ABC):
 
     @property
     def current(self) -> Forward | None:
-        """The call that this thread is at, if its operators are looked at."""
+        """The call that this thread is at, if it is looked at."""
         forward = self._local.forward
-        return None if forward is None or forward.mode is None else forward
+        return None if forward is None or not forward.looked_at else forward
+
+    def show_operators(self, forward: Forward) -> None:
+        """Show the operators of a call from here on."""
+        forward.by_hooks, forward.uneventful = False, ()
+        forward.mode = _Mode(self, forward)
+        # not by entering it: that notes in flags of the whole process that a mode is on, which is no thread's alone
+        _push_mode(forward.mode)
 
     def look(self, method: Callable[..., None], *args: Any) -> None:
         """Call a method that only looks: without gradients, without being seen, and not during a backward pass.
@@ -152,18 +179,19 @@ class Forwards(ABC):
                 torch._C._set_grad_enabled(True)
             _looking.busy = False
 
-    def _name_of(self, module: Module) -> str | None:
-        name = self._names.get(id(module))
-        return self._names.get(id(module.__dict__.get("_forward_hooks"))) if name is None else name
-
     def _enter(self, module: Module, args: tuple[Any, ...]) -> None:
+        # Between two modules a network has emptied the caches, of Python's code too: what is needless must not be done.
         forward = self._local.forward
+        if forward is not None and not forward.looked_at and module is not forward.root and module is not self._model:
+            return
         if self.closed and (forward is None or module is forward.root):  # the second: an interrupt has left it
             if forward is not None:
                 self._end(forward)
             self._take_hooks_off()
             return
-        name = self._name_of(module)
+        name = self._names.get(id(module))
+        if name is None:
+            name = self._names.get(id(module.__dict__.get("_forward_hooks")))
         if name is None or torch._C._current_graph_task_id() != -1:
             return
         if forward is not None and (module is forward.root or module is self._model):
@@ -171,42 +199,51 @@ class Forwards(ABC):
             forward = None
         if forward is None:
             forward = self._begin(module, name, args)
-        if forward.mode is not None:
-            running = Running(module, name)
+        if forward.looked_at:
+            number = forward.entered
+            forward.entered = number + 1
+            running = Running(module, name, args, number)
             forward.running.append(running)
-            self.entered(forward, running, args)
+            if number >= len(forward.uneventful) or forward.uneventful[number] != name:
+                self.entered(forward, running)
 
     def _leave(self, module: Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self._local.forward
-        if forward is None or torch._C._current_graph_task_id() != -1:
+        if forward is None:
             return
-        if any(running.module is module for running in forward.running):
-            while (running := forward.running.pop()).module is not module:
+        is_root = module is forward.root
+        if not (is_root or forward.looked_at) or torch._C._current_graph_task_id() != -1:
+            return
+        stack = forward.running
+        if (stack and stack[-1].module is module) or any(running.module is module for running in stack):
+            while (running := stack.pop()).module is not module:
                 pass
-            self.left(forward, running, args, output)
-        if module is forward.root:
-            self._end(forward)
+            if output is not None and not running.seen and running.name in self._unseen:
+                self.look(self.left_unseen, forward, running)
+        if is_root:
+            self._end(forward, complete=output is not None)
             if self.closed and output is not None:
                 # after an exception torch goes through the hooks themselves, which must not change under it
                 self._take_hooks_off()
 
     def _begin(self, module: Module, name: str, args: tuple[Any, ...]) -> Forward:
-        forward, looked_at = self.begin(module, name, args)
+        forward = self.begin(module, name, args)
         with self._lock:
             self._threads.add(threading.get_ident())
         self._local.forward = forward
-        if looked_at:
-            forward.mode = _Mode(self, forward)
-            # not by entering it: that notes in flags of the whole process that a mode is on, which is no thread's alone
-            _push_mode(forward.mode)
+        if forward.looked_at:
+            if not forward.by_hooks:
+                self.show_operators(forward)
             self.begun(forward)
         return forward
 
-    def _end(self, forward: Forward) -> None:
+    def _end(self, forward: Forward, complete: bool = False) -> None:
         self._local.forward = None
+        looked_at, forward.looked_at = forward.looked_at, False
         mode, forward.mode = forward.mode, None
+        if looked_at:
+            self.ended(forward, complete)
         if mode is not None:
-            self.ended(forward)
             _take_off(mode)
         with self._lock:
             self._threads.discard(threading.get_ident())

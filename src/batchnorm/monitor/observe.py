@@ -1,7 +1,8 @@
 """Sees what passes by the norms and activations of a model, in all threads, without being part of it.
 
 Every operator that the model calls is met, however it calls it: in a module, as a function, in a scripted submodule, in
-a subclass with a forward of its own. A norm is recognized by the very buffer that it passes as its running mean.
+a subclass with a forward of its own. A norm is recognized by the very buffer that it passes as its running mean. Where
+all that is to be seen are modules of torch, later calls are looked at by hooks alone (:mod:`batchnorm.monitor.places`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from batchnorm.functional.observing import attach, detach
 from batchnorm.monitor.forwards import Forward, Forwards, Running
+from batchnorm.monitor.places import Place, Step, Traces, activation_in, is_given, is_visible, reports_itself
 from batchnorm.monitor.saturation import Activation, ActivationStream, activation_of
+from batchnorm.monitor.signatures import Signature, signature_of
 from batchnorm.monitor.stream import LayerStream, Reference
 from batchnorm.nn.calling import compiled_modules_eager
-from batchnorm.nn.operators import NORM_OPERATORS, named_arguments
+from batchnorm.nn.operators import named_arguments
 from batchnorm.nn.select import NormModule
 
 __all__ = ["Observations", "Observer"]
@@ -76,48 +78,15 @@ class Observations:
             return stream
 
 
-@dataclass(frozen=True)
-class _Signature:
-    """What about an operator matters here."""
-
-    operator: str
-    is_norm: bool
-    unit_dim: int | None  # where the units of its output are
-    may_activate: bool
-
-
-_FEATURES_LAST = {"addmm", "mm", "bmm", "baddbmm", "linear", "matmul", "native_layer_norm", "layer_norm", "embedding"}
-_ACTIVATIONS = {
-    "relu", "relu6", "sigmoid", "tanh", "hardsigmoid", "hardtanh", "threshold", "clamp", "clamp_min",
-}  # fmt: skip
-
-
-@cache
-def _signature(func: Any) -> _Signature | None:
-    """Return what matters about an operator, None if nothing does."""
-    if not hasattr(func, "_schema"):
-        return None
-    space, _, name = func._schema.name.partition("::")
-    operator = name.rstrip("_")
-    normalizes = func._schema.name in NORM_OPERATORS
-    spatial = normalizes or "conv" in name or name in ("native_group_norm", "group_norm", "instance_norm")
-    signature = _Signature(
-        operator,
-        # our own operator reports itself, also above autograd, where a dispatch mode does not meet it whole
-        normalizes and space != "batchnorm",
-        1 if spatial else -1 if operator in _FEATURES_LAST else None,
-        space == "aten" and operator in _ACTIVATIONS,
-    )
-    matters = signature.is_norm or signature.unit_dim is not None or signature.may_activate
-    return signature if matters else None
-
-
 @dataclass(eq=False)
 class _Call(Forward):
     """A call of the model, with what has been met in it so far."""
 
     samples: int | None = None  # that it was given, where that is known
     unit_dim: int = 1
+    name: str = ""  # of the module that was called
+    steps: list[Step] = field(default_factory=list)  # the modules that it has called, or will call if seen by hooks
+    hidden: bool = False  # whether something was met that no hook can see
     numbers: dict[tuple[str, str], int] = field(default_factory=dict)  # of activations by module and kind
     first: dict[LayerStream, int] = field(default_factory=dict)  # numbers of its samples
 
@@ -142,12 +111,13 @@ class Observer(Forwards):
         *,
         functional: bool,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, norms)
         self._norms = norms
         self._places = places
         self._into = into
         self._functional = functional
         self._buffers: dict[int, tuple[str, Module, str]] = {}
+        self._traces = Traces()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -160,41 +130,77 @@ class Observer(Forwards):
 
     # -- modules ---------------------------------------------------------------------------------------------------
 
-    def begin(self, root: Module, name: str, args: tuple[Any, ...]) -> tuple[Forward, bool]:
+    def begin(self, root: Module, name: str, args: tuple[Any, ...]) -> Forward:
         """Note how many samples a call brings, and whether it is one to look at."""
         if self.closed or not self._into.counts(name):
-            return Forward(root), False
+            return Forward(root)
         first = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
-        return _Call(root, samples=None if first is None else first.shape[0]), True
+        samples = None if first is None else first.shape[0]
+        steps = self._traces.expected(name)
+        if steps is None:
+            return _Call(root, True, samples=samples, name=name)
+        uneventful = [None if step.place or step.name in self._places else step.name for step in steps]
+        return _Call(root, True, True, uneventful, samples=samples, name=name, steps=list(steps))
 
     def begun(self, forward: Forward) -> None:
         """Let this library's own operator report its calls in this thread."""
         attach(self.masked_norm)
 
-    def ended(self, forward: Forward) -> None:
-        """Let it report them no more."""
+    def ended(self, forward: Forward, complete: bool) -> None:
+        """Let it report them no more, and learn which modules the call has passed."""
         detach(self.masked_norm)
+        if complete:
+            assert isinstance(forward, _Call)
+            self._traces.learn(forward.name, tuple(forward.steps[: forward.entered]), hidden=forward.hidden)
 
-    def entered(self, forward: Forward, running: Running, args: tuple[Any, ...]) -> None:
-        """Take the input of a place that is no norm, before the module may change it."""
-        if running.name in self._places and args:
-            self.look(self._module_input, forward, running.name, args[0])
+    def entered(self, forward: Forward, running: Running) -> None:
+        """Take the input of a place, before the module may change it."""
+        assert isinstance(forward, _Call)
+        if forward.by_hooks:
+            self._entered_by_hooks(forward, running)
+        if not forward.by_hooks:
+            forward.steps.append(Step(running.name, forward.unit_dim))
+        if running.name in self._places and running.args:
+            self.look(self._module_input, forward, running.name, running.args[0])
 
-    def left(self, forward: Forward, running: Running, args: tuple[Any, ...], output: Any) -> None:
+    def _entered_by_hooks(self, forward: _Call, running: Running) -> None:
+        """Take the input of a place that only hooks see; show operators where the call goes another way than known."""
+        steps, number = forward.steps, running.number
+        name, unit_dim, place = steps[number] if number < len(steps) else (None, 0, None)
+        forward.unit_dim = unit_dim or forward.unit_dim
+        if name != running.name or not (place is None or is_visible(running.module, place, running.args)):
+            del steps[number:]
+            self.show_operators(forward)
+        elif place == "norm":
+            running.seen = True
+            self.look(self._module_input, forward, name, running.args[0])
+        elif place == "activation":
+            self.look(self._activation, forward, activation_in(running.module), running.args[0])
+
+    def left_unseen(self, forward: Forward, running: Running) -> None:
         """Take the input of a norm module that normalizes by other means than a batch norm operator."""
-        if not running.seen and output is not None and running.name in self._norms and args:
-            self.look(self._module_input, forward, running.name, args[0])
+        assert isinstance(forward, _Call)
+        if not reports_itself(running.module):
+            forward.hidden = True  # what it does next time is not known
+        if running.args:
+            self._module_input(forward, running.name, running.args[0])
 
     def _module_input(self, forward: _Call, name: str, x: Any) -> None:
         reference = self._into.references.get(name)
-        if reference is not None and _has_values(x) and x.dim() > 1 and x.shape[1] == reference.mean.numel():
+        if reference is not None and _has_values(x) and x.dim() > 1:
             self._add(forward, name, x)
+
+    def _add(self, forward: _Call, name: str, x: Tensor, mask: Tensor | None = None) -> None:
+        layer = self._into.layers.get(name) or self._into.layer(name)
+        if x.shape[1] != layer.reference.mean.shape[0]:
+            return  # a norm refuses it
+        forward.first[layer] = layer.add(x, mask, samples=forward.samples, first=forward.first.get(layer))
 
     # -- operators -------------------------------------------------------------------------------------------------
 
     def operator(self, forward: Forward, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at an operator that is about to run."""
-        signature = _signature(func)
+        signature = signature_of(func)
         if signature is None:
             return
         if signature.unit_dim is not None and not signature.is_norm and not signature.may_activate:
@@ -204,7 +210,7 @@ class Observer(Forwards):
         self.look(self._operator, forward, func, signature, args, kwargs)
 
     def _operator(
-        self, forward: _Call, func: Any, signature: _Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, forward: _Call, func: Any, signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         given = named_arguments(func, args, kwargs)
         if signature.is_norm:
@@ -213,7 +219,7 @@ class Observer(Forwards):
         if signature.unit_dim is not None:
             forward.unit_dim = signature.unit_dim
         elif signature.may_activate:
-            self._activation(forward, signature.operator, given)
+            self._activation(forward, activation_of(signature.operator, given), given.get("self", given.get("input")))
 
     def masked_norm(
         self, x: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float, mask: Tensor | None
@@ -222,7 +228,7 @@ class Observer(Forwards):
         forward = self.current
         if isinstance(forward, _Call):
             forward.unit_dim = 1
-            self.look(self._norm, forward, x, mean, variance, eps, mask)
+            self.look(self._norm, forward, x, mean, variance, eps, mask, True)
 
     def _norm(
         self,
@@ -232,6 +238,7 @@ class Observer(Forwards):
         variance: Tensor | None,
         eps: float,
         mask: Tensor | None = None,
+        reported: bool = False,
     ) -> None:
         if mean is None or variance is None or not _has_values(x) or x.dim() < 2:
             return
@@ -243,16 +250,16 @@ class Observer(Forwards):
         if name not in self._into.references:
             self._into.references[name] = Reference.of(mean, variance, eps)
         self._add(forward, name, x, mask)
-
-    def _add(self, forward: _Call, name: str, x: Tensor, mask: Tensor | None = None) -> None:
-        layer = self._into.layer(name)
-        number = layer.add(x, mask, samples=forward.samples, first=forward.first.get(layer))
-        forward.first[layer] = number
+        innermost = forward.running[-1]
+        if innermost.name != name or not is_given(x, innermost.args):
+            forward.hidden = True
+        elif not reports_itself(innermost.module):
+            self._note(forward, innermost, None if reported else "norm")
 
     def _name_of_buffer(self, mean: Tensor) -> str | None:
         """Return which norm keeps its running mean in this buffer; it may have got another since (``model.to``)."""
         name, owner, key = self._buffers.get(id(mean), (None, None, ""))
-        if owner is not None and owner._buffers.get(key) is mean:
+        if owner is not None and getattr(owner, key, None) is mean:  # a script has its buffers elsewhere
             return name
         buffers: dict[int, tuple[str, Module, str]] = {}
         if self._functional:
@@ -261,23 +268,33 @@ class Observer(Forwards):
                     name = prefix if key == "running_mean" else f"{prefix}.{key}".lstrip(".")
                     buffers[id(buffer)] = (name, module, key)
         for name, norm in self._norms.items():
-            buffers[id(norm._buffers.get("running_mean"))] = (name, norm, "running_mean")
+            buffers[id(norm.running_mean)] = (name, norm, "running_mean")
         self._buffers = buffers
         return buffers.get(id(mean), (None,))[0]
 
-    def _activation(self, forward: _Call, operator: str, given: Mapping[str, Any]) -> None:
-        z = given.get("self", given.get("input"))
-        kind = activation_of(operator, given)
-        if kind is None or not _has_values(z) or z.dim() == 0 or not forward.running:
+    def _activation(self, forward: _Call, kind: Activation | None, z: Any) -> None:
+        if kind is None or not _has_values(z) or z.dim() == 0:
             return
-        if isinstance(forward.running[-1].module, torch.nn.RNNBase):
+        innermost = forward.running[-1]
+        if isinstance(innermost.module, torch.nn.RNNBase):
             return  # the gates of a recurrent layer are meant to close
-        place = (forward.running[-1].name, kind.kind)
+        place = (innermost.name, kind.kind)
         number = forward.numbers[place] = forward.numbers.get(place, 0) + 1
         unit_dim = forward.unit_dim if z.dim() > 1 else -1
         key = (*place, number, z.shape[unit_dim])
         name = place[0] if number == 1 else f"{place[0]} #{number}"
         self._into.activation(key, name, kind, z).add(z.detach(), unit_dim)
+        self._note(forward, innermost, "activation" if is_given(z, innermost.args) else None)
+
+    def _note(self, forward: _Call, running: Running, place: Place | None) -> None:
+        """Note what a module does with what it is given, and whether a hook sees it; None: not that."""
+        if forward.by_hooks or forward.hidden:
+            return
+        step = forward.steps[running.number]
+        if place is None or step.place is not None or not is_visible(running.module, place, running.args):
+            forward.hidden = True
+        else:
+            forward.steps[running.number] = step._replace(place=place)
 
 
 def _has_values(x: Any) -> bool:

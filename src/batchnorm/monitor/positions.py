@@ -7,8 +7,10 @@ all do, and reading memory is what a watch costs. Of a map of H rows, sample num
 
 so that, over k samples, every row is looked at equally often: mean and variance over a stream are those of all
 positions (border and middle alike), while each sample's own numbers are noisier. That noise is in the scatter from
-sample to sample, of which all standard errors are made. k divides H where H has a divisor of about that size; else rows
-of samples that show one row more than others weigh a little less.
+sample to sample, of which all standard errors are made: that of a mean grows by 8 % where 4 of 56 rows are looked at,
+if neighbours are alike over 5 positions and a tenth of the variance lies between samples. k divides H where H has a
+divisor of about that size; else rows of samples that show one row more than others weigh a little less. Maps of fewer
+than 1,024 positions are read whole: in one piece they take no longer than some of their rows.
 
 Source: Cochran 1977, "Sampling Techniques", ch. 8 (systematic sampling).
 """
@@ -20,10 +22,12 @@ from math import prod
 
 from torch import Tensor
 
-__all__ = ["as_rows", "distance", "looked_at", "parts"]
+__all__ = ["distance", "looked_at", "parts", "rows_in_place"]
 
 _WORTH = 2**14  # values of a sample: of fewer all are read, for the calls would cost more than the memory
-_ROWS = 7  # are left at least
+_WHOLE = 2**10  # positions: smaller maps are read in one go faster than in rows, which have too few values each
+_SHORT = 8  # values in a row: of fewer, the kernels would read one by one
+_ROWS = 4  # are left at least
 _FARTHEST = 16
 
 
@@ -38,22 +42,41 @@ def _rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
 def distance(shape: tuple[int, ...]) -> int:
     """Return k: every k-th row of a sample is looked at.
 
-    >>> distance((8, 64, 112, 112)), distance((8, 64, 7, 7))
+    >>> distance((8, 64, 112, 112)), distance((8, 64, 14, 14))
     (16, 1)
     """
-    if len(shape) < 3 or prod(shape[1:]) < _WORTH:
+    if len(shape) < 3 or prod(shape[1:]) < _WORTH or prod(shape[2:]) < _WHOLE:
         return 1
     rows, _ = _rows_of(shape)
     most = max(1, min(rows // _ROWS, _FARTHEST))
     return next((k for k in range(most, most // 2, -1) if rows % k == 0), most)
 
 
+@lru_cache(maxsize=4096)
 def looked_at(shape: tuple[int, ...]) -> int:
     """Return about how many positions of each sample are looked at."""
     return max(1, prod(shape[2:]) // distance(shape))
 
 
-def as_rows(x: Tensor) -> Tensor:
+@lru_cache(maxsize=4096)
+def rows_in_place(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return how an input (N, C, *space) is read in rows that lie in one piece each, where it can be.
+
+    Returns:
+        (N, C, rows, width), then the strides of the first three, then k: every k-th row is looked at; or None.
+    """
+    k = distance(shape)
+    rows, width = _rows_of(shape)
+    if k > 1 and width < _SHORT:
+        return None
+    dense = all(at == size * next for at, size, next in zip(strides[2:], shape[3:], strides[3:], strict=False))
+    if strides[-1] == 1 and dense:  # the positions of a channel lie in one piece
+        sizes = (1, rows * width) if k == 1 else (rows, width)
+        return (*shape[:2], *sizes, *strides[:2], width, k)
+    return (*shape, *strides[:3], k) if len(shape) == 4 and strides[3] == 1 else None
+
+
+def _as_rows(x: Tensor) -> Tensor:
     """Return an input (N, C, *space) as (N, C, rows, width): copied if it lies so that rows have no one distance."""
     return x if x.dim() == 4 else x.reshape(*x.shape[:2], *_rows_of(x.shape))
 
@@ -68,7 +91,7 @@ def parts(x: Tensor, first: int) -> list[Tensor]:
     k = distance(x.shape)
     if k == 1:
         return [x]
-    x = as_rows(x)
+    x = _as_rows(x)
     height, width = x.shape[2:]
     sample, channel, row, column = x.stride()
     start = x.storage_offset()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -10,18 +12,23 @@ from batchnorm.kernels.native import calls
 from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library
 from batchnorm.moments import expand_mask
-from batchnorm.monitor.positions import as_rows, distance, parts
+from batchnorm.monitor.positions import parts, rows_in_place
 
 __all__ = ["sample_statistics", "samples_in"]
 
 
 def sample_statistics(
-    x: Tensor, mask: Tensor | None = None, samples: int | None = None, first: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each sample in each channel: float64, shape (N, C).
+    x: Tensor,
+    mask: Tensor | None = None,
+    samples: int | None = None,
+    first: int = 0,
+    into: Tensor | None = None,
+) -> Tensor:
+    """Return means and biased variances of each sample in each channel: float64, shape (2, N, C).
 
-    Two passes, so that a mean far above the spread costs no digits. A variance of single values is 0. Of large feature
-    maps a part of the positions is looked at (see :mod:`batchnorm.monitor.positions`).
+    About each sample's own mean or a value near it, so that a mean far above the spread costs no digits. A variance of
+    single values is 0. Of large feature maps a part of the positions is looked at (see
+    :mod:`batchnorm.monitor.positions`).
 
     Args:
         x: (N, C) or (N, C, *space), floating point, not empty.
@@ -29,66 +36,64 @@ def sample_statistics(
         samples: how many samples the rows of ``x`` stem from, if fewer than rows: a model may fold time steps or boxes
             into the first dimension, sample by sample, and rows of one sample are no more independent than positions.
         first: number of the first row in the stream.
+        into: takes the result, (2, N, C), where it is known how many samples there are; anywhere, rows in one piece.
     """
-    x = x.detach()
-    rows, channels = x.shape[:2]
-    groups = samples_in(x, samples)
-    if mask is not None:
-        return _masked(x, mask, groups)
-    if x.dim() == 2:
-        mean = x.to(float64_device(x.device)).double()
-        variance = torch.zeros_like(mean)
-    else:
-        mean, variance = _over_positions(x, first)
-    if groups == rows:
-        return mean, variance
-    mean, variance = (t.reshape(groups, rows // groups, channels) for t in (mean, variance))
-    center = mean.mean(1)
-    return center, variance.mean(1) + (mean - center[:, None]).square().mean(1)
-
-
-def samples_in(x: Tensor, samples: int | None) -> int:
-    """Return how many samples the rows of ``x`` make, where the model was given so many."""
     rows = x.shape[0]
+    groups = samples_in(rows, samples)
+    if groups == rows and mask is None and x.dim() > 2 and _kernels_read(x):
+        lying = rows_in_place(x.shape, x.stride())
+        if lying is not None:
+            return calls.moments_of_samples(x, lying, first, into)
+    x = x.detach()
+    if mask is not None:
+        found = _masked(x, mask, groups)
+    else:
+        found = _by_groups(_of_vectors(x) if x.dim() == 2 else _over_positions(x, first), groups)
+    return found if into is None else into.copy_(found)
+
+
+def _of_vectors(x: Tensor) -> Tensor:
+    mean = x.to(float64_device(x.device)).double()
+    return torch.stack((mean, torch.zeros_like(mean)))
+
+
+def _by_groups(found: Tensor, groups: int) -> Tensor:
+    """Return means and variances of so many samples, each of several rows."""
+    _, rows, channels = found.shape
+    if groups == rows:
+        return found
+    mean, variance = found.reshape(2, groups, rows // groups, channels)
+    center = mean.mean(1)
+    return torch.stack((center, variance.mean(1) + (mean - center[:, None]).square().mean(1)))
+
+
+@lru_cache(maxsize=4096)
+def samples_in(rows: int, samples: int | None) -> int:
+    """Return how many samples so many rows of an input make, where the model was given so many."""
     return samples if samples and rows > samples and rows % samples == 0 else rows
 
 
-_SHORT = 8  # values in a row: of fewer, the kernels would read one by one
+def _over_positions(x: Tensor, first: int) -> Tensor:
+    """Return means and biased variances of each (sample, channel) over the positions that are looked at."""
+    return torch.cat([_moments(part) for part in parts(x, first)], 1)
 
 
-def _over_positions(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each (sample, channel) over the positions that are looked at."""
-    k = distance(x.shape)
-    if k > 1 and _kernels_read(x):
-        rows = as_rows(x)
-        height, width = rows.shape[2:]
-        if rows.stride(3) == 1 and width >= _SHORT:
-            mean, m2 = calls.moments_of_samples(rows, first, k)
-            if height % k == 0:
-                return mean, m2 / (height // k * width)
-            count = [(height - (first + n) % k + k - 1) // k * width for n in range(len(x))]
-            return mean, m2 / torch.tensor(count, dtype=torch.float64, device="cpu")[:, None]
-    each = [_moments(part) for part in parts(x, first)]
-    if len(each) == 1:
-        return each[0]
-    mean, variance = (torch.cat(t) for t in zip(*each, strict=True))
-    return mean, variance
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each (sample, channel), float64, of any strides."""
+def _moments(x: Tensor) -> Tensor:
+    """Return means and biased variances of each (sample, channel), float64, of any strides."""
     rows, channels = x.shape[:2]
     if _kernels_read(x):
-        flat = x.reshape(1, rows * channels, -1)  # a channel of the kernel is a pair (sample, channel)
-        mean, m2, _ = calls.moments(flat, planes=True)
-        return mean.reshape(rows, channels), (m2 / flat.shape[2]).reshape(rows, channels)
+        flat = x.reshape(rows, channels, -1)
+        if flat.stride(2) != 1:
+            flat = flat.contiguous()
+        size = flat.shape[2]
+        return calls.moments_of_samples(flat, (rows, channels, 1, size, flat.stride(0), flat.stride(1), size, 1), 0)
     home = float64_device(x.device)
     if x.dtype.itemsize < 4:
         x = x.float()
     dims = tuple(range(2, x.dim()))
     mean = x.mean(dims, keepdim=True)
     variance = (x - mean).square_().mean(dims)
-    return mean.reshape(rows, channels).to(home).double(), variance.to(home).double()
+    return torch.stack((mean.reshape(rows, channels), variance)).to(home).double()
 
 
 def _kernels_read(x: Tensor) -> bool:
@@ -102,7 +107,7 @@ def _kernels_read(x: Tensor) -> bool:
     )
 
 
-def _masked(x: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _masked(x: Tensor, mask: Tensor, groups: int) -> Tensor:
     home = float64_device(x.device)
     if x.dtype.itemsize < 4:
         x = x.float()
@@ -113,5 +118,4 @@ def _masked(x: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     mean = torch.where(valid, space, 0.0).sum((1, 3), keepdim=True) / count
     variance = torch.where(valid, space - mean, 0.0).square_().sum((1, 3), keepdim=True) / count
     seen = (count > 0).reshape(groups, channels).all(1)
-    mean, variance = (t.reshape(groups, channels)[seen].to(home).double() for t in (mean, variance))
-    return mean, variance
+    return torch.stack([t.reshape(groups, channels)[seen] for t in (mean, variance)]).to(home).double()

@@ -29,7 +29,7 @@ PANES = 4
 """A window moves on in so many steps, each of one pane of samples."""
 
 _WAITING = 2**16
-"""How many numbers of a layer wait to be summed up together."""
+"""How many means of a layer wait to be summed up together, and as many variances."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,11 @@ class LayerStream:
         self._total = 0  # samples, each counted once, also where the norm is called several times in one forward
         self._values = 0  # looked at, per channel, masked positions included
         self._panes: dict[int, _Pane] = {}
-        self._waiting: list[tuple[Tensor, Tensor, int]] = []
-        self._numbers = 0
+        # What waits lies in one piece of memory, kept for good. A new piece for each call, amid the buffers that a
+        # network takes and gives back, would split these: it would take new memory for them, page fault by page fault.
+        self._waiting = self._memory(max(1, _WAITING // reference.mean.numel()))
+        self._used = 0
+        self._numbers: list[tuple[int, int]] = []  # of the samples that wait: the first, and how many
 
     def add(
         self, x: Tensor, mask: Tensor | None = None, *, samples: int | None = None, first: int | None = None
@@ -176,27 +179,44 @@ class LayerStream:
         """
         if x.numel() == 0:
             return self._total if first is None else first
-        if mask is not None:  # how many samples it leaves is known only then
-            statistics = sample_statistics(x, mask, samples)
-            first = self._reserve(len(statistics[0]), first)
-        else:
-            first = self._reserve(samples_in(x, samples), first)
-            statistics = sample_statistics(x, None, samples, first)
+        assert x.shape[1] == self._waiting.shape[2]
         with self._lock:
-            self._waiting.append((*statistics, first))
+            if mask is not None:  # how many samples it leaves is known only then
+                found = sample_statistics(x, mask, samples)
+                count = found.shape[1]
+                first = self._reserve(count, first)
+                self._room(count).copy_(found)
+            else:
+                count = samples_in(x.shape[0], samples)
+                first = self._reserve(count, first)
+                sample_statistics(x, None, samples, first, self._room(count))
+            self._used += count
+            self._numbers.append((first, count))
             self.calls += 1
             self._values += x.shape[0] * looked_at(x.shape)
-            self._numbers += statistics[0].numel()
-            if self._numbers > _WAITING:
-                self._settle()
         return first
+
+    def _room(self, count: int) -> Tensor:
+        """Return where means and variances of so many samples are to be put, (2, count, C); what waits may make room.
+
+        Small batches wait for each other: summing up costs more than they do.
+        """
+        if self._used + count > self._waiting.shape[1]:
+            self._settle()
+            if count > self._waiting.shape[1]:
+                self._waiting = self._memory(count)
+        return self._waiting.narrow(1, self._used, count)
+
+    def _memory(self, samples: int) -> Tensor:
+        mean = self.reference.mean
+        with torch.inference_mode(False):  # it is written to in any mode
+            return torch.empty(2, samples, mean.numel(), dtype=torch.float64, device=mean.device)
 
     def _reserve(self, count: int, first: int | None) -> int:
         """Return the number of the first of so many samples, which are new or were met before."""
-        with self._lock:
-            first = self._total if first is None else first
-            self._total = max(self._total, first + count)
-            return first
+        first = self._total if first is None else first
+        self._total = max(self._total, first + count)
+        return first
 
     def _oldest(self) -> int:
         """Return the first pane that counts still."""
@@ -229,15 +249,13 @@ class LayerStream:
             return sum(int(pane.nonfinite) for index, pane in self._panes.items() if index >= self._oldest())
 
     def _settle(self) -> None:
-        """Sum up what waits. Small batches wait for each other: summing up costs more than they do."""
-        if not self._waiting:
+        """Sum up what waits."""
+        if not self._used:
             return
-        home = self.reference.mean.device
-        mean = torch.cat([rows.to(home) for rows, _, _ in self._waiting])
-        variance = torch.cat([rows.to(home) for _, rows, _ in self._waiting])
-        number = torch.cat([torch.arange(first, first + len(rows), device=home) for rows, _, first in self._waiting])
-        self._waiting.clear()
-        self._numbers = 0
+        mean, variance = self._waiting[:, : self._used]
+        number = torch.cat([torch.arange(first, first + n, device=mean.device) for first, n in self._numbers])
+        self._used = 0
+        self._numbers.clear()
         unit = self.reference.std
         a, b = (mean - self.reference.mean) / unit, variance / unit.square()
         if self._step is None:

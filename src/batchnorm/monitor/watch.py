@@ -64,9 +64,16 @@ def watch(
     of a module in it: ``model(x)``, ``model.features(x)``. What a method that is no module's call does with batch norm
     *functions* is not seen. A compiled model runs eagerly while it is watched, in the calls that are passed over too.
 
+    Every operator is met in the first two calls that are looked at, and in every 16th after them. If all norms and
+    activations turn out to be modules of torch or of this library, given their input as the only argument, the others
+    are looked at by module hooks alone, which costs less, as long as they call the same modules in the same order; from
+    where a call leaves that order, operators are met. What this can miss until the next 16th call: norms and
+    activations called as functions in a branch that was not taken before and calls no other modules, and modules that
+    were put into the model meanwhile.
+
     In a service that never ends, ``window`` lets only the last samples count, so that what is new is not lost in what
     was good before, and ``every`` looks at a part of the calls only, so that the others cost next to nothing.
-    Memory is bounded in any case: about 0.8 kB a channel, four times as much with a window, and two megabytes a norm
+    Memory is bounded in any case: about 0.8 kB a channel, four times as much with a window, and a megabyte a norm
     for what waits to be summed up.
 
     Of large feature maps some rows are looked at (see :mod:`batchnorm.monitor.positions`); the standard errors contain

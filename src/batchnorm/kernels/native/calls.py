@@ -235,31 +235,25 @@ def moments(x: Tensor, eps: float = 0.0, *, planes: bool = False) -> Tensor:
     return statistics
 
 
-def moments_of_samples(x: Tensor, first: int, step: int) -> tuple[Tensor, Tensor]:
-    """Return mean and M2 of some rows of each sample and channel, float64, (N, C), read where they lie.
+def moments_of_samples(x: Tensor, rows: tuple[int, ...], first: int, into: _Optional = None) -> Tensor:
+    """Return means and variances of some rows of each sample and channel, float64, (2, N, C), read where they lie.
+
+    The variance has the number of values as its divisor.
 
     Args:
-        x: (N, C, rows, width), of any strides but that neighbours in a row lie side by side.
-        first: sample n shows the rows r ≡ first + n (mod ``step``).
-        step: at most as many as there are rows.
+        x: the input, of any strides but that neighbours in a row lie side by side.
+        rows: N, C, number of rows and their width; strides of sample, channel and row; and k, at most as many as there
+            are rows.
+        first: sample n shows the rows r ≡ first + n (mod k).
+        into: takes the result; of any stride between means and variances.
     """
-    samples, channels, height, width = x.shape
-    sample, channel, row, _ = x.stride()
-    # of each sample its rows take the place of the samples of a batch, of which a kernel takes the moments
-    statistics = torch.empty(samples, 3, channels, dtype=torch.float64, device="cpu")
-    address, found, threads = x.data_ptr(), statistics.data_ptr(), torch.get_num_threads()
-    for n in range(samples):
-        offset = (first + n) % step
-        kernels = _kernels_of_rows((height - offset + step - 1) // step, channels, width, x.dtype)
-        at = address + (n * sample + offset * row) * x.itemsize
-        kernels.moments((at, step * row, channel), (0, 0, found + n * 3 * channels * 8, threads), 0.0)
-    return statistics[:, 0], statistics[:, 1]
-
-
-@lru_cache(maxsize=4096)
-def _kernels_of_rows(rows: int, channels: int, width: int, dtype: torch.dtype) -> Any:
     assert library is not None
-    return library.Plan(PLANES, DTYPES[dtype], rows, channels, width, *_told(None))
+    if into is None:
+        into = torch.empty(2, rows[0], rows[1], dtype=torch.float64, device="cpu")
+    mean = into.data_ptr()
+    variance = mean + 8 * into.stride(0)
+    library.sample_moments(x.data_ptr(), DTYPES[x.dtype], rows, first, mean, variance, torch.get_num_threads())
+    return into
 
 
 def normalize(
