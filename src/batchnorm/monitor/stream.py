@@ -3,7 +3,8 @@
 Neighbouring positions of a feature map resemble each other, so the N·H·W values of a channel are not as many
 independent ones. The samples of a batch are independent; their positions are not. Everything is therefore reduced to
 two numbers per sample and channel, mean and variance over the positions, and the noise of whatever is computed from
-them is read off from how they scatter from sample to sample.
+them is read off from how they scatter from sample to sample. Samples weigh as much as they have positions (see
+:mod:`batchnorm.monitor.weights`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from batchnorm.graph.rounding import float64_device
 from batchnorm.moments import Moments
 from batchnorm.monitor.positions import looked_at
 from batchnorm.monitor.samples import sample_statistics, samples_in
+from batchnorm.monitor.weights import Met, positions, weights_of
 
 __all__ = ["GROUPS", "PANES", "LayerStream", "Reference", "SampleMoments"]
 
@@ -74,24 +76,34 @@ class SampleMoments:
 
         a_i = \frac{m_i - \mu}{\sqrt{\sigma^2 + \epsilon}} \qquad b_i = \frac{v_i}{\sigma^2 + \epsilon}
 
+    Each counts as its weight w_i, the number of positions in some unit: 1 where all maps are of one size.
+
+    .. math::
+
+        \mathrm{count} = \sum_i w_i \qquad \mathrm{mean} = \frac{\sum_i w_i a_i}{\sum_i w_i} \qquad
+        M_2 = \sum_i w_i (a_i - \mathrm{mean})^2
+
     Attributes:
         means: moments of a, one "channel" per pair (group, channel), group-major: shape (G·C,).
         variances: moments of b, likewise.
+        squares: moments of a with the weights w², of which standard errors are made; the very object ``means`` where
+            all weights are 1.
         groups: G.
     """
 
     means: Moments
     variances: Moments
+    squares: Moments
     groups: int = GROUPS
 
     @classmethod
     def zero(cls, channels: int, device: torch.device | str | None = None) -> SampleMoments:
         """Return the moments of no sample."""
         empty = Moments.zero(GROUPS * channels, device)
-        return cls(empty, empty)
+        return cls(empty, empty, empty)
 
     @classmethod
-    def of(cls, a: Tensor, b: Tensor, number: Tensor) -> SampleMoments:
+    def of(cls, a: Tensor, b: Tensor, number: Tensor, weight: Tensor | None = None) -> SampleMoments:
         """Return the moments of some samples.
 
         A sample that is not finite in a channel does not count there.
@@ -100,26 +112,32 @@ class SampleMoments:
             a: float64, shape (N, C).
             b: likewise.
             number: which sample of the stream each row belongs to, integers, shape (N,).
+            weight: positive, float64, shape (N, C); None for 1.
         """
         finite = torch.isfinite(a) & torch.isfinite(b)
-        member = torch.nn.functional.one_hot(number % GROUPS, GROUPS).T.double()  # (G, N)
-        count = member @ finite.double()
+        group, whole = number % GROUPS, bool(finite.all())
+        member = torch.nn.functional.one_hot(group, GROUPS).T.double()  # (G, N)
 
-        some, group, whole = count.clamp(min=1), number % GROUPS, bool(finite.all())
-
-        def moments(values: Tensor) -> Moments:
+        def moments(values: Tensor, weight: Tensor | None) -> Moments:
+            known = finite.double() if weight is None else torch.where(finite, weight, 0.0)
+            count = member @ known
             values = values if whole else torch.where(finite, values, 0.0)
-            mean = (member @ values) / some
+            mean = (member @ (values if weight is None else known * values)) / torch.where(count > 0, count, 1.0)
             deviation = values - mean[group]
             if not whole:
                 deviation = torch.where(finite, deviation, 0.0)
-            return Moments(count.flatten(), mean.flatten(), (member @ deviation.square()).flatten())
+            squares = deviation.square() if weight is None else known * deviation.square()
+            return Moments(count.flatten(), mean.flatten(), (member @ squares).flatten())
 
-        return cls(moments(a), moments(b))
+        means = moments(a, weight)
+        return cls(means, moments(b, weight), means if weight is None else moments(a, weight.square()))
 
     def merge(self, other: SampleMoments) -> SampleMoments:
         """Return the moments of both sets of samples together."""
-        return SampleMoments(self.means.merge(other.means), self.variances.merge(other.variances), self.groups)
+        means = self.means.merge(other.means)
+        alike = self.squares is self.means and other.squares is other.means
+        squares = means if alike else self.squares.merge(other.squares)
+        return SampleMoments(means, self.variances.merge(other.variances), squares, self.groups)
 
     __add__ = merge
 
@@ -159,7 +177,9 @@ class LayerStream:
         self._total = 0  # samples, each counted once, also where the norm is called several times in one forward
         self._values = 0  # looked at, per channel, masked positions included
         self._panes: dict[int, _Pane] = {}
-        self._waiting: list[tuple[Tensor, Tensor, int]] = []
+        self._unit = 0.0  # positions of the first sample met, which weighs 1
+        self._waiting: list[Met] = []
+        self._waiting_at: dict[int, int] = {}  # where, by the number of the first sample
         self._numbers = 0
 
     def add(
@@ -176,20 +196,32 @@ class LayerStream:
         """
         if x.numel() == 0:
             return self._total if first is None else first
+        rows = samples_in(x, samples)
         if mask is not None:  # how many samples it leaves is known only then
-            statistics = sample_statistics(x, mask, samples)
-            first = self._reserve(len(statistics[0]), first)
+            mean, variance = sample_statistics(x, mask, samples)
+            first = self._reserve(len(mean), known := first)
         else:
-            first = self._reserve(samples_in(x, samples), first)
-            statistics = sample_statistics(x, None, samples, first)
+            first = self._reserve(rows, known := first)
+            mean, variance = sample_statistics(x, None, samples, first)
+        met = Met(first, mean, variance, positions(x, mask, rows, mean), len(mean) == rows)
         with self._lock:
-            self._waiting.append((*statistics, first))
             self.calls += 1
             self._values += x.shape[0] * looked_at(x.shape)
-            self._numbers += statistics[0].numel()
-            if self._numbers > _WAITING:
-                self._settle()
+            self._wait(met, is_new=known is None)
         return first
+
+    def _wait(self, met: Met, *, is_new: bool) -> None:
+        """Let a call wait; pooled with an earlier call of the same forward on the same samples, if that waits still."""
+        earlier = None if is_new else self._waiting_at.get(met.first)
+        if earlier is not None and self._waiting[earlier].continues(met):
+            self._waiting[earlier] = self._waiting[earlier].pooled(met)
+            return
+        # as far as possible not between the calls of one forward
+        if self._numbers > (_WAITING if is_new else 2 * _WAITING):
+            self._settle()
+        self._waiting_at.setdefault(met.first, len(self._waiting))
+        self._waiting.append(met)
+        self._numbers += met.mean.numel()
 
     def _reserve(self, count: int, first: int | None) -> int:
         """Return the number of the first of so many samples, which are new or were met before."""
@@ -233,26 +265,29 @@ class LayerStream:
         if not self._waiting:
             return
         home = self.reference.mean.device
-        mean = torch.cat([rows.to(home) for rows, _, _ in self._waiting])
-        variance = torch.cat([rows.to(home) for _, rows, _ in self._waiting])
-        number = torch.cat([torch.arange(first, first + len(rows), device=home) for rows, _, first in self._waiting])
+        mean = torch.cat([met.mean.to(home) for met in self._waiting])
+        variance = torch.cat([met.variance.to(home) for met in self._waiting])
+        number = torch.cat([torch.arange(m.first, m.first + len(m.mean), device=home) for m in self._waiting])
+        self._unit = self._unit or float(torch.as_tensor(self._waiting[0].positions).max())
+        weight = weights_of(self._waiting, self._unit, home)
         self._waiting.clear()
+        self._waiting_at.clear()
         self._numbers = 0
         unit = self.reference.std
         a, b = (mean - self.reference.mean) / unit, variance / unit.square()
         if self._step is None:
-            self._put(0, a, b, number)
+            self._put(0, a, b, number, weight)
             return
         pane = number // self._step
         for index in range(max(int(pane.min()), self._oldest()), int(pane.max()) + 1):
             there = pane == index
             if bool(there.any()):
-                self._put(index, a[there], b[there], number[there])
+                self._put(index, a[there], b[there], number[there], None if weight is None else weight[there])
         for index in [index for index in self._panes if index < self._oldest()]:
             del self._panes[index]
 
-    def _put(self, index: int, a: Tensor, b: Tensor, number: Tensor) -> None:
-        new = SampleMoments.of(a, b, number)
+    def _put(self, index: int, a: Tensor, b: Tensor, number: Tensor, weight: Tensor | None) -> None:
+        new = SampleMoments.of(a, b, number, weight)
         nonfinite = (~(torch.isfinite(a) & torch.isfinite(b))).any(1).sum()
         known = self._panes.get(index)
         self._panes[index] = (
