@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batchnorm import errors, functional, nn
+    from batchnorm import monitor as monitor
+    from batchnorm import statistics as statistics
     from batchnorm.checks import CheckResult, check
     from batchnorm.diagnosis.diagnose import diagnose
     from batchnorm.diagnosis.result import DiagnoseResult
@@ -107,11 +109,27 @@ _HOMES = {
     "batchnorm.nn.statistics_in_use": ("no_update", "use"),
     "batchnorm.statistics.accumulated_update": ("accumulated_update",),
 }
+# Subpackages that documentation and messages name, imported when they are first asked for, likewise.
+_SUBPACKAGES = (
+    "checks",
+    "demo",
+    "diagnosis",
+    "errors",
+    "functional",
+    "graph",
+    "integrations",
+    "kernels",
+    "moments",
+    "monitor",
+    "nn",
+    "report",
+    "statistics",
+)
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("errors", "functional", "nn"):
+    if name in _SUBPACKAGES:
         return import_module(f"batchnorm.{name}")
     if name in _HOME_OF:
         value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
@@ -120,4 +138,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted({*__all__, *_SUBPACKAGES, "__version__"})

@@ -123,7 +123,7 @@ class Moments:
                 "both must come from the same layer."
             )
         count = self.count + other.count
-        share = torch.where(count > 0, other.count / count.clamp(min=1), 0.0)
+        share = other.count / torch.where(count > 0, count, 1.0)  # counts may be weights below 1
         delta = other.mean - self.mean
         return Moments(
             count,

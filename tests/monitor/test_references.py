@@ -1,5 +1,6 @@
 """Models are compared with a population where their stored statistics are not those of their data, or are gone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 import batchnorm
-from batchnorm.errors import ArgumentTypeError, ShapeError, StateError, UnknownNameError
+from batchnorm.errors import ArgumentTypeError, NonFiniteError, ShapeError, StateError
 from batchnorm.monitor import measure, watch
 from batchnorm.statistics import Population
 
@@ -86,14 +87,60 @@ def test_other_populations_are_refused_in_words(model: nn.Module) -> None:
     assert "the model has no module x" in w.result().notes[0]
 
 
-def test_measure_leaves_nothing_behind_and_names_what_it_lacks(model: nn.Module) -> None:
-    with pytest.raises(UnknownNameError, match="'7'"):
-        measure(model, [images(4, 0)], "7")
-    with pytest.raises(StateError, match="two batches or more"):
-        measure(model, [images(4, 0)])
-    with pytest.raises(RuntimeError):
-        measure(model, [images(4, 0), torch.zeros(2, 5)])
-    assert not any(m._forward_pre_hooks for m in model.modules())
+def kinds(model: nn.Module) -> tuple[nn.Module, Population, nn.Module, Population]:
+    folded = batchnorm.fold(model, images(2, 0)).model
+    data = images(256, 5).split(32)
+    return model, measure(model, data), folded, measure(folded, data)
+
+
+def test_a_reference_is_for_the_form_of_the_model_that_it_was_measured_on(model: nn.Module, tmp_path: Path) -> None:
+    model, of_model, folded, of_folded = kinds(model)
+    files = [p.save(tmp_path / f"{i}.safetensors") for i, p in enumerate((of_model, of_folded))]
+    for normed, bare in ((of_model, of_folded), tuple(Population.load(path) for path in files)):
+        with pytest.raises(StateError, match=r"1 is no norm in this model \(Identity\).*as it is deployed"):
+            watch(folded, reference=normed)
+        with pytest.raises(StateError, match=r"1 is a norm in this model \(BatchNorm2d\).*as it is deployed"):
+            watch(model, reference=bare)
+        assert verdict(model, images(128, 6), normed) == "as stored"
+        assert verdict(folded, images(128, 6), bare) == "as stored"
+
+
+def test_files_that_do_not_tell_what_stood_there_are_read(model: nn.Module, tmp_path: Path) -> None:
+    _, _, folded, of_folded = kinds(model)
+    old = Population({name: replace(layer, of_norm=None) for name, layer in of_folded.layers.items()})
+    kept = Population.load(old.save(tmp_path / "old.safetensors"))
+    assert [layer.of_norm for layer in kept.layers.values()] == [None, None]
+    assert verdict(folded, images(128, 6), kept) == "as stored"
+    assert verdict(folded, images(128, 6, 0.6), kept) == "drifted"
+
+
+def test_names_leave_the_rest_of_a_reference_out(model: nn.Module) -> None:
+    reference = measure(model, images(256, 5).split(32))
+    for population in (reference, Population({k.removesuffix("@input"): v for k, v in reference.layers.items()})):
+        with torch.no_grad(), watch(model, names="4", reference=population) as w:
+            model(images(64, 6))
+        assert [layer.name for layer in w.result().layers] == ["4"]
+        assert w.result().notes == ()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", ["mean", "m2"])
+def test_a_reference_that_is_not_finite_is_refused(model: nn.Module, tmp_path: Path, bad: float, part: str) -> None:
+    population = measure(model, images(256, 5).split(32))
+    layer = population.layers["4@input"]
+    getattr(layer.moments, part)[2] = bad
+    for kept in (population, Population.load(population.save(tmp_path / "p.safetensors"))):
+        with pytest.raises(NonFiniteError, match=r"4 holds NaN or infinity in 1 of its 6 channels \(first 2\)"):
+            watch(model, reference=kept)
+
+
+def test_a_reference_of_single_values_is_refused() -> None:
+    norm = nn.BatchNorm1d(3)
+    population = measure(norm, [torch.zeros(1, 3), torch.ones(1, 3)])
+    layer = population.layers["@input"]
+    single = replace(layer, moments=replace(layer.moments, count=torch.ones(3, dtype=torch.float64)))
+    with pytest.raises(ShapeError, match="the model: expected two values or more per channel; channel 0 met 1"):
+        watch(norm, reference=Population({"@input": single}))
 
 
 def test_results_fit_a_screen_and_a_line(model: nn.Module) -> None:

@@ -104,8 +104,8 @@ def test_a_second_call_in_one_forward_brings_no_new_samples() -> None:
     stream.add(x)
     assert (stream.samples, stream.calls) == (40, 3)
     counts = [a.count[0].item() for a, _ in stream.moments.by_group()]
-    # samples 0 to 19 twice, 20 to 39 once
-    assert counts == [2 * 2 + 1] * 4 + [2 * 1 + 2] * 4 + [2 * 1 + 1] * 8
+    # samples 0 to 19 with two positions each, which weigh 1; 20 to 39 with one
+    assert counts == [2 + 0.5] * 4 + [1 + 2 * 0.5] * 4 + [1 + 0.5] * 8
 
 
 def test_reference_is_a_copy() -> None:

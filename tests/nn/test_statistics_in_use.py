@@ -130,6 +130,39 @@ def test_blocks_nest_and_the_innermost_decides(kind):
     assert same(before, state(norm))
 
 
+BLOCKS = {
+    "use": lambda model, *names: batchnorm.use("batch", model, *names),
+    "no_update": batchnorm.no_update,
+    "accumulated_update": batchnorm.accumulated_update,
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS.keys())
+def test_wrong_arguments_are_refused_in_the_call_itself(block) -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    with pytest.raises(ArgumentTypeError, match=r"expected a torch.nn.Module; got str"):
+        block("model")
+    with pytest.raises(UnknownNameError, match="no norm of that name"):
+        block(model, "1")
+    with pytest.raises(ArgumentTypeError, match="expected the names of norms"):
+        block(model, 3)
+    with pytest.raises(TypeError):
+        block()
+    block(model, "0")  # makes it, and does nothing
+    assert "forward" not in vars(model[0])
+
+
+def test_use_refuses_its_statistics_in_the_call_itself() -> None:
+    model = torch.nn.BatchNorm1d(2)
+    with pytest.raises(UnknownNameError, match='"batch" and "running"'):
+        batchnorm.use("nonsense", model)
+    with pytest.raises(ArgumentTypeError, match=r'Write use\("batch", model\)'):
+        batchnorm.use(model, "batch")
+    for name in ("nonsense", 3):
+        with pytest.raises(UnknownNameError, match=str(name)):
+            batchnorm.functional.use_backend(name)
+
+
 def test_blocks_of_several_models_and_names_leave_the_others_alone():
     model = torch.nn.ModuleDict({n: torch.nn.Sequential(norm_of(BatchNorm1d), torch.nn.ReLU()) for n in "ab"})
     other = norm_of(BatchNorm1d)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from batchnorm.blocks import block
 from batchnorm.errors import InputError, StateError, UnknownNameError, closest
 from batchnorm.kernels.contract import Backend, Request
 from batchnorm.kernels.native import NATIVE, missing
@@ -130,7 +130,11 @@ def backend(name: str) -> Backend:
     return found
 
 
-@contextmanager
+def _check_name(name: str) -> None:
+    _known(name)
+
+
+@block(_check_name)
 def use_backend(name: str) -> Iterator[None]:
     """Serve every call in this context, in this thread or task, by one backend.
 
@@ -151,7 +155,6 @@ def use_backend(name: str) -> Iterator[None]:
         'torch'
     """
     global _open
-    _known(name)
     with _lock:
         _open = (*_open, name)
     token = _forced.set(name)
@@ -252,6 +255,6 @@ def _known(name: str) -> Candidate:
     if name not in _candidates:
         raise UnknownNameError(
             f"{name!r}: no backend of that name; there are {', '.join(map(repr, _candidates))}"
-            f"{closest(name, _candidates) or '.'}"
+            f"{closest(str(name), _candidates) or '.'}"
         )
     return _candidates[name]

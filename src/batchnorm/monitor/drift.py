@@ -89,8 +89,8 @@ class LayerDrift:
 def judge(stream: LayerStream, *, tolerance: float, level: float) -> LayerDrift:
     r"""Compare what a stream met with what is stored.
 
-    Per channel, with M and s² the mean and the unbiased variance met, μ and σ² the stored ones (the divisor of σ² is
-    that of whoever stored it; PyTorch's is m − 1):
+    Per channel, with M and s² the mean and the unbiased variance met, over all values, so that samples weigh as much as
+    they have positions, μ and σ² the stored ones (the divisor of σ² is that of whoever stored it; PyTorch's is m − 1):
 
     .. math::
 
@@ -102,9 +102,11 @@ def judge(stream: LayerStream, *, tolerance: float, level: float) -> LayerDrift:
 
     **Noise.** From a finite stream D² comes out too large by the variance of d and √r, and by an amount that scatters.
     Both are estimated by the jackknife over 16 groups of samples: D² is computed anew without each group in turn, which
-    gives the bias b and the standard error e whatever the correlation between positions and between channels. Stored
-    statistics are estimates too; theirs is taken to be the noise of 608 samples, b′ = b·n/608. A population knows its
-    own standard errors: b′ is then the mean over channels of se(μ)²/(σ² + ε) + (se(σ²)/(2(σ² + ε)))².
+    gives the bias b and the standard error e whatever the correlation between positions and between channels. M and s²
+    are ratios of sums over samples, for which the jackknife holds also where samples differ in size; all calls of a
+    norm in one forward pass are of the same samples, and in the same group. Stored statistics are estimates too; theirs
+    is taken to be the noise of 608 samples, b′ = b·n/608. A population knows its own standard errors: b′ is then the
+    mean over channels of se(μ)²/(σ² + ε) + (se(σ²)/(2(σ² + ε)))².
 
     .. math::
 
@@ -125,10 +127,10 @@ def judge(stream: LayerStream, *, tolerance: float, level: float) -> LayerDrift:
     (arXiv 1706.08500), which compares features by it; Efron & Tibshirani 1993, "An Introduction to the Bootstrap",
     ch. 11 (jackknife).
     """
-    subsets, filled = _subsets(stream.moments)
-    reference = stream.reference
-    shift, ratio, between = (rows[0] for rows in _channels(subsets, reference))
-    errors, effective = _standard_errors(stream, shift, ratio, between)
+    moments, reference = stream.moments, stream.reference
+    subsets, filled = _subsets(moments)
+    shift, ratio = (rows[0] for rows in _channels(subsets, reference))
+    errors, effective = _standard_errors(stream, moments, subsets, ratio)
     nonfinite = stream.nonfinite
     distance = bound = detectable = None
     status: Status = "not called" if stream.calls == 0 else "too few samples"
@@ -161,7 +163,7 @@ def judge(stream: LayerStream, *, tolerance: float, level: float) -> LayerDrift:
 class _Subsets:
     """Moments over samples, first of all of them, then of all but each group's: one row a subset, shape (1 + G, C)."""
 
-    count: Tensor
+    count: Tensor  # sum of the weights
     shift: Tensor  # mean of a
     between: Tensor  # its unbiased variance
     within: Tensor  # mean of b
@@ -178,40 +180,66 @@ def _subsets(moments: SampleMoments) -> tuple[_Subsets, int]:
     member = torch.cat([torch.ones(1, groups), 1 - torch.eye(groups)[filled.cpu()]]).double().to(count.device)
     total = member @ count
     # about the mean of everything, so that what is subtracted below is small
-    center = (count * mean).sum(0) / count.sum(0).clamp(min=1)
+    center = (count * mean).sum(0) / torch.where(count.sum(0) > 0, count.sum(0), 1.0)
     off = torch.where(count > 0, mean - center, 0.0)
-    some = total.clamp(min=1)
+    some = torch.where(total > 0, total, 1.0)
     inside = (member @ (count * off)) / some
     squares = member @ (m2 + count * off.square()) - total * inside.square()
-    between = torch.where(total > 1, squares.clamp(min=0) / (total - 1), torch.nan)
+    # Σw − Σw²/Σw, which is n − 1 where all weights are 1; 0 but for rounding where there is one sample
+    divisor = total - (member @ moments.squares.count.reshape(groups, -1)) / some
+    between = torch.where(divisor > 1e-9 * total, squares.clamp(min=0) / divisor, torch.nan)
     shift = torch.where(total > 0, center + inside, torch.nan)
     return _Subsets(total, shift, between, (member @ (count * within)) / some), int(filled.sum())
 
 
-def _channels(subsets: _Subsets, reference: Reference) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d, r and the unbiased variance of a between samples, one row a subset; NaN where samples are missing."""
+def _channels(subsets: _Subsets, reference: Reference) -> tuple[Tensor, Tensor]:
+    """Return d and r, one row a subset; NaN where samples are missing."""
     # Within + between: E[b] + Var[a] is the variance of one value, whatever the correlation inside a sample.
     ratio = (subsets.within + subsets.between) + reference.eps / reference.std.square()
-    return subsets.shift, ratio, subsets.between
+    return subsets.shift, ratio
 
 
-def _standard_errors(stream: LayerStream, shift: Tensor, ratio: Tensor, between: Tensor) -> tuple[Tensor, float | None]:
-    """Return d in standard errors, per channel, and the median number of independent values behind a channel's mean.
+def _standard_errors(
+    stream: LayerStream, moments: SampleMoments, subsets: _Subsets, ratio: Tensor
+) -> tuple[Tensor, float | None]:
+    r"""Return d in standard errors, per channel, and the median number of independent values behind a channel's mean.
 
-    The variance of d is Var[a]/n with n samples, in which the correlation of positions is contained, and that of the
-    reference, Var[a]/608 where it is not known.
+    .. math::
+
+        \operatorname{Var}[d] = \frac{u}{n} \qquad n = \frac{(\sum w)^2}{\sum w^2} \qquad
+        u = \frac{\sum w^2 (a - \bar a)^2}{\sum w^2 - (\sum w^2)^2 / (\sum w)^2}
+
+    the variance of a ratio of two sums over samples, in which the correlation of positions is contained. With equal
+    weights n is the number of samples, and u the unbiased variance of a. That of the reference is u over what 608 of
+    these samples would make, where it is not known.
     """
+    shift, between = subsets.shift[0], subsets.between[0]
     if stream.samples < 2:
         return torch.full_like(shift, math.nan), None
-    reference, known = stream.reference, between / REFERENCE_SAMPLES
+    number, unit = _effective_samples(moments, subsets)
+    spread = between if unit is None else unit
+    reference, known = stream.reference, spread / (REFERENCE_SAMPLES * number / stream.samples)
     if reference.mean_error is not None:
         known = (reference.mean_error / reference.std).square()
-    error = (between / stream.samples + known).sqrt()
+    error = (spread / number + known).sqrt()
     errors = torch.where(shift == 0, 0.0, shift / error)
     variance = ratio - reference.eps / reference.std.square()
-    values = (variance / between * stream.samples)[between > 0]
+    values = (variance / spread * number)[spread > 0]
     # an estimate, and for independent values as often above their number as below it
     return errors, min(float(values.nanmedian()), float(stream.values)) if values.numel() else None
+
+
+def _effective_samples(moments: SampleMoments, subsets: _Subsets) -> tuple[Tensor, Tensor | None]:
+    """Return n and u of :func:`_standard_errors`, per channel; None for u where it is the variance between samples."""
+    count, mean, m2 = (
+        t.reshape(moments.groups, -1) for t in (moments.squares.count, moments.squares.mean, moments.squares.m2)
+    )
+    squared, whole = count.sum(0), subsets.count[0]
+    number = whole.square() / torch.where(squared > 0, squared, 1.0)
+    if moments.squares is moments.means:
+        return number, None
+    total = (m2 + torch.where(count > 0, count * (mean - subsets.shift[0]).square(), 0.0)).sum(0)
+    return number, torch.where(number > 1 + 1e-9, total / (squared * (1 - 1 / number)), torch.nan)
 
 
 def _root(squared: float) -> float:
@@ -228,7 +256,7 @@ def _mean_squared_distances(subsets: _Subsets, reference: Reference) -> Tensor:
     A channel that did not vary at all enters with its shift only: where values are rare (a one-hot feature, a sparse
     activation) a short stream may hold none. When no channel varied, though, that is not chance but a constant input.
     """
-    shift, ratio, _ = _channels(subsets, reference)
+    shift, ratio = _channels(subsets, reference)
     constant = ratio - reference.eps / reference.std.square() < _CONSTANT
     ratio = torch.where(constant & ~constant.all(1, keepdim=True), 1.0, ratio)
     return _squared_distance(shift, ratio).nanmean(1)

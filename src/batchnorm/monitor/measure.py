@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -10,13 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn import Identity, Module
 
-from batchnorm.errors import StateError, UnknownNameError, closest
+from batchnorm.errors import NonFiniteError, StateError, UnknownNameError, closest
 from batchnorm.moments import Moments
-from batchnorm.nn.calling import call_on_batch, compiled_modules_eager
-from batchnorm.nn.require import require_module
+from batchnorm.nn.calling import Forward, call_on_batch, compiled_modules_eager
+from batchnorm.nn.redirect import overlooked
+from batchnorm.nn.require import lazy_names, require_module
 from batchnorm.nn.select import NormModule, listed
+from batchnorm.nn.snapshot import set_eval, untouched
+from batchnorm.nn.transaction import on_failure, transaction
+from batchnorm.nn.unsynchronized import unsynchronized
+from batchnorm.statistics.collect import moments_of, require_finite
+from batchnorm.statistics.failures import explained
 from batchnorm.statistics.population import LayerPopulation, Population
 from batchnorm.statistics.spread import Spread
+from batchnorm.statistics.stream import numbered, require_stream
+from batchnorm.statistics.values import too_few
 
 __all__ = ["INPUT_OF", "measure"]
 
@@ -24,7 +34,14 @@ INPUT_OF = "@input"
 """Ends the names of what :func:`measure` measured, so that it is not taken for what a norm of that name met."""
 
 
-def measure(model: Module, batches: Iterable[Any], names: str | Sequence[str] | None = None) -> Population:
+@transaction("measure")
+def measure(
+    model: Module,
+    batches: Iterable[Any],
+    names: str | Sequence[str] | None = None,
+    *,
+    forward: Forward | None = None,
+) -> Population:
     r"""Return the moments of what the modules of these names are given on batches known to be good.
 
     .. math:: n, \quad \mathrm{mean} = \tfrac1n \sum x, \quad M_2 = \sum (x - \mathrm{mean})^2
@@ -33,17 +50,28 @@ def measure(model: Module, batches: Iterable[Any], names: str | Sequence[str] | 
     folded model has no norms any more, but an identity in the place of each: what passes there is measured on the model
     as it is deployed, and compared there.
 
+    The model runs in eval mode, whatever mode it is in: a reference is for a model at work, whose norms normalize by
+    their running statistics and whose Dropout is off. It is as it was afterwards, also after an exception or an
+    interrupt: modes, parameters, buffers, torch's random generators.
+
     Args:
-        model: any model; it is run as it is, without gradients, and not changed.
-        batches: as for :func:`batchnorm.recalibrate`.
+        model: any model; it is run without gradients.
+        batches: as for :func:`batchnorm.recalibrate`; two or more.
         names: of modules; None for every norm, and every ``torch.nn.Identity``.
+        forward: how the model is called on a batch, as for :func:`batchnorm.recalibrate`.
 
     Returns:
         A population for ``batchnorm.watch(model, reference=...)``; it can be kept with ``save``.
 
     Raises:
+        ArgumentTypeError: ``batches`` is a single batch, or a batch is of a type that needs ``forward``.
+        BatchError: the loader or the model failed; the message says at which batch, the cause is chained.
+        EmptyStreamError: there was no batch.
+        NonFiniteError: a module was given NaN or infinity.
+        ShapeError: no module was given a single value.
+        StateError: none of them was given a tensor (N, C, ...), or there was only one batch; or another call is at
+            work on the model.
         UnknownNameError: the model has no module of that name.
-        StateError: none of them was given a tensor (N, C, ...), or there was only one batch.
 
     Example:
         >>> import torch, batchnorm
@@ -58,35 +86,116 @@ def measure(model: Module, batches: Iterable[Any], names: str | Sequence[str] | 
         True
     """
     require_module("measure", model)
-    places = _places(model, names)
-    spreads: dict[str, Spread] = {name: Spread() for name in places}
-    number = 0
+    require_stream("measure", batches)
+    lazy = lazy_names(model)
+    if lazy:
+        raise StateError(f"measure: {lazy[0]} has no value yet. Run the model once on real inputs first.")
+    meters = {name: _Meter(name, module) for name, module in _places(model, names).items()}
+    call = call_on_batch if forward is None else forward
+    with (
+        untouched(model),
+        unsynchronized(model),
+        overlooked(model, "statistics"),
+        compiled_modules_eager,
+        torch.no_grad(),
+        _attached(meters.values()),
+    ):
+        set_eval(model)
+        for index, batch in numbered("measure", batches):
+            try:
+                call(model, batch)
+                _raise_failure(meters.values())
+            except Exception as error:
+                failure = next((m.failure for m in meters.values() if m.failure), error)
+                raise explained("measure", failure, model, index, batch, call) from error
+            for meter in meters.values():
+                meter.number = index + 1
+    return Population({f"{m.name}{INPUT_OF}": m.layer() for m in _that_met_something(model, list(meters.values()))})
 
-    def hook(name: str) -> Callable[[Module, tuple[Any, ...]], None]:
-        def take(module: Module, args: tuple[Any, ...]) -> None:
-            x = args[0] if args else None
-            if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 and x.numel():
-                spreads[name].add(Moments.of(x), number)
 
-        return take
+@dataclass
+class _Meter:
+    """What one module is given.
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in places.items()]
-    try:
-        with compiled_modules_eager, torch.no_grad():
-            for number, batch in enumerate(batches):  # noqa: B007  the hooks read it
-                call_on_batch(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = {f"{name}{INPUT_OF}": _layer(spread, number + 1) for name, spread in spreads.items() if spread.groups}
-    if not found:
+    Attributes:
+        name: of the module.
+        module: which one.
+        number: index of the batch that runs.
+        spread: the moments, and how far the batches are apart.
+        called: whether it was given a tensor (N, C, ...), if only empty ones.
+        batches: in how many batches it was given values.
+        failure: what was raised here; a scripted module around it makes an error of its own of it.
+    """
+
+    name: str
+    module: Module
+    number: int = 0
+    spread: Spread = field(default_factory=Spread)
+    called: bool = False
+    batches: set[int] = field(default_factory=set)
+    failure: NonFiniteError | None = None
+
+    def take(self, module: Module, args: tuple[Any, ...]) -> None:
+        """Take in what the module is about to work on."""
+        x = args[0] if args else None
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1):
+            return
+        self.called = True
+        if x.numel() == 0:
+            return
+        met = moments_of(x, None)
+        try:
+            require_finite(self.name or "the model", met)
+        except NonFiniteError as error:
+            self.failure = error
+            raise
+        self.spread.add(met, self.number)
+        self.batches.add(self.number)
+
+    def layer(self) -> LayerPopulation:
+        """Return what it was given."""
+        moments = reduce(Moments.merge, self.spread.groups)
+        return LayerPopulation(
+            moments, *self.spread.standard_errors(), len(self.batches), isinstance(self.module, NormModule)
+        )
+
+
+def _raise_failure(meters: Iterable[_Meter]) -> None:
+    """Raise what a meter raised and the model swallowed."""
+    for meter in meters:
+        if meter.failure is not None:
+            raise meter.failure
+
+
+@contextmanager
+def _attached(meters: Iterable[_Meter]) -> Iterator[None]:
+    """Let the meters see what their modules are given."""
+    with ExitStack() as stack:
+        on_failure(stack.close)  # an interrupt may come before the block ends by itself
+        for meter in meters:
+            stack.callback(meter.module.register_forward_pre_hook(meter.take).remove)
+        yield
+
+
+def _that_met_something(model: Module, meters: Sequence[_Meter]) -> list[_Meter]:
+    """Return the meters of modules that were given values, in two batches or more.
+
+    Raises:
+        ShapeError: there is none, for all batches were empty.
+        StateError: there is none for another reason.
+    """
+    met = [meter for meter in meters if meter.batches]
+    called = next((meter for meter in meters if meter.called), None)
+    if not met and called is not None:
+        raise too_few("measure", f"{called.name or 'the model'}: a variance", "in all", channel=0, met=0, calls=0)
+    if not met:
         raise StateError(
             f"measure: no place of {type(model).__name__} was given a tensor (N, C, ...) on these batches. Pass names= "
             "of modules that are."
         )
-    if number == 0:
+    if all(len(meter.batches) < 2 for meter in met):
         raise StateError("measure: expected two batches or more, to tell how sure the moments are; got one.")
-    return Population(found)
+    return met
 
 
 def _places(model: Module, names: str | Sequence[str] | None) -> dict[str, Module]:
@@ -99,7 +208,3 @@ def _places(model: Module, names: str | Sequence[str] | None) -> dict[str, Modul
                 f"measure: {name!r}: no module of that name in {type(model).__name__}{closest(name, modules) or '.'}"
             )
     return {name: modules[name] for name in listed(names)}
-
-
-def _layer(spread: Spread, batches: int) -> LayerPopulation:
-    return LayerPopulation(reduce(Moments.merge, spread.groups), *spread.standard_errors(), batches)

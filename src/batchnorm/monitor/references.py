@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-from batchnorm.errors import ShapeError, StateError
+from batchnorm.errors import NonFiniteError, ShapeError, StateError
 from batchnorm.graph.rounding import float64_device
 from batchnorm.monitor.measure import INPUT_OF
 from batchnorm.monitor.stream import Reference
@@ -54,9 +54,16 @@ def from_buffers(norms: Mapping[str, NormModule]) -> Comparable:
 def from_population(model: Module, norms: Mapping[str, NormModule], population: Population) -> Comparable:
     """Return what of a population can be compared with what the model of that name meets.
 
+    Args:
+        model: which is watched.
+        norms: those of its norms that are, by name; others of the population are passed over.
+        population: what was measured.
+
     Raises:
-        StateError: nothing can be.
-        ShapeError: a norm has another number of channels.
+        NonFiniteError: it holds NaN or infinity.
+        StateError: nothing can be, or it was measured on the model with norms and this is the folded one, or the other
+            way round.
+        ShapeError: a norm has another number of channels, or fewer than two values were met.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = Comparable()
@@ -65,22 +72,25 @@ def from_population(model: Module, norms: Mapping[str, NormModule], population: 
         name = next((n for n in (known, f"module.{known}", f"_orig_mod.{known}") if n in modules), None)
         if name is None:
             found.refused[known] = f"the model has no module {known}."
-        elif key.endswith(INPUT_OF) and name not in norms:
-            found.places[name] = modules[name]
-            found.references[name] = _reference(layer, 0.0, _device_of(model))
-        elif name in norms:
+            continue
+        is_norm = isinstance(modules[name], NormModule)
+        if is_norm and name not in norms:
+            continue
+        _require_same_form(model, name, modules[name], layer, of_input=key.endswith(INPUT_OF))
+        if not is_norm and not key.endswith(INPUT_OF):
+            found.refused[known] = _no_norm(name, modules[name])
+            continue
+        if is_norm:
             norm = norms[name]
             if norm.num_features != layer.moments.num_features:
                 raise ShapeError(
                     f"watch: reference: {name}: expected statistics of {norm.num_features} channels, those of the "
                     f"norm; got {layer.moments.num_features}. Pass the population of this model."
                 )
-            found.references[name] = _reference(layer, norm.eps, _device_of(norm))
+            found.references[name] = _reference(name, layer, norm.eps, _device_of(norm))
         else:
-            found.refused[known] = (
-                f"{name} is no norm in this model ({type(modules[name]).__name__}), so that what the norm was given "
-                "does not pass there. Of a folded model measure what does: batchnorm.monitor.measure(model, batches)."
-            )
+            found.places[name] = modules[name]
+            found.references[name] = _reference(name, layer, 0.0, _device_of(model))
     if not found.references:
         first = next(iter(found.refused.values()), "it is empty.")
         raise StateError(
@@ -90,7 +100,41 @@ def from_population(model: Module, norms: Mapping[str, NormModule], population: 
     return found
 
 
-def _reference(layer: LayerPopulation, eps: float, device: torch.device) -> Reference:
+def _require_same_form(model: Module, name: str, module: Module, layer: LayerPopulation, *, of_input: bool) -> None:
+    """Refuse what was measured with norms for the model without them, and the other way round.
+
+    In the place of a folded norm stands an identity, which is given what the norm would have returned; and what passes
+    elsewhere may have another scale, too.
+
+    Raises:
+        StateError: a norm stood where none stands now, or none where one does.
+    """
+    is_norm = isinstance(module, NormModule)
+    if layer.of_norm and not is_norm:
+        problem = _no_norm(name, module)
+    elif layer.of_norm is False and of_input and is_norm:
+        problem = (
+            f"{name} is a norm in this model ({type(module).__name__}) and was none where the reference was measured, "
+            f"so that what passed there is not what the norm is given. Measure on the model as it is deployed: "
+            f"{_REMEDY}"
+        )
+    else:
+        return
+    raise StateError(f"watch: the reference is not one of {type(model).__name__} as it is now: {problem}")
+
+
+def _no_norm(name: str, module: Module) -> str:
+    return (
+        f"{name} is no norm in this model ({type(module).__name__}), so that what the norm was given does not pass "
+        f"there. Of a folded model measure what does, on the model as it is deployed: {_REMEDY}"
+    )
+
+
+_REMEDY = "batchnorm.monitor.measure(model, batches)."
+
+
+def _reference(name: str, layer: LayerPopulation, eps: float, device: torch.device) -> Reference:
+    _require_statistics(name, layer)
     home = float64_device(device)
     finite = bool(torch.isfinite(layer.mean_error).all() and torch.isfinite(layer.variance_error).all())
 
@@ -109,3 +153,25 @@ def _reference(layer: LayerPopulation, eps: float, device: torch.device) -> Refe
 def _device_of(module: Module) -> torch.device:
     tensors = (*module.parameters(), *module.buffers())
     return next((t.device for t in tensors), torch.device("cpu"))
+
+
+def _require_statistics(name: str, layer: LayerPopulation) -> None:
+    """Refuse moments that nothing can be compared with.
+
+    Raises:
+        NonFiniteError: some are NaN or infinite.
+        ShapeError: a channel met fewer than two values.
+    """
+    moments, where = layer.moments, f"watch: reference: {name or 'the model'}"
+    bad = (~moments.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(
+            f"{where} holds NaN or infinity in {len(bad)} of its {moments.num_features} channels (first {bad[0]}), and "
+            "nothing can be compared with that. Measure it anew, on data without such values."
+        )
+    few = (moments.count < 2).nonzero().flatten().tolist()
+    if few:
+        raise ShapeError(
+            f"{where}: expected two values or more per channel; channel {few[0]} met {int(moments.count[few[0]])}. "
+            "Measure it on more data."
+        )

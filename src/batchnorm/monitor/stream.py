@@ -3,7 +3,8 @@
 Neighbouring positions of a feature map resemble each other, so the N·H·W values of a channel are not as many
 independent ones. The samples of a batch are independent; their positions are not. Everything is therefore reduced to
 two numbers per sample and channel, mean and variance over the positions, and the noise of whatever is computed from
-them is read off from how they scatter from sample to sample.
+them is read off from how they scatter from sample to sample. Samples weigh as much as they have positions (see
+:mod:`batchnorm.monitor.weights`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from batchnorm.graph.rounding import float64_device
 from batchnorm.moments import Moments
 from batchnorm.monitor.positions import looked_at
 from batchnorm.monitor.samples import sample_statistics, samples_in
+from batchnorm.monitor.weights import Met, positions, weights_of
 
 __all__ = ["GROUPS", "PANES", "LayerStream", "Reference", "SampleMoments"]
 
@@ -74,24 +76,34 @@ class SampleMoments:
 
         a_i = \frac{m_i - \mu}{\sqrt{\sigma^2 + \epsilon}} \qquad b_i = \frac{v_i}{\sigma^2 + \epsilon}
 
+    Each counts as its weight w_i, the number of positions in some unit: 1 where all maps are of one size.
+
+    .. math::
+
+        \mathrm{count} = \sum_i w_i \qquad \mathrm{mean} = \frac{\sum_i w_i a_i}{\sum_i w_i} \qquad
+        M_2 = \sum_i w_i (a_i - \mathrm{mean})^2
+
     Attributes:
         means: moments of a, one "channel" per pair (group, channel), group-major: shape (G·C,).
         variances: moments of b, likewise.
+        squares: moments of a with the weights w², of which standard errors are made; the very object ``means`` where
+            all weights are 1.
         groups: G.
     """
 
     means: Moments
     variances: Moments
+    squares: Moments
     groups: int = GROUPS
 
     @classmethod
     def zero(cls, channels: int, device: torch.device | str | None = None) -> SampleMoments:
         """Return the moments of no sample."""
         empty = Moments.zero(GROUPS * channels, device)
-        return cls(empty, empty)
+        return cls(empty, empty, empty)
 
     @classmethod
-    def of(cls, a: Tensor, b: Tensor, number: Tensor) -> SampleMoments:
+    def of(cls, a: Tensor, b: Tensor, number: Tensor, weight: Tensor | None = None) -> SampleMoments:
         """Return the moments of some samples.
 
         A sample that is not finite in a channel does not count there.
@@ -100,26 +112,32 @@ class SampleMoments:
             a: float64, shape (N, C).
             b: likewise.
             number: which sample of the stream each row belongs to, integers, shape (N,).
+            weight: positive, float64, shape (N, C); None for 1.
         """
         finite = torch.isfinite(a) & torch.isfinite(b)
-        member = torch.nn.functional.one_hot(number % GROUPS, GROUPS).T.double()  # (G, N)
-        count = member @ finite.double()
+        group, whole = number % GROUPS, bool(finite.all())
+        member = torch.nn.functional.one_hot(group, GROUPS).T.double()  # (G, N)
 
-        some, group, whole = count.clamp(min=1), number % GROUPS, bool(finite.all())
-
-        def moments(values: Tensor) -> Moments:
+        def moments(values: Tensor, weight: Tensor | None) -> Moments:
+            known = finite.double() if weight is None else torch.where(finite, weight, 0.0)
+            count = member @ known
             values = values if whole else torch.where(finite, values, 0.0)
-            mean = (member @ values) / some
+            mean = (member @ (values if weight is None else known * values)) / torch.where(count > 0, count, 1.0)
             deviation = values - mean[group]
             if not whole:
                 deviation = torch.where(finite, deviation, 0.0)
-            return Moments(count.flatten(), mean.flatten(), (member @ deviation.square()).flatten())
+            squares = deviation.square() if weight is None else known * deviation.square()
+            return Moments(count.flatten(), mean.flatten(), (member @ squares).flatten())
 
-        return cls(moments(a), moments(b))
+        means = moments(a, weight)
+        return cls(means, moments(b, weight), means if weight is None else moments(a, weight.square()))
 
     def merge(self, other: SampleMoments) -> SampleMoments:
         """Return the moments of both sets of samples together."""
-        return SampleMoments(self.means.merge(other.means), self.variances.merge(other.variances), self.groups)
+        means = self.means.merge(other.means)
+        alike = self.squares is self.means and other.squares is other.means
+        squares = means if alike else self.squares.merge(other.squares)
+        return SampleMoments(means, self.variances.merge(other.variances), squares, self.groups)
 
     __add__ = merge
 
@@ -161,9 +179,11 @@ class LayerStream:
         self._panes: dict[int, _Pane] = {}
         # What waits lies in one piece of memory, kept for good. A new piece for each call, amid the buffers that a
         # network takes and gives back, would split these: it would take new memory for them, page fault by page fault.
-        self._waiting = self._memory(max(1, _WAITING // reference.mean.numel()))
+        self._memory = self._of_samples(max(2, 2 * _WAITING // max(1, reference.mean.numel())))
         self._used = 0
-        self._numbers: list[tuple[int, int]] = []  # of the samples that wait: the first, and how many
+        self._waiting: list[Met] = []  # in the order of that memory
+        self._waiting_at: dict[int, int] = {}  # where, by the number of the first sample
+        self._unit = 0.0  # positions of the first sample met, which weighs 1
 
     def add(
         self, x: Tensor, mask: Tensor | None = None, *, samples: int | None = None, first: int | None = None
@@ -179,35 +199,48 @@ class LayerStream:
         """
         if x.numel() == 0:
             return self._total if first is None else first
-        assert x.shape[1] == self._waiting.shape[2]
+        assert x.shape[1] == self._memory.shape[2]
+        rows, is_new = samples_in(x.shape[0], samples), first is None
         with self._lock:
             if mask is not None:  # how many samples it leaves is known only then
                 found = sample_statistics(x, mask, samples)
                 count = found.shape[1]
                 first = self._reserve(count, first)
-                self._room(count).copy_(found)
+                room = self._room(count, is_new=is_new).copy_(found)
             else:
-                count = samples_in(x.shape[0], samples)
+                count = rows
                 first = self._reserve(count, first)
-                sample_statistics(x, None, samples, first, self._room(count))
-            self._used += count
-            self._numbers.append((first, count))
+                room = self._room(count, is_new=is_new)
+                sample_statistics(x, None, samples, first, room)
+            self._wait(Met(first, room[0], room[1], positions(x, mask, rows, room), count == rows), is_new=is_new)
             self.calls += 1
             self._values += x.shape[0] * looked_at(x.shape)
         return first
 
-    def _room(self, count: int) -> Tensor:
+    def _wait(self, met: Met, *, is_new: bool) -> None:
+        """Let a call wait; pooled with an earlier call of the same forward on the same samples, if that waits still."""
+        earlier = None if is_new else self._waiting_at.get(met.first)
+        if earlier is not None and self._waiting[earlier].continues(met):
+            self._waiting[earlier] = self._waiting[earlier].pooled(met)
+            return
+        self._waiting_at.setdefault(met.first, len(self._waiting))
+        self._waiting.append(met)
+        self._used += len(met.mean)
+
+    def _room(self, count: int, *, is_new: bool) -> Tensor:
         """Return where means and variances of so many samples are to be put, (2, count, C); what waits may make room.
 
-        Small batches wait for each other: summing up costs more than they do.
+        Small batches wait for each other: summing up costs more than they do. Half of the memory is for the calls of a
+        forward pass that follow the first, so that as far as possible nothing is summed up between them.
         """
-        if self._used + count > self._waiting.shape[1]:
+        whole = self._memory.shape[1]
+        if self._used + count > (whole // 2 if is_new else whole):
             self._settle()
-            if count > self._waiting.shape[1]:
-                self._waiting = self._memory(count)
-        return self._waiting.narrow(1, self._used, count)
+        if self._used + count > whole:
+            self._memory = self._of_samples(count)
+        return self._memory.narrow(1, self._used, count)
 
-    def _memory(self, samples: int) -> Tensor:
+    def _of_samples(self, samples: int) -> Tensor:
         mean = self.reference.mean
         with torch.inference_mode(False):  # it is written to in any mode
             return torch.empty(2, samples, mean.numel(), dtype=torch.float64, device=mean.device)
@@ -252,25 +285,29 @@ class LayerStream:
         """Sum up what waits."""
         if not self._used:
             return
-        mean, variance = self._waiting[:, : self._used]
-        number = torch.cat([torch.arange(first, first + n, device=mean.device) for first, n in self._numbers])
+        mean, variance = self._memory[:, : self._used]
+        home = mean.device
+        number = torch.cat([torch.arange(m.first, m.first + len(m.mean), device=home) for m in self._waiting])
+        self._unit = self._unit or float(torch.as_tensor(self._waiting[0].positions).max())
+        weight = weights_of(self._waiting, self._unit, home)
         self._used = 0
-        self._numbers.clear()
+        self._waiting.clear()
+        self._waiting_at.clear()
         unit = self.reference.std
         a, b = (mean - self.reference.mean) / unit, variance / unit.square()
         if self._step is None:
-            self._put(0, a, b, number)
+            self._put(0, a, b, number, weight)
             return
         pane = number // self._step
         for index in range(max(int(pane.min()), self._oldest()), int(pane.max()) + 1):
             there = pane == index
             if bool(there.any()):
-                self._put(index, a[there], b[there], number[there])
+                self._put(index, a[there], b[there], number[there], None if weight is None else weight[there])
         for index in [index for index in self._panes if index < self._oldest()]:
             del self._panes[index]
 
-    def _put(self, index: int, a: Tensor, b: Tensor, number: Tensor) -> None:
-        new = SampleMoments.of(a, b, number)
+    def _put(self, index: int, a: Tensor, b: Tensor, number: Tensor, weight: Tensor | None) -> None:
+        new = SampleMoments.of(a, b, number, weight)
         nonfinite = (~(torch.isfinite(a) & torch.isfinite(b))).any(1).sum()
         known = self._panes.get(index)
         self._panes[index] = (

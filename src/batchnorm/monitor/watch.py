@@ -39,7 +39,8 @@ def watch(
 ) -> Watch:
     r"""Compare what each norm of a model meets with what it has stored, while a context lasts.
 
-    For each norm, with M_c and s²_c the mean and unbiased variance met in channel c, and μ_c, σ²_c stored:
+    For each norm, with M_c and s²_c the mean and unbiased variance of all values met in channel c, and μ_c, σ²_c
+    stored:
 
     .. math::
 
@@ -73,8 +74,8 @@ def watch(
 
     In a service that never ends, ``window`` lets only the last samples count, so that what is new is not lost in what
     was good before, and ``every`` looks at a part of the calls only, so that the others cost next to nothing.
-    Memory is bounded in any case: about 0.8 kB a channel, four times as much with a window, and a megabyte a norm
-    for what waits to be summed up.
+    Memory is bounded in any case: about 0.8 kB a channel (1.2 where maps differ in size), four times as much with a
+    window, and two megabytes a norm for what waits to be summed up.
 
     Of large feature maps some rows are looked at (see :mod:`batchnorm.monitor.positions`); the standard errors contain
     what that leaves open. What it costs is measured by ``python -m benchmarks.watch``.

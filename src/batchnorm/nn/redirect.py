@@ -113,6 +113,18 @@ def norms_for(
     return norms
 
 
+def require_arguments(verb: str, model: Any, names: str | Sequence[str] | None = None) -> None:
+    """Refuse what no block can be opened for, whatever mode the model is in.
+
+    Raises:
+        ArgumentTypeError: ``model`` is no module, or a name no text.
+        UnknownNameError: a name means no norm.
+    """
+    require_module(verb, model)
+    if names is not None and not torch.compiler.is_compiling() and named_norms(model):
+        _named(verb, model, names)
+
+
 def _named(verb: str, model: Module, names: str | Sequence[str] | None) -> dict[str, NormModule]:
     if not named_norms(model):
         if model.training:

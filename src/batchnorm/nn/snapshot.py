@@ -15,7 +15,7 @@ from batchnorm.files.tensor_memory import bytes_of, without_repeats
 from batchnorm.nn.pending import cancel_steps, settle_steps
 from batchnorm.nn.transaction import on_failure
 
-__all__ = ["Snapshot", "Structure", "untouched"]
+__all__ = ["Snapshot", "Structure", "set_eval", "untouched"]
 
 
 class Snapshot:
@@ -82,6 +82,13 @@ class Structure:
         for slots, tensors in self._slots:
             slots.clear()
             slots.update(tensors)  # type: ignore[arg-type]
+
+
+def set_eval(model: Module) -> None:
+    """Put every module into eval mode by its attribute: ``eval()`` may be overridden to do more than that."""
+    for module in model.modules():
+        if getattr(module, "training", False):
+            module.training = False
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import Module
 
+from batchnorm.blocks import block
 from batchnorm.errors import ArgumentTypeError, StateError, UnknownNameError, closest
 from batchnorm.nn.frozen import state_of
-from batchnorm.nn.redirect import Rule, norms_for, redirected, rule_of, set_aside
+from batchnorm.nn.redirect import Rule, norms_for, redirected, require_arguments, rule_of, set_aside
 from batchnorm.nn.select import NormModule
 
 __all__ = ["held_on_running", "no_update", "updates", "use"]
@@ -23,7 +23,11 @@ def updates(norm: NormModule, stand_in: NormModule) -> bool:
     return norm.training and stand_in.training and norm.track_running_stats and norm.running_mean is not None
 
 
-@contextmanager
+def _check_no_update(model: Module, names: str | Sequence[str] | None = None) -> None:
+    require_arguments("no_update", model, names)
+
+
+@block(_check_no_update)
 def no_update(model: Module, names: str | Sequence[str] | None = None) -> Iterator[None]:
     r"""Leave the running statistics as they are: in the block no call of a norm changes them.
 
@@ -70,7 +74,21 @@ def no_update(model: Module, names: str | Sequence[str] | None = None) -> Iterat
         yield
 
 
-@contextmanager
+def _check_use(statistics: str, model: Module, names: str | Sequence[str] | None = None) -> None:
+    if isinstance(statistics, Module):
+        raise ArgumentTypeError(
+            f'use: expected "batch" or "running" first and the model second; got {type(statistics).__name__} first. '
+            f'Write use("batch", model).'
+        )
+    if statistics not in ("batch", "running"):
+        raise UnknownNameError(
+            f'use: statistics {statistics!r} are unknown; there are "batch" and "running"'
+            f"{closest(str(statistics), ('batch', 'running')) or '.'}"
+        )
+    require_arguments("use", model, names)
+
+
+@block(_check_use)
 def use(statistics: str, model: Module, names: str | Sequence[str] | None = None) -> Iterator[None]:
     r"""Normalize by the batch's own statistics, or by the running ones, whatever mode the model is in.
 
@@ -112,16 +130,6 @@ def use(statistics: str, model: Module, names: str | Sequence[str] | None = None
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, algorithms 1 and 2.
     """
-    if isinstance(statistics, Module):
-        raise ArgumentTypeError(
-            f'use: expected "batch" or "running" first and the model second; got {type(statistics).__name__} first. '
-            f'Write use("batch", model).'
-        )
-    if statistics not in ("batch", "running"):
-        raise UnknownNameError(
-            f'use: statistics {statistics!r} are unknown; there are "batch" and "running"'
-            f"{closest(str(statistics), ('batch', 'running')) or '.'}"
-        )
     rule = _Use(statistics)
     norms = norms_for("use", model, names, rule.holds_for)
     if statistics == "running":

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, SyncBatchNorm
 
+from batchnorm.blocks import block
 from batchnorm.errors import StateError
 from batchnorm.functional.running_statistics import Counters, take_step
 from batchnorm.moments import Moments, expand_mask
 from batchnorm.nn.recomputation import recomputing
-from batchnorm.nn.redirect import Rule, norms_for, redirected, set_aside
+from batchnorm.nn.redirect import Rule, norms_for, redirected, require_arguments, set_aside
 from batchnorm.nn.select import NormModule
 from batchnorm.nn.statistics_in_use import updates
 from batchnorm.statistics.buffers import write_all
@@ -23,7 +23,11 @@ from batchnorm.statistics.buffers import write_all
 __all__ = ["accumulated_update"]
 
 
-@contextmanager
+def _check(model: Module, names: str | Sequence[str] | None = None) -> None:
+    require_arguments("accumulated_update", model, names)
+
+
+@block(_check)
 def accumulated_update(model: Module, names: str | Sequence[str] | None = None) -> Iterator[None]:
     r"""Take one step of the running statistics at the end of the block, with the moments of all its micro-batches.
 

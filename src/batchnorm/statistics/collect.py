@@ -103,7 +103,7 @@ class Collector(TorchDispatchMode):
 
     def _require_finite(self, site: Site, met: Moments) -> None:
         try:
-            require_finite(site, met)
+            require_finite(site.name, met)
         except NonFiniteError as error:
             self._failure = error
             raise
@@ -142,8 +142,8 @@ def require_channels(site: Site, met: Moments) -> None:
         raise ShapeError(f"{site.name or 'the norm'}: expected {expected} channels; got {met.num_features}")
 
 
-def require_finite(site: Site, met: Moments) -> None:
-    """Refuse what a norm met if some of it is not finite.
+def require_finite(name: str, met: Moments) -> None:
+    """Refuse what a norm, or another place of a model, met if some of it is not finite.
 
     Raises:
         NonFiniteError: it is not; the message lists the channels.
@@ -153,8 +153,7 @@ def require_finite(site: Site, met: Moments) -> None:
         channels = bad.nonzero().flatten().tolist()
         listed = ", ".join(map(str, channels[:4])) + (", ..." if len(channels) > 4 else "")
         raise NonFiniteError(
-            f"{site.name or 'the norm'} met NaN or infinity in {len(channels)} of its {met.num_features} channels "
-            f"({listed})"
+            f"{name or 'the norm'} met NaN or infinity in {len(channels)} of its {met.num_features} channels ({listed})"
         )
 
 

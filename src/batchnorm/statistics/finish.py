@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from batchnorm.nn.select import NormModule
 from batchnorm.statistics.agreement import Borrowed
 from batchnorm.statistics.buffers import write_all
 from batchnorm.statistics.outcome import Outcome
@@ -49,7 +50,7 @@ def finish(plan: Plan, sites: Sites, outcome: Outcome, ranks: Ranks, borrowed: B
     written += [Written(name, owner, key, getattr(owner, key).detach().clone()) for name, owner, key, _ in kept]
     if kept:
         outcome = replace(outcome, notes=(*outcome.notes, borrowed.note([name for name, *_ in kept])))
-    population = Population({site.name: _population(tally) for site, tally in tallies.items()})
+    population = Population({site.name: _population(site, tally) for site, tally in tallies.items()})
     result = RecalibrateResult(plan, outcome, layers, left, written, population)
     ranks.agree("ready to write")
     _write(changes, ranks)  # the last that happens: an interrupt after it would leave the new values
@@ -87,5 +88,6 @@ def _layer(site: Site, tally: Tally, old: dict[str, Tensor], new: dict[str, Tens
     )
 
 
-def _population(tally: Tally) -> LayerPopulation:
-    return LayerPopulation(tally.estimator.pooled, *tally.standard_errors(), tally.batches)
+def _population(site: Site, tally: Tally) -> LayerPopulation:
+    of_norm = isinstance(site.owner, NormModule)  # else a batch norm function was given buffers of that module
+    return LayerPopulation(tally.estimator.pooled, *tally.standard_errors(), tally.batches, of_norm)

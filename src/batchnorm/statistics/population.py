@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputError
 from batchnorm.files.tensor_file import read_tensors, write_tensors
+from batchnorm.harmless import harmless
 from batchnorm.moments import Moments
 
 __all__ = ["LayerPopulation", "Population"]
@@ -21,19 +23,26 @@ _PARTS = ("count", "mean", "m2", "mean_error", "variance_error")
 
 @dataclass(frozen=True, eq=False)
 class LayerPopulation:
-    """What one norm met.
+    """What one norm met, or another module.
 
     Attributes:
         moments: of all values, per channel.
         mean_error: standard error of the mean, float64, (C,).
         variance_error: standard error of the variance (divisor n), float64, (C,).
         batches: how many batches the values came in.
+        of_norm: whether it was a norm; None where that is not known, in files of before 0.1.0. A norm is given what it
+            is to normalize, the identity in the place of a folded one what the norm would have returned.
     """
 
     moments: Moments
     mean_error: Tensor
     variance_error: Tensor
     batches: int
+    of_norm: bool | None = None
+
+    def __repr__(self) -> str:
+        """Return one line, however many channels there are."""
+        return f"LayerPopulation({self.moments.num_features} channels, {_values(self)}, {_batches(self.batches)})"
 
     def batch_spread(self) -> tuple[Tensor, Tensor]:
         r"""Return the standard deviations of a batch's mean and variance (divisor m), (C,), for batches like those.
@@ -56,7 +65,7 @@ class Population:
 
     A state dict has no room for them, and one with new keys would not load elsewhere; so they are a file of their own,
     in the safetensors format: ``{name}/count``, ``/mean``, ``/m2`` (sum of squared deviations, no divisor),
-    ``/mean_error``, ``/variance_error``, float64, (C,).
+    ``/mean_error``, ``/variance_error``, float64, (C,), and the numbers ``/batches`` and ``/of_norm``.
 
     Attributes:
         layers: by the norm's name.
@@ -76,6 +85,18 @@ class Population:
 
     layers: Mapping[str, LayerPopulation]
 
+    def __repr__(self) -> str:
+        """Return one line, however many norms and channels there are."""
+        count = len(self.layers)
+        shown = ", ".join(harmless(name) or "the model" for name in list(self.layers)[:3]) + ", ..." * (count > 3)
+        most = max(self.layers.values(), key=lambda layer: layer.batches, default=None)
+        met = "" if most is None else f": {shown}; {_values(most)}, {_batches(most.batches)}"
+        return f"<Population of {count} layer{'s' * (count != 1)}{met}>"
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook."""
+        return f"<code>{escape(repr(self))}</code>"
+
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all, and return its path."""
         tensors: dict[str, Tensor] = {}
@@ -83,6 +104,8 @@ class Population:
             parts = (*layer.moments.state_dict().values(), layer.mean_error, layer.variance_error)
             tensors |= {f"{name}/{part}": t for part, t in zip(_PARTS, parts, strict=True)}
             tensors[f"{name}/batches"] = torch.tensor(layer.batches)
+            if layer.of_norm is not None:
+                tensors[f"{name}/of_norm"] = torch.tensor(layer.of_norm)
         write_tensors(Path(path), _FORMAT, tensors)
         return Path(path)
 
@@ -111,9 +134,28 @@ def _is_layer(name: str, tensors: Mapping[str, Tensor]) -> bool:
     is_whole = (
         len(shapes) == 1 and None not in shapes and all(shape is not None and len(shape) == 1 for shape in shapes)
     )
-    return is_whole and batches is not None and batches.shape == () and not batches.is_floating_point()
+    of_norm = tensors.get(f"{name}/of_norm", torch.tensor(True))
+    kind_is_known = of_norm.shape == () and of_norm.dtype == torch.bool
+    has_batches = batches is not None and batches.shape == () and not batches.is_floating_point()
+    return is_whole and has_batches and kind_is_known
 
 
 def _layer(name: str, tensors: Mapping[str, Tensor]) -> LayerPopulation:
     count, mean, m2, mean_error, variance_error = (tensors[f"{name}/{part}"] for part in _PARTS)
-    return LayerPopulation(Moments(count, mean, m2), mean_error, variance_error, int(tensors[f"{name}/batches"]))
+    of_norm = tensors.get(f"{name}/of_norm")
+    return LayerPopulation(
+        Moments(count, mean, m2),
+        mean_error,
+        variance_error,
+        int(tensors[f"{name}/batches"]),
+        None if of_norm is None else bool(of_norm),
+    )
+
+
+def _values(layer: LayerPopulation) -> str:
+    most = int(layer.moments.count.max()) if layer.moments.num_features else 0
+    return f"{most:,} value{'s' * (most != 1)} a channel"
+
+
+def _batches(count: int) -> str:
+    return f"{count:,} batch{'es' * (count != 1)}"

@@ -14,7 +14,7 @@ from batchnorm.nn.calling import Forward, call_on_batch
 from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.redirect import overlooked
 from batchnorm.nn.require import require_module
-from batchnorm.nn.snapshot import untouched
+from batchnorm.nn.snapshot import set_eval, untouched
 from batchnorm.nn.transaction import claim, transaction
 from batchnorm.nn.unsynchronized import unsynchronized
 from batchnorm.report.progress import progress_bar
@@ -169,7 +169,7 @@ def recalibrate(
             progress_bar("Recalibrating", total, progress) as advance,
         ):
             borrowed.write()
-            _set_eval(model)
+            set_eval(model)
             chosen = ESTIMATORS[estimator]
             if order == "parallel":
                 outcome = measure_in_parallel(model, call, batches, sites, chosen, ranks, tolerance, advance)
@@ -204,10 +204,3 @@ def _compared(plan: Plan, memory: Any, limit: float, cache: Any) -> dict[str, An
     """Return the arguments that must be the same in all processes; the folder of a cache is each one's own."""
     about = {"order": plan.order, "estimator": plan.estimator, "tolerance": plan.tolerance}
     return {**about, "memory": None if memory is None else limit, "cache": None if cache is None else "a folder"}
-
-
-def _set_eval(model: Module) -> None:
-    """Put every module into eval mode by its attribute: ``eval()`` may be overridden to do more than that."""
-    for module in model.modules():
-        if getattr(module, "training", False):
-            module.training = False

@@ -12,7 +12,7 @@ from batchnorm.statistics.estimators import Within
 from batchnorm.statistics.sites import Site
 from batchnorm.statistics.tally import Tally
 
-__all__ = ["Statistics", "new_values", "rounded", "statistics_of"]
+__all__ = ["Statistics", "new_values", "rounded", "statistics_of", "too_few"]
 
 Statistics: TypeAlias = "tuple[Tensor, Tensor]"
 """Mean and unbiased variance as a norm uses them in eval mode, (C,)."""
@@ -31,10 +31,7 @@ def new_values(site: Site, tally: Tally) -> dict[str, Tensor]:
     if missing:
         met = int(tally.estimator.pooled.count[missing[0]])
         scope = "in some batch" if isinstance(tally.estimator, Within) else "in all"
-        raise ShapeError(
-            f"recalibrate: {name}: a variance needs at least 2 values per channel {scope}; channel {missing[0]} met "
-            f"{met} in {tally.calls} calls. Pass larger or more batches. The model is as it was."
-        )
+        raise too_few("recalibrate", f"{name}: a variance", scope, missing[0], met, tally.calls)
     mean_key, variance_key, batches_key = site.keys
     new = {}
     for key, value, buffer in ((mean_key, mean, site.running_mean), (variance_key, variance, site.running_var)):
@@ -51,6 +48,14 @@ def new_values(site: Site, tally: Tally) -> dict[str, Tensor]:
         for key, value in zip((mean_key, variance_key), tally.stored, strict=True):
             new[key] = value.to(new[key].dtype).view_as(new[key])
     return new
+
+
+def too_few(verb: str, what: str, scope: str, channel: int, met: int, calls: int) -> ShapeError:
+    """Return the error of a channel that met too few values for a variance."""
+    return ShapeError(
+        f"{verb}: {what} needs at least 2 values per channel {scope}; channel {channel} met {met} in {calls} calls. "
+        "Pass larger or more batches. The model is as it was."
+    )
 
 
 def statistics_of(site: Site, tally: Tally) -> Statistics:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from batchnorm.blocks import block
 from batchnorm.errors import StateError, UnknownNameError, closest
 
 __all__ = ["available_isas", "isa", "library", "missing", "use_isa"]
@@ -64,18 +64,23 @@ def isa() -> str | None:
     return None if library is None else str(library.isa())
 
 
-@contextmanager
+def _check_isa(name: str) -> None:
+    if name not in available_isas():
+        there = ", ".join(available_isas()) or "none"
+        hint = closest(name, available_isas()) or "."
+        raise UnknownNameError(f"{name!r}: no such instruction set here; there are {there}{hint}")
+
+
+@block(_check_isa)
 def use_isa(name: str) -> Iterator[None]:
     """Run the kernels of one instruction set in this context, in all threads; for tests and measurements.
 
     Raises:
         UnknownNameError: this machine or this build does not have it.
     """
+    assert library is not None
     before = isa()
-    if library is None or not library.use_isa(name):
-        there = ", ".join(available_isas()) or "none"
-        hint = closest(name, available_isas()) or "."
-        raise UnknownNameError(f"{name!r}: no such instruction set here; there are {there}{hint}")
+    library.use_isa(name)
     try:
         yield
     finally:

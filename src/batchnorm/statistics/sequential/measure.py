@@ -296,7 +296,7 @@ def _goes_through(run: Run, sweep: Sweep) -> None:
     """
     arrival = run.go()
     while arrival is not None:
-        require_finite(arrival.site, moments_of(arrival.call.input, arrival.call.mask))
+        require_finite(arrival.site.name, moments_of(arrival.call.input, arrival.call.mask))
         if not sweep.lets_pass(arrival.site):
             return
         arrival = run.go(arrival.call.run_on(*sweep.normalizes_by(arrival.site)))

@@ -353,7 +353,7 @@ class Sweep:
         site, call = arrival.site, arrival.call
         met = moments_of(call.input, call.mask)
         require_channels(site, met)
-        require_finite(site, met)
+        require_finite(site.name, met)
         tally = self._tally(site, met.num_features, call)
         fewest, most = counts_of(call.input, met, call.mask)
         tally.add(met, traveller.index, first=arrival.visit == 1, fewest=fewest, most=most)
@@ -367,7 +367,7 @@ class Sweep:
         parts = Parts.of(call.input, traveller.number)
         met = parts.together()
         require_channels(site, met)
-        require_finite(site, met)
+        require_finite(site.name, met)
         tally = self._tally(site, met.num_features, call)
         tally.add_parts(parts, traveller.index, first=arrival.visit == 1)
         for index, brought in traveller.brought.items():
