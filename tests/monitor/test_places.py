@@ -280,6 +280,17 @@ def test_a_mask_that_is_given_later(monkeypatch) -> None:
     same_by_operators(lambda: ready(Masked()), 6, monkeypatch, set_mask)
 
 
+def test_calls_under_vmap_are_left_alone() -> None:
+    model = ready(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()))
+    many = torch.randn(5, 8, 3, generator=torch.Generator().manual_seed(0))
+    plain = torch.vmap(model)(many)
+    with torch.no_grad(), watch(model) as w:
+        for _ in range(3):
+            assert torch.equal(torch.vmap(model)(many), plain)
+            model(many[0])
+    assert w.result().layers[0].samples == 24
+
+
 def test_inputs_that_a_norm_refuses_do_not_count(met) -> None:
     model = ready(nn.Sequential(nn.Identity(), nn.BatchNorm2d(3)))
     with torch.no_grad(), watch(model) as w:

@@ -187,7 +187,9 @@ class Observer(Forwards):
 
     def _module_input(self, forward: _Call, name: str, x: Any) -> None:
         reference = self._into.references.get(name)
-        if reference is not None and _has_values(x) and x.dim() > 1:
+        if reference is None or torch._C._are_functorch_transforms_active():
+            return  # under vmap and its like a module is given a stand-in for many inputs
+        if _has_values(x) and x.dim() > 1:
             self._add(forward, name, x)
 
     def _add(self, forward: _Call, name: str, x: Tensor, mask: Tensor | None = None) -> None:

@@ -88,10 +88,11 @@ def reports_itself(module: Module) -> bool:
 def is_given(x: Tensor, args: Sequence[Any]) -> bool:
     """Whether what an operator was given is the first of a module's arguments."""
     given = args[0] if args else None
-    if type(given) is not Tensor or type(x) is not Tensor:
+    if type(given) is not Tensor or type(x) is not Tensor or torch._C._are_functorch_transforms_active():
         return False
     return x is given or (
-        (x.dtype, x.shape, x.stride()) == (given.dtype, given.shape, given.stride())
+        x.layout == given.layout == torch.strided
+        and (x.dtype, x.shape, x.stride()) == (given.dtype, given.shape, given.stride())
         and x.device == given.device
         and x.data_ptr() == given.data_ptr()
     )
