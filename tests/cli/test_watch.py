@@ -136,3 +136,17 @@ def test_what_was_measured_on_a_model_with_frozen_norms_is_a_reference(command: 
     assert command(*tuned, "-d", "images.npz", "--reference", "met.safetensors").code == 0
     assert command(*tuned, "-d", shifted(here), "--reference", "met.safetensors").code == 1
     assert "no such file" in command(*tuned, "-d", "images.npz", "--reference", "nowhere.safetensors").sentence.lower()
+
+
+@pytest.mark.parametrize("verb", ["watch", "recalibrate", "diagnose", "check", "fold"])
+def test_data_that_do_not_go_with_the_model_are_told_with_what_to_save(
+    command: Callable[..., Any], here: Path, verb: str
+) -> None:
+    pictures = np.zeros((8, 12, 12, 3), np.uint8)
+    np.savez(here / "bytes.npz", x=pictures.transpose(0, 3, 1, 2))
+    np.savez(here / "last.npz", x=pictures.astype(np.float32))
+    for name, said in (("bytes.npz", "are uint8"), ("last.npz", "Channels last? ")):
+        done = command(verb, *MODEL, "-d", name)
+        assert done.code == 2
+        assert said in done.err
+        assert "x.astype('float32') / 255" in done.err or "x.transpose(0, 3, 1, 2)" in done.err

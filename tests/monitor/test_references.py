@@ -143,6 +143,23 @@ def test_a_reference_of_single_values_is_refused() -> None:
         watch(norm, reference=Population({"@input": single}))
 
 
+def test_texts_say_what_was_compared_with(model: nn.Module) -> None:
+    folded = batchnorm.fold(model, images(2, 0)).model
+    reference = measure(folded, images(512, 5).split(32))
+    for shift in (0.0, 0.6):
+        with torch.no_grad(), watch(folded, reference=reference) as w:
+            folded(images(64, 3, shift))
+        result = w.result()
+        said = f"{result}{result.text(verbose=True)}{result.document()}"
+        assert "stored" not in said.replace("as stored", "")
+        assert "standard deviations of the reference" in said
+        assert result.to_dict()["by_reference"]
+    assert "2 of 2 layers met data that the reference does not describe" in result.summary
+    with torch.no_grad(), watch(model) as w:
+        model(images(64, 3))
+    assert "every norm met what it has stored" in w.result().summary
+
+
 def test_results_fit_a_screen_and_a_line(model: nn.Module) -> None:
     norms = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(60))).eval()
     norms[0].num_batches_tracked += 1

@@ -74,7 +74,7 @@ def test_the_page(result: MergeResult, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("means", "said"),
     [
-        ((0.0, 0.0), "up to 0% "),
+        ((0.0, 0.0), "No mean differs between the models"),
         ((0.0, 0.142), "up to 0.5% "),
         ((0.0, 0.002), "up to 0.0001% "),
         ((0, 200), "to 100% "),

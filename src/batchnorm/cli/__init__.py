@@ -87,7 +87,7 @@ def complain(sentence: str) -> None:
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, BatchNormError):
-        return one_line(str(error))
+        return f"{one_line(str(error))}{_doubt(error)}"
     usage = getattr(error, "format_message", None)  # an option typed wrong; the class moved between typer's versions
     if callable(usage):
         context = getattr(error, "ctx", None)
@@ -98,3 +98,11 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "not enough memory."
     return f"{reason(error)}. Run it again with --debug to see where."
+
+
+def _doubt(error: BatchNormError) -> str:
+    """Return what about the data may be why a model failed; nothing is imported for it."""
+    read = sys.modules.get("batchnorm.cli.load.batches")
+    failed = isinstance(error.__cause__, RuntimeError | TypeError | ValueError | IndexError)
+    said = read.doubt() if read is not None and failed and not isinstance(error.__cause__, BatchNormError) else ""
+    return f" {said}" if said else ""

@@ -218,7 +218,7 @@ class DiagnoseResult(Result):
                 _size(layer.distance),
                 _size(layer.deployed_distance),
                 _size(float(layer.mean_shift.abs().max())),
-                f"{float(layer.variance_ratio.min()):.3g} – {float(layer.variance_ratio.max()):.3g}",
+                f"{float(layer.variance_ratio.min()):.3g}\u00a0–\u00a0{float(layer.variance_ratio.max()):.3g}",
                 _size(float(layer.kl.mean())),
                 _size(layer.relative_error),
             )

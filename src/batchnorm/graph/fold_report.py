@@ -206,7 +206,7 @@ def _ms(seconds: float) -> str:
 
 
 def _quartiles(spread: Spread) -> str:
-    return f"{spread.lower * 1e3:.3g} – {spread.upper * 1e3:.3g} ms"
+    return f"{spread.lower * 1e3:.3g}\u00a0–\u00a0{spread.upper * 1e3:.3g}\u00a0ms"
 
 
 def _pictures(diagrams: Diagrams | None) -> list[Block]:

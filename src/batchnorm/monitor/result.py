@@ -31,6 +31,8 @@ class WatchResult(Result):
         every: of the calls of the model every so many-th was looked at.
         window: how many samples count at most, the last ones; None for all.
         notes: what the numbers do not say, as sentences.
+        by_reference: whether the comparison was with a population, and not with what the norms have stored. Standard
+            deviations are those of the reference then.
     """
 
     layers: tuple[LayerDrift, ...]
@@ -40,6 +42,7 @@ class WatchResult(Result):
     every: int = 1
     window: int | None = None
     notes: tuple[str, ...] = ()
+    by_reference: bool = False
 
     @property
     def verdict(self) -> Verdict:
@@ -68,13 +71,32 @@ class WatchResult(Result):
         """Number of samples that passed through the model."""
         return max((layer.samples for layer in self.layers), default=0)
 
+    @property
+    def _known(self) -> str:
+        return "the reference" if self.by_reference else "the stored statistics"
+
+    @property
+    def _unit(self) -> str:
+        return "standard deviations of the reference" if self.by_reference else "stored standard deviations"
+
+    @property
+    def _noun(self) -> str:
+        return "layer" if self.by_reference else "norm"  # a folded model has no norms
+
+    def _of(self, count: int) -> str:
+        return f"{count} of {len(self.layers)} {self._noun}{'s' * (len(self.layers) != 1)}"
+
     def document(self) -> Document:
         """Return the report as data."""
         summary, tone = self._told()
         judged = [layer for layer in self.layers if layer.distance is not None]
         plots = [self._plot(judged)] if len(judged) > 1 else []
         notes = [Paragraph(note) for note in self.notes]
-        sections = [Section("Norms", [*notes, self._layer_table(), *plots], [*notes, *self._worst_norms()])]
+        sections = [
+            Section(
+                f"{self._noun.capitalize()}s", [*notes, self._layer_table(), *plots], [*notes, *self._worst_norms()]
+            )
+        ]
         if self.saturation:
             sections.append(Section("Activations", [_activation_table(self.saturation)], self._worst_activations()))
         return Document("Watch", summary, sections, tone)
@@ -94,9 +116,9 @@ class WatchResult(Result):
         flagged = [row for row, layer in enumerate(self.layers) if layer.flagged]
         return [
             Table(
-                ["norm", "verdict", "distance", "at least", "worst channel"],
+                [self._noun, "verdict", "distance", "at least", "worst channel"],
                 rows,
-                caption=f"In stored standard deviations σ. Flagged: at least {self.tolerance:g}.",
+                caption=f"In {self._unit} σ. Flagged: at least {self.tolerance:g}.",
                 tones=dict.fromkeys(flagged, "bad"),
                 shown=foremost([finite_or_none(layer.distance) or 0.0 for layer in self.layers], flagged),
                 optional=("at least",),
@@ -120,13 +142,15 @@ class WatchResult(Result):
         flagged = [layer for layer in self.layers if layer.status == "drifted"]
         broken = [layer.name or "the model" for layer in self.layers if layer.nonfinite]
         if flagged or broken:
-            drift = f"Drift: {_of(len(flagged), self.layers)} met data that the stored statistics do not describe."
+            unknown = f"{self._known} {'does' if self.by_reference else 'do'} not describe"
+            drift = f"Drift: {self._of(len(flagged))} met data that {unknown}."
             nan = f"Non-finite values in {_some(broken)}; samples that hold them are left out there."
             return " ".join([drift] * bool(flagged) + [nan] * bool(broken)), "bad"
         judged = [layer for layer in self.layers if layer.status == "as stored"]
         if judged:
-            rest = "" if len(judged) == len(self.layers) else f" ({_of(len(judged), self.layers)} could be judged)"
-            return f"No drift: every norm met what it has stored{rest}, in {self.samples:,} samples.", "good"
+            rest = "" if len(judged) == len(self.layers) else f" ({self._of(len(judged))} could be judged)"
+            met = "every layer met what the reference did" if self.by_reference else "every norm met what it has stored"
+            return f"No drift: {met}{rest}, in {self.samples:,} samples.", "good"
         if self.samples:
             seen = f"{self.samples} sample{'s' * (self.samples > 1)} seen"
             return f"Not enough samples to judge: {seen}, at least {MIN_SAMPLES} needed.", "plain"
@@ -148,10 +172,10 @@ class WatchResult(Result):
         ]
         bad = [row for row, layer in enumerate(self.layers) if layer.flagged]
         return Table(
-            ["norm", "verdict", "samples", "effective", "distance", "lower bound", "detectable", "worst channel"],
+            [self._noun, "verdict", "samples", "effective", "distance", "lower bound", "detectable", "worst channel"],
             rows,
-            caption="Distance: how far the typical channel is from the stored statistics, in stored standard "
-            f"deviations σ, noise taken off. Flagged where its lower bound exceeds {self.tolerance:g}. Effective: "
+            caption=f"Distance: how far the typical channel is from {self._known}, in {self._unit} σ, noise taken off. "
+            f"Flagged where its lower bound exceeds {self.tolerance:g}. Effective: "
             "number of independent values behind a channel's mean. Detectable: about the smallest distance that this "
             "stream would have been flagged for.",
             tones=dict.fromkeys(bad, "bad"),
@@ -162,9 +186,9 @@ class WatchResult(Result):
     def _plot(self, judged: Sequence[LayerDrift]) -> Plot:
         names = [layer.name for layer in judged]
         return Plot(
-            "Distance from the stored statistics",
-            "norm",
-            "stored standard deviations",
+            f"Distance from {self._known}",
+            self._noun,
+            self._unit,
             [
                 Series("distance", names, [finite_or_none(layer.distance) or 0.0 for layer in judged], "bar"),
                 Series("tolerance", names, [self.tolerance] * len(judged), "dashed"),
@@ -181,6 +205,7 @@ class WatchResult(Result):
             "level": self.level,
             "every": self.every,
             "window": self.window,
+            "by_reference": self.by_reference,
             "notes": list(self.notes),
             "summary": self.summary,
             "layers": [
@@ -250,17 +275,13 @@ def _mostly_lost(use: ActivationUse) -> bool:
 
 
 def _words(worst: Sequence[ChannelDrift]) -> str | None:
-    """Return e.g. ``"41: +0.15 σ (2.4 s.e.), variance × 0.99"``."""
+    """Return e.g. ``"41: +0.15 σ (2.4 s.e.), variance × 0.99"``, with no-break spaces in what belongs together."""
     if not worst:
         return None
     w = worst[0]
-    errors = f" ({abs(w.standard_errors):.3g} s.e.)" if math.isfinite(w.standard_errors) else ""
-    ratio = f", variance × {w.variance_ratio:.3g}" if math.isfinite(w.variance_ratio) else ""
-    return f"{w.channel}: {w.shift:+.2g} σ{errors}{ratio}".replace("-", "−")
-
-
-def _of(count: int, layers: Sequence[LayerDrift]) -> str:
-    return f"{count} of {len(layers)} norm{'s' * (len(layers) != 1)}"
+    errors = f" ({abs(w.standard_errors):.3g}\u00a0s.e.)" if math.isfinite(w.standard_errors) else ""
+    ratio = f", variance\u00a0×\u00a0{w.variance_ratio:.3g}" if math.isfinite(w.variance_ratio) else ""
+    return f"{w.channel}:\u00a0{w.shift:+.2g}\u00a0σ{errors}{ratio}".replace("-", "−")
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:

@@ -220,6 +220,7 @@ class Watch:
             every=self._seen.every,
             window=window,
             notes=self._notes(judged),
+            by_reference=not self._by_buffers,
         )
 
     def _notes(self, layers: Sequence[LayerDrift]) -> tuple[str, ...]:

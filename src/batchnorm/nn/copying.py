@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.nn import Module
@@ -12,7 +12,16 @@ from torch.utils._pytree import tree_leaves
 
 from batchnorm.errors import StateError
 
-__all__ = ["copy_model"]
+__all__ = ["copied", "copy_model"]
+
+_Copied = TypeVar("_Copied")
+
+
+def copied(value: _Copied, memo: dict[int, Any] | None = None) -> _Copied:
+    """Return a deep copy, without what torch warns of where it copies the tree specs of exported programs itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`isinstance.treespec", FutureWarning)
+        return copy.deepcopy(value, memo)
 
 
 def copy_model(verb: str, model: Module, remedy: str) -> Module:
@@ -32,10 +41,7 @@ def copy_model(verb: str, model: Module, remedy: str) -> Module:
     kept = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
     try:
-        with warnings.catch_warnings():
-            # torch's own, of how the programs that torch.export makes are copied
-            warnings.filterwarnings("ignore", "`isinstance.treespec", FutureWarning)
-            return copy.deepcopy(model, memo)
+        return copied(model, memo)
     except Exception as error:
         raise StateError(
             f"{verb}: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). {remedy}"

@@ -7,6 +7,7 @@ row becomes a paragraph of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -54,7 +55,30 @@ def _least(texts: Iterable[str], whole: int) -> int:
 
 
 def _longest_word(texts: Iterable[str]) -> int:
-    return max((cell_len(word) for text in texts for word in text.split()), default=0)
+    return max((cell_len(word) for text in texts for word in _words(text)), default=0)
+
+
+def _words(text: str) -> list[str]:
+    """Return what stands between spaces and ends of lines; a no-break space is inside a word."""
+    return [word for word in re.split("[ \n]", text) if word]
+
+
+def _broken(text: str, width: int) -> str:
+    r"""Return a text with ends of lines where it is to be broken: Rich would break at no-break spaces, too.
+
+    >>> _broken("variance\xa0×\xa00.961, mean", 18).splitlines()
+    ['variance\xa0×\xa00.961,', 'mean']
+    """
+    if cell_len(text) <= width:
+        return text
+    lines: list[str] = [""]
+    for word in _words(text):
+        longer = f"{lines[-1]} {word}".lstrip()
+        if cell_len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines += [word]
+    return "\n".join(line for line in lines if line)
 
 
 def fitted(table: Table, room: int, more: str) -> RenderableType:
@@ -91,7 +115,7 @@ def _grid(table: Table, texts: Sequence[Sequence[str]], kept: Sequence[int], siz
         numeric = is_numeric(row[index] for row in table.rows)
         grid.add_column(Text(texts[index][0]), justify="right" if numeric else "left", width=width, overflow="fold")
     for number in range(len(table.rows)):
-        cells = [Text(texts[index][number + 1]) for index in kept]
+        cells = [Text(_broken(texts[i][number + 1], width)) for i, width in zip(kept, size, strict=True)]
         grid.add_row(*cells, style=STYLE[table.tones.get(number, "plain")])
     return grid
 

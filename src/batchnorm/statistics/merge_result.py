@@ -84,6 +84,11 @@ class MergeResult(Result):
         """What the merged statistics are, how far they may be trusted, and what to do about it."""
         if not self.layers:
             return "The model keeps no running statistics, so none had to be merged."
+        if self._alike:
+            return (
+                "No mean differs between the models, in any norm, so that nothing of a variance lies between them. Are "
+                "they different models, or one under several names?"
+            )
         shares = max(self.layers, key=lambda layer: float(layer.between_share.max()))
         wide = max(self.layers, key=lambda layer: float(layer.distance.max()))
         return (
@@ -94,11 +99,19 @@ class MergeResult(Result):
             "hand, measure them anew: batchnorm.recalibrate(result.model, batches)."
         )
 
+    @property
+    def _alike(self) -> bool:
+        """Whether nothing lies between the models, in any norm."""
+        return (
+            all(bool((layer.distance == 0).all() and (layer.between_share == 0).all()) for layer in self.layers)
+            and len(self.weights) > 1
+        )
+
     def document(self) -> Document:
         """Return one row a norm: how much of its variance lies between the models, and how far their means are."""
         facts = Facts([("weights", ", ".join(f"{weight:.4g}" for weight in self.weights))])
         blocks: list[Block] = [facts, Paragraph(self.advice)]
-        if self.layers:
+        if self.layers and not self._alike:
             blocks.append(_layer_table([layer.to_dict() for layer in self.layers]))
         return Document(f"Merge {type(self.model).__name__}", self.summary, [Section("", blocks)])
 

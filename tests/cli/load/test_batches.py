@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from batchnorm.cli.errors import CommandError
 from batchnorm.cli.load import load_batches
+from batchnorm.cli.load.batches import doubt
 
 MODEL = nn.Linear(3, 3)
 
@@ -132,3 +134,34 @@ def test_a_file_without_arrays_and_a_directory_are_told(tmp_path: Path) -> None:
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(CommandError, match=r"folder\.npz: Is a directory"):
         load_batches(str(tmp_path / "folder.npz"), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "said"),
+    [
+        (
+            "uint8",
+            (4, 3, 8, 9),
+            "The data in {} are uint8; .* x.astype\\('float32'\\) / 255, or scaled as in training",
+        ),
+        ("int16", (4, 3, 8, 9), "are int16; .* save x.astype\\('float32'\\)\\.$"),
+        (
+            "float32",
+            (4, 8, 9, 3),
+            "Channels last\\? .*takes 3 channels, .* x.transpose\\(0, 3, 1, 2\\)",
+        ),
+        ("uint8", (4, 8, 9, 3), "are uint8; .*Channels last"),
+        ("float32", (4, 3, 8, 9), "^$"),
+        ("float32", (4, 5, 8, 9), "^$"),
+        ("float32", (4, 3), "^$"),
+    ],
+)
+def test_what_does_not_go_with_the_first_layer_is_kept_for_an_error(
+    tmp_path: Path, kind: str, shape: tuple[int, ...], said: str
+) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.ones(shape, kind))
+    load_batches(str(path), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    assert re.search(said.format(re.escape(str(path))), doubt())
+    load_batches(str(path), nn.Sequential(nn.Embedding(4, 4)))  # which takes numbers
+    assert doubt() == ""

@@ -85,3 +85,19 @@ def test_an_interrupt_in_a_factory_is_not_swallowed(here: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         call_factory("--model", "net:x", interrupted)
+
+
+def test_only_what_a_file_defines_itself_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "import math\nimport torch.nn as nn\nfrom pathlib import Path\nfrom math import sqrt\n"
+        "def build(): ...\nclass Net: ...\nbatches = [1]\nready = nn.Linear(1, 1)\n"
+    )
+    (tmp_path / "own_names.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CommandError, match="has no 'zzzzzz'; it has Net, batches, build, ready"):
+        find_object("--model", "own_names:zzzzzz")
+    with (tmp_path / "own_many.py").open("w") as file:
+        file.writelines(f"a{i} = {i}\n" for i in range(8))
+    with pytest.raises(CommandError, match="it has a0, a1, a2, a3, a4 and 3 more"):
+        find_object("--model", "own_many:zzzzzz")

@@ -213,3 +213,25 @@ def test_no_file_a_directory_and_another_suffix_are_told(tmp_path: Path) -> None
     (tmp_path / "folder.pt").mkdir()
     with pytest.raises(CommandError, match="this is a directory"):
         read_weights(tmp_path / "folder.pt")
+
+
+def test_other_state_dicts_in_a_checkpoint_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "two.pth"
+    state = dict(filled(Small()))
+    torch.save({"model": state, "ema": state, "epoch": 3, "optimizer": {"lr": 0.1}}, path)
+    read_weights(path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "taking its entry 'model'. 'ema': another state dict in it; to take one: " in said
+    assert "torch.save(torch.load('two.pth')['ema'], 'ema.pth')" in said
+    torch.save({"model": state, "epoch": 3}, path)
+    read_weights(path)
+    assert "another" not in capsys.readouterr().err
+
+
+def test_suffixes_are_listed_and_a_program_is_sent_to_model() -> None:
+    with pytest.raises(
+        CommandError, match=r"\.safetensors, \.pt, \.pth, .* or \.bin; got \.pt2\. A \.pt2 is .* --model"
+    ):
+        read_weights(Path("net.pt2"))
+    with pytest.raises(CommandError, match=r"or \.bin; got \.txt\.$"):
+        read_weights(Path("net.txt"))

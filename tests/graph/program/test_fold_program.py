@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -80,6 +81,13 @@ def test_one_weight_stays_one_where_both_calls_become_the_same(net):
     assert len(result.folded) == 3
     assert sorted(result.model.state_dict) == ["conv.bias", "conv.weight", "head.bias", "head.weight"]
     same(result.model.module(), net, randn(2, 3, 6, 6, seed=1))
+
+
+def test_torchs_own_warnings_about_its_tree_specs_are_not_shown(net):
+    program = program_of(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        fold(program)
 
 
 def test_a_folded_program_survives_a_file(net, tmp_path):

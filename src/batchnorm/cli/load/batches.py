@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.cli.errors import CommandError, reason
 from batchnorm.cli.load.objects import call_factory, find_object
 from batchnorm.cli.output import note
 from batchnorm.report.provenance import source
 
-__all__ = ["ArrayBatches", "device_of", "dtype_of", "load_batches"]
+__all__ = ["ArrayBatches", "device_of", "doubt", "dtype_of", "load_batches"]
 
 _PREFERRED = ("x", "inputs")
+_doubt: ContextVar[str] = ContextVar("_doubt", default="")
 
 
 class ArrayBatches:
@@ -50,8 +53,10 @@ def load_batches(spec: str, model: Module, *, batch_size: int = 64) -> Iterable[
         CommandError: no such file or name, damaged, or not an iterable.
     """
     source("data", spec)
+    _doubt.set("")
     if spec.endswith(".npz"):
         array = _read_npz(Path(spec))
+        _doubt.set(_doubts(spec, array, model))
         tensor = torch.from_numpy(array)
         dtype = dtype_of(model) if tensor.is_floating_point() else tensor.dtype
         return ArrayBatches(tensor.to(device=device_of(model), dtype=dtype), batch_size)
@@ -68,6 +73,36 @@ def load_batches(spec: str, model: Module, *, batch_size: int = 64) -> Iterable[
             "Return a list of batches, such as list(x.split(64))."
         )
     return found
+
+
+def doubt() -> str:
+    """Return what about the array that was read last may be why a model failed on it, as sentences; "" for nothing."""
+    return _doubt.get()
+
+
+def _doubts(spec: str, array: np.ndarray[Any, np.dtype[Any]], model: Module) -> str:
+    """Return what about an array does not go with the model's first layer.
+
+    It is no error: a model may turn pictures of bytes into floats, or move the channels, itself.
+    """
+    said = []
+    layers = list(model.modules())
+    if array.dtype.kind in "iub" and not any(isinstance(m, torch.nn.Embedding | torch.nn.EmbeddingBag) for m in layers):
+        scaled = " / 255, or scaled as in training" if array.dtype == np.uint8 else ""
+        said.append(
+            f"The data in {spec} are {array.dtype}; a model takes floats, unless it converts them itself: save "
+            f"x.astype('float32'){scaled}."
+        )
+    first = next((m for m in layers if isinstance(m, _ConvNd)), None)
+    if first is not None and array.ndim == len(first.kernel_size) + 2:
+        channels = first.in_channels
+        if array.shape[1] != channels and array.shape[-1] == channels:
+            order = (0, array.ndim - 1, *range(1, array.ndim - 1))
+            said.append(
+                f"Channels last? The first convolution takes {channels} channels, which the last axis of the data has, "
+                f"of shape {array.shape}, and not the second: save x.transpose{order}."
+            )
+    return " ".join(said)
 
 
 def dtype_of(model: Module) -> torch.dtype:

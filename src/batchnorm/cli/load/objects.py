@@ -39,7 +39,7 @@ def find_object(option: str, spec: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError:
-            known = [name for name in dir(found) if not name.startswith("_")]
+            known = _own_names(found)
             where = getattr(found, "__file__", None) or type(found).__name__
             raise CommandError(
                 f"{option} {spec}: {where} has no {part!r}{closest(part, known) or _names(known)}"
@@ -102,9 +102,24 @@ def _import(option: str, module_name: str) -> Any:
         ) from error
 
 
+def _own_names(found: object) -> list[str]:
+    """Return what a module itself defines, or an object has; not what a module imports."""
+    names = [name for name in dir(found) if not name.startswith("_")]
+    if not inspect.ismodule(found):
+        return names
+
+    def is_own(value: object) -> bool:
+        if inspect.isclass(value) or inspect.isroutine(value):
+            return getattr(value, "__module__", None) in (found.__name__, None)
+        return not inspect.ismodule(value)
+
+    return [name for name in names if is_own(getattr(found, name, None))]
+
+
 def _names(known: list[str]) -> str:
     shown = ", ".join(known[:5])
-    return f"; it has {shown}{', …' if len(known) > 5 else ''}." if known else "."
+    more = f" and {len(known) - 5} more" if len(known) > 5 else ""
+    return f"; it has {shown}{more}" if known else ""
 
 
 def _like_module(spec: str) -> str:

@@ -36,9 +36,10 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     """
     source("weights", str(path))
     if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
+        program = " A .pt2 is a program with its weights: give it as --model." if path.suffix == ".pt2" else ""
         raise CommandError(
-            f"--weights {path}: expected a file that ends in .safetensors, {' '.join(TORCH_SUFFIXES)}; "
-            f"got {path.suffix or 'no suffix'}."
+            f"--weights {path}: expected a file that ends in .safetensors, {', '.join(TORCH_SUFFIXES[:-1])} or "
+            f"{TORCH_SUFFIXES[-1]}; got {path.suffix or 'no suffix'}.{program}"
         )
     if not path.exists():
         raise CommandError(f"--weights {path}: no such file.")
@@ -149,7 +150,7 @@ def _unwrap(path: Path, found: Any) -> Mapping[str, Tensor]:
         for key in _WRAPPERS:
             inner = found.get(key)
             if isinstance(inner, Mapping):
-                note(f"{path}: taking its entry {key!r}.")
+                note(f"{path}: taking its entry {key!r}.{_others(path, found, key)}")
                 found = inner
                 break
     if not isinstance(found, Mapping) or not found:
@@ -162,6 +163,24 @@ def _unwrap(path: Path, found: Any) -> Mapping[str, Tensor]:
             f"--weights {path}: expected tensors by name; its entry {odd!r} is of type {type(found[odd]).__name__}."
         )
     return found
+
+
+def _others(path: Path, found: Mapping[Any, Any], taken: str) -> str:
+    """Return which other entries of a checkpoint are state dicts, such as averaged weights, and how to take one."""
+    others = [key for key, value in found.items() if key != taken and _is_state(value)]
+    if not others:
+        return ""
+    are = "another state dict" if len(others) == 1 else "other state dicts"
+    return (
+        f" {', '.join(map(repr, others))}: {are} in it; to take one: "
+        f"torch.save(torch.load({path.name!r})[{others[0]!r}], {f'{others[0]}.pth'!r})."
+    )
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping) and len(value) > 0 and all(isinstance(tensor, Tensor) for tensor in value.values())
+    )
 
 
 def _without_prefix(model: Module, state: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module, Parameter
 
 from batchnorm.graph.program.constants import attribute
+from batchnorm.nn.copying import copied
 
 __all__ = ["Attributes", "Signature", "State", "memory_of", "put"]
 
@@ -141,10 +141,10 @@ class Signature(State):
     def __init__(self, program: ExportedProgram, module: GraphModule) -> None:
         self.module = module
         self.graph = module.graph
-        self.signature = copy.deepcopy(program.graph_signature)
+        self.signature = copied(program.graph_signature)
         self.values = dict(program.state_dict)
         self.constants = dict(program.constants)
-        self.module_calls = copy.deepcopy(program.module_call_graph)
+        self.module_calls = copied(program.module_call_graph)
         self._modules = _modules_of(program.graph)
 
     def nodes(self) -> Mapping[Node, str]:
