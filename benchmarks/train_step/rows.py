@@ -16,7 +16,7 @@ import torch
 from benchmarks.train_step.cases import Case
 
 import batchnorm
-from batchnorm.graph.measure import processor
+from batchnorm.folding.report.latency import processor
 
 Row: TypeAlias = dict[str, Any]
 

@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from batchnorm.checks import CheckResult, check
     from batchnorm.diagnosis.diagnose import diagnose
     from batchnorm.diagnosis.result import DiagnoseResult
+    from batchnorm.folding.fold import fold
+    from batchnorm.folding.refold import refold
+    from batchnorm.folding.result import FoldResult
+    from batchnorm.folding.unfold import unfold
     from batchnorm.functional import active_backend
-    from batchnorm.graph.convert import convert, revert
-    from batchnorm.graph.convert_result import ConvertResult
-    from batchnorm.graph.fold import fold
-    from batchnorm.graph.fold_result import FoldResult
-    from batchnorm.graph.place import PlaceResult, place
-    from batchnorm.graph.refold import refold
-    from batchnorm.graph.unfold import unfold
+    from batchnorm.fusion.convert import convert, revert
+    from batchnorm.fusion.result import ConvertResult
     from batchnorm.moments import Moments
     from batchnorm.monitor import WatchResult
     from batchnorm.monitor.watch import watch
     from batchnorm.nn.freeze import FreezeResult, freeze, is_frozen, unfreeze
     from batchnorm.nn.nonfinite import nonfinite_batches
     from batchnorm.nn.statistics_in_use import no_update, use
+    from batchnorm.placement.place import PlaceResult, place
     from batchnorm.statistics import MergeResult, RecalibrateResult
     from batchnorm.statistics.accumulated_update import accumulated_update
     from batchnorm.statistics.merge import merge
@@ -94,13 +94,13 @@ _HOMES = {
     "batchnorm.diagnosis.diagnose": ("diagnose",),
     "batchnorm.diagnosis.result": ("DiagnoseResult",),
     "batchnorm.functional": ("active_backend",),
-    "batchnorm.graph.convert": ("convert", "revert"),
-    "batchnorm.graph.convert_result": ("ConvertResult",),
-    "batchnorm.graph.fold": ("fold",),
-    "batchnorm.graph.fold_result": ("FoldResult",),
-    "batchnorm.graph.refold": ("refold",),
-    "batchnorm.graph.unfold": ("unfold",),
-    "batchnorm.graph.place": ("PlaceResult", "place"),
+    "batchnorm.fusion.convert": ("convert", "revert"),
+    "batchnorm.fusion.result": ("ConvertResult",),
+    "batchnorm.folding.fold": ("fold",),
+    "batchnorm.folding.result": ("FoldResult",),
+    "batchnorm.folding.refold": ("refold",),
+    "batchnorm.folding.unfold": ("unfold",),
+    "batchnorm.placement.place": ("PlaceResult", "place"),
     "batchnorm.moments": ("Moments",),
     "batchnorm.monitor": ("WatchResult", "watch"),
     "batchnorm.nn.freeze": ("FreezeResult", "freeze", "is_frozen", "unfreeze"),

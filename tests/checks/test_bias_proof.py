@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from batchnorm.checks.bias_proof import BiasProof
-from batchnorm.graph.trace import trace
+from batchnorm.dataflow.trace import trace
 
 PAIRS = {
     "conv": (nn.Conv2d(4, 6, 3, groups=2, padding=1), nn.BatchNorm2d(6), (4, 4, 5, 5)),

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from batchnorm.checks.patterns import layer_name, source, swap
+from batchnorm.dataflow.trace import trace
 from batchnorm.errors import StateError
-from batchnorm.graph.trace import trace
 
 
 def net() -> nn.Sequential:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from batchnorm.cli.load import load_model
-from batchnorm.graph.fold import fold
+from batchnorm.folding.fold import fold
 
 SHAPE = "4,3,32,32"
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import batchnorm
-from batchnorm.diagnosis.meeting import Basis
+from batchnorm.diagnosis.norm_record import Basis
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.diagnosis.sites import EverySite
 from batchnorm.diagnosis.trial import outstanding
+from batchnorm.models.calling import call_on_batch
 from batchnorm.moments import Moments
-from batchnorm.nn.calling import call_on_batch
 
 
 class Twice(nn.Module):

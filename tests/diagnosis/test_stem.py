@@ -9,7 +9,7 @@ from batchnorm.diagnosis.gaps import measure
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.diagnosis.sites import EverySite
 from batchnorm.diagnosis.stem import InputChange, explain
-from batchnorm.nn.calling import call_on_batch
+from batchnorm.models.calling import call_on_batch
 
 
 def explained(net, batches) -> InputChange | None:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm.functional
 import batchnorm.nn
-from batchnorm.functional import observing
+from batchnorm.functional import observers as observing
 from batchnorm.monitor import watch
 
 

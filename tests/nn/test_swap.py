@@ -1,4 +1,4 @@
-"""Classes exchanged, all or none; the verbs that do it are tested in tests/graph/test_convert.py."""
+"""Classes exchanged, all or none; the verbs that do it are tested in tests/fusion/test_convert.py."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_the_model_is_told_as_it_was_before_it_was_changed() -> None:
 
 def test_a_measured_fold_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     result = batchnorm.fold(net(), X)
-    monkeypatch.setattr("batchnorm.graph.fold_result.measure", lambda *_, **__: None)
+    monkeypatch.setattr("batchnorm.folding.result.measure", lambda *_, **__: None)
     assert result.measure(X).provenance == result.provenance
 
 

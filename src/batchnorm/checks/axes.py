@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from batchnorm.graph.dataflow import Call, Graph, Value
-from batchnorm.graph.families import LAYERS, PASSING, family
+from batchnorm.dataflow.graph import Call, Graph, Value
+from batchnorm.dataflow.operator_kinds import LAYERS, PASSING, family
 
 __all__ = ["feature_axes", "moved_axis"]
 

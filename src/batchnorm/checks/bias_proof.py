@@ -33,9 +33,9 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.checks.rule import Proof
-from batchnorm.graph.dataflow import Call
-from batchnorm.graph.families import family
-from batchnorm.graph.rounding import float64_gamma, to_float64
+from batchnorm.dataflow.graph import Call
+from batchnorm.dataflow.operator_kinds import family
+from batchnorm.models.float64 import float64_gamma, to_float64
 from batchnorm.nn.operators import named_arguments
 
 __all__ = ["BiasProof"]

@@ -11,12 +11,12 @@ from torch.nn import Module
 from batchnorm.checks.rule import Finding, Rule
 from batchnorm.checks.selection import find
 from batchnorm.checks.verify import Comparison, trace_in_mode
+from batchnorm.dataflow.sizes import runs_of
+from batchnorm.dataflow.trace import trace
 from batchnorm.errors import BatchNormError, VerificationError
-from batchnorm.graph.sizes import runs_of
-from batchnorm.graph.trace import trace
-from batchnorm.graph.verify import Agreement
-from batchnorm.nn.copying import copy_model
+from batchnorm.models.copying import copy_model
 from batchnorm.report import Document, Result, Section, Table
+from batchnorm.verification.end_to_end import Agreement
 
 __all__ = ["FixResult", "LeftFinding", "apply_fixes"]
 
@@ -42,7 +42,7 @@ class FixResult(Result):
         notes: what could not be verified, as sentences.
         error: the greatest difference of an output that the safe fixes made in eval mode, by rounding; None if there
             were none. It was measured before unsafe fixes.
-        bound: what rounding allows that output, see :mod:`batchnorm.graph.verify`.
+        bound: what rounding allows that output, see :mod:`batchnorm.verification.end_to_end`.
     """
 
     model: Module

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from batchnorm.checks.patterns import sole_reader, source
-from batchnorm.graph.dataflow import Call, Graph
-from batchnorm.graph.families import DROPOUTS, LAYERS, activation_kind, family, suppresses
-from batchnorm.graph.placement import norm_calls
+from batchnorm.dataflow.graph import Call, Graph
+from batchnorm.dataflow.operator_kinds import DROPOUTS, LAYERS, activation_kind, family, suppresses
+from batchnorm.placement.sites import norm_calls
 
 __all__ = ["activated_layer", "is_a_design"]
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import Module, Sequential
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.dataflow.graph import Call, Graph, Value
+from batchnorm.dataflow.operator_kinds import PASSING, family
 from batchnorm.errors import StateError
-from batchnorm.graph.dataflow import Call, Graph, Value
-from batchnorm.graph.families import PASSING, family
-from batchnorm.graph.insertion import KeyChanges
+from batchnorm.placement.insertion import KeyChanges
 
 __all__ = ["initial_statistics", "layer_name", "norm_module", "setting", "sole_reader", "source", "stored", "swap"]
 

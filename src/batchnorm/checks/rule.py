@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from torch.nn import Module
 
-from batchnorm.graph.dataflow import Call, Graph
-from batchnorm.graph.insertion import KeyChanges
+from batchnorm.dataflow.graph import Call, Graph
+from batchnorm.placement.insertion import KeyChanges
 
 __all__ = ["SECTIONS", "Finding", "Fix", "Proof", "Rule"]
 

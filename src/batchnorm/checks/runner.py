@@ -13,9 +13,9 @@ from batchnorm.checks.fix import FixResult, apply_fixes
 from batchnorm.checks.rule import Finding, Rule
 from batchnorm.checks.sarif import sarif_log
 from batchnorm.checks.selection import find, select_rules
+from batchnorm.models.preconditions import require_readable
+from batchnorm.models.transaction import transaction
 from batchnorm.nn.provenance import with_provenance
-from batchnorm.nn.require import require_readable
-from batchnorm.nn.transaction import transaction
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 
 __all__ = ["CheckResult", "check"]

@@ -10,8 +10,8 @@ from torch.nn import Module
 from batchnorm.checks.rule import Finding, Rule
 from batchnorm.checks.rules import RULES
 from batchnorm.checks.verify import in_mode
+from batchnorm.dataflow.trace import trace
 from batchnorm.errors import InputError, UnknownNameError, closest
-from batchnorm.graph.trace import trace
 
 __all__ = ["find", "select_rules"]
 

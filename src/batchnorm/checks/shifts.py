@@ -8,8 +8,8 @@ padding, means, interpolation), maxima, and operators that only rearrange.
 from __future__ import annotations
 
 from batchnorm.checks.axes import moved_axis
-from batchnorm.graph.dataflow import Call, Graph, Value
-from batchnorm.graph.families import BATCH_NORMS, family
+from batchnorm.dataflow.graph import Call, Graph, Value
+from batchnorm.dataflow.operator_kinds import BATCH_NORMS, family
 
 __all__ = ["cancelling_norms"]
 

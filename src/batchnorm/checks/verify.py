@@ -1,9 +1,9 @@
 """Whether safe fixes are safe: the model before and after them, compared in one mode.
 
-Three things have to hold, on the example inputs and on others of other sizes (:mod:`batchnorm.graph.sizes`). The same
+Three things have to hold, on the example inputs and on others of other sizes (:mod:`batchnorm.dataflow.sizes`). The same
 operators run on the same values, but for the tensors that were dropped. What each fix changed computes the same within
 the rounding of float64 (the fix's own proof). And the outputs differ by no more than rounding explains
-(:mod:`batchnorm.graph.verify`).
+(:mod:`batchnorm.verification.end_to_end`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.nn import Module
 
 from batchnorm.checks.patterns import layer_name
 from batchnorm.checks.rule import Finding, Rule
+from batchnorm.dataflow.graph import Graph
+from batchnorm.dataflow.trace import trace
 from batchnorm.errors import InputError, VerificationError
-from batchnorm.graph.compare import difference as dataflow_difference
-from batchnorm.graph.dataflow import Graph
-from batchnorm.graph.outputs import difference
-from batchnorm.graph.several import Several
-from batchnorm.graph.trace import trace
-from batchnorm.graph.verify import Agreement, Reference, run
-from batchnorm.nn.snapshot import untouched
+from batchnorm.models.outputs import difference
+from batchnorm.models.several import Several
+from batchnorm.models.snapshot import untouched
+from batchnorm.verification.end_to_end import Agreement, Reference, run
+from batchnorm.verification.same_dataflow import difference as dataflow_difference
 
 __all__ = ["Comparison", "in_mode", "trace_in_mode"]
 

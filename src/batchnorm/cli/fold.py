@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.nn import Module
 
-    from batchnorm.graph.fold_result import FoldResult
+    from batchnorm.folding.result import FoldResult
 
 __all__ = ["EPILOG", "fold"]
 
@@ -200,7 +200,7 @@ def _require_program_options(model: str, weights: Path | None, output: Path | No
 def _run(network: Module | ExportedProgram, example: Any, options: dict[str, Any]) -> FoldResult:
     from batchnorm.cli.errors import CommandError
     from batchnorm.errors import BatchNormError
-    from batchnorm.graph.fold import fold as run
+    from batchnorm.folding.fold import fold as run
 
     try:
         return run(network, example, **options)

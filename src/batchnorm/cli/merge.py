@@ -63,7 +63,7 @@ def merge(
         from batchnorm.cli.load.weights import fit_weights, read_weights
         from batchnorm.cli.save import save_model
         from batchnorm.errors import BatchNormError
-        from batchnorm.nn.copying import copy_model
+        from batchnorm.models.copying import copy_model
         from batchnorm.statistics.merge import merge as run
 
         network = load_model(model, seed=seed)

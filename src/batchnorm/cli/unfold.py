@@ -17,7 +17,7 @@ from batchnorm.report.result import record
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from batchnorm.graph.pairs import Pairs
+    from batchnorm.folding.writing.record import Pairs
 
 __all__ = ["EPILOG", "Unfolded", "unfold"]
 
@@ -100,7 +100,7 @@ def unfold(
         from batchnorm.cli.load import load_model
         from batchnorm.cli.load.weights import fit_weights, read_weights
         from batchnorm.cli.save import save_model
-        from batchnorm.graph.unfold import unfold as run
+        from batchnorm.folding.unfold import unfold as run
         from batchnorm.nn.provenance import describe
 
         network = load_model(model, seed=seed)
@@ -121,7 +121,7 @@ def unfold(
 def _read_pairs(path: Path, like: Module) -> Pairs:
     from batchnorm.cli.errors import CommandError
     from batchnorm.errors import BatchNormError
-    from batchnorm.graph.pairs import Pairs
+    from batchnorm.folding.writing.record import Pairs
 
     if not path.is_file():
         raise CommandError(f"--pairs {path}: no such file.")
@@ -134,7 +134,7 @@ def _read_pairs(path: Path, like: Module) -> Pairs:
 def _refold(network: Module, pairs: Pairs, model: str, path: Path) -> None:
     from batchnorm.cli.errors import CommandError
     from batchnorm.errors import StateError
-    from batchnorm.graph.refold import refold
+    from batchnorm.folding.refold import refold
 
     try:
         refold(network, pairs, inplace=True)

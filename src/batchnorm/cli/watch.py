@@ -131,8 +131,8 @@ def watch(
 def _watch(network: Module, batches: Any, **options: Any) -> WatchResult:
     import torch
 
+    from batchnorm.models.calling import call_on_batch
     from batchnorm.monitor.watch import watch as run
-    from batchnorm.nn.calling import call_on_batch
     from batchnorm.report.progress import progress_bar
     from batchnorm.statistics.stream import length_of, numbered
 

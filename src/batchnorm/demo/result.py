@@ -8,10 +8,10 @@ from typing import Any
 
 from batchnorm.checks import CheckResult
 from batchnorm.demo.training import Run
-from batchnorm.graph.fold_result import FoldResult
-from batchnorm.graph.place import PlaceResult
+from batchnorm.folding.result import FoldResult
 from batchnorm.monitor import WatchResult
 from batchnorm.nn.freeze import FreezeResult
+from batchnorm.placement.place import PlaceResult
 from batchnorm.report import Document, Result
 from batchnorm.report.result import finite_or_none
 from batchnorm.statistics import RecalibrateResult

@@ -13,17 +13,17 @@ from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 from batchnorm.checks import check
+from batchnorm.dataflow.threads import one_thread
 from batchnorm.demo.corruptions import CORRUPTIONS
 from batchnorm.demo.datasets import Dataset, load_digits, load_mnist
 from batchnorm.demo.result import Contender, DemoResult, Frozen, Inference, Watched
 from batchnorm.demo.training import BATCH, Run, accuracy, favourite_learning_rate, train
 from batchnorm.errors import InputError
-from batchnorm.graph.fold import fold
-from batchnorm.graph.fold_result import FoldResult
-from batchnorm.graph.place import PlaceResult, place
-from batchnorm.graph.threads import one_thread
+from batchnorm.folding.fold import fold
+from batchnorm.folding.result import FoldResult
 from batchnorm.monitor import watch
 from batchnorm.nn.freeze import freeze, unfreeze
+from batchnorm.placement.place import PlaceResult, place
 from batchnorm.report.progress import progress_bar
 from batchnorm.statistics import recalibrate
 

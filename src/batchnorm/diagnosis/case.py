@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from batchnorm.diagnosis.gaps import Gaps, LayerGap, measure
 from batchnorm.diagnosis.goal import Goal
-from batchnorm.diagnosis.meeting import Basis
+from batchnorm.diagnosis.norm_record import Basis
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.statistics.sites import Sites
 

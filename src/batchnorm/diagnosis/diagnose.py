@@ -11,17 +11,17 @@ from batchnorm.diagnosis.accusations import Accusations
 from batchnorm.diagnosis.case import Case
 from batchnorm.diagnosis.gaps import measure
 from batchnorm.diagnosis.goal import Goal
-from batchnorm.diagnosis.held import batch_size, hold
+from batchnorm.diagnosis.kept_batches import batch_size, hold
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.diagnosis.readings import Measure
 from batchnorm.diagnosis.result import DiagnoseResult, Metrics
 from batchnorm.diagnosis.sites import EverySite, accused_by, frozen_norms
-from batchnorm.nn.calling import Forward, call_on_batch
+from batchnorm.models.calling import Forward, call_on_batch
+from batchnorm.models.preconditions import require_module
+from batchnorm.models.snapshot import untouched
+from batchnorm.models.transaction import transaction
+from batchnorm.models.unsynchronized import unsynchronized
 from batchnorm.nn.provenance import with_provenance
-from batchnorm.nn.require import require_module
-from batchnorm.nn.snapshot import untouched
-from batchnorm.nn.transaction import transaction
-from batchnorm.nn.unsynchronized import unsynchronized
 from batchnorm.report.progress import progress_bar
 
 __all__ = ["diagnose"]

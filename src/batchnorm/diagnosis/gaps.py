@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from batchnorm.diagnosis.distance import kl, layer_distance, squared_distance, typical
-from batchnorm.diagnosis.meeting import Basis, Meeting, Statistics
+from batchnorm.diagnosis.norm_record import Basis, Meeting, Statistics
 from batchnorm.diagnosis.passes import Pass, Passes
 from batchnorm.diagnosis.population import population_of
 from batchnorm.report.result import finite_or_none

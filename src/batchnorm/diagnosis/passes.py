@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from batchnorm.diagnosis.meeting import Basis, Meeting, Meetings
+from batchnorm.diagnosis.norm_record import Basis, Meeting, Meetings
 from batchnorm.diagnosis.readings import Measure, Reader, Reading
 from batchnorm.errors import StateError
-from batchnorm.nn.calling import Forward
+from batchnorm.models.calling import Forward
 from batchnorm.statistics.collect import OnBatch
 from batchnorm.statistics.estimators import Pooled
 from batchnorm.statistics.failures import explained

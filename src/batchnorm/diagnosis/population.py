@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchnorm.diagnosis.meeting import Meeting, Statistics
+from batchnorm.diagnosis.norm_record import Meeting, Statistics
 from batchnorm.diagnosis.passes import Pass, Passes
 from batchnorm.errors import BatchNormError, ShapeError
 from batchnorm.statistics.estimators import Pooled

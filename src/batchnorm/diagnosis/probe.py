@@ -13,10 +13,10 @@ from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.diagnosis.held import batch_size, rows
+from batchnorm.diagnosis.kept_batches import batch_size, rows
 from batchnorm.diagnosis.passes import Passes
-from batchnorm.nn.calling import below_autograd
-from batchnorm.nn.transaction import on_failure
+from batchnorm.models.calling import below_autograd
+from batchnorm.models.transaction import on_failure
 
 __all__ = ["Leak", "find_leak", "order_of"]
 

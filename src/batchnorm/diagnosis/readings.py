@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from batchnorm.diagnosis.held import batch_size
+from batchnorm.diagnosis.kept_batches import batch_size
 from batchnorm.errors import ArgumentTypeError, BatchError
 from batchnorm.statistics.stream import in_one_line
 

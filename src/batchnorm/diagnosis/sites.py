@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from torch.nn import Module
 
 from batchnorm.errors import StateError
+from batchnorm.models.preconditions import lazy_names
 from batchnorm.nn.freeze import is_frozen
-from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import listed, meant_by, named_norms
 from batchnorm.statistics.sites import Sites, has_loose_pair
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchnorm.diagnosis.distance import layer_distance
 from batchnorm.diagnosis.gaps import LayerGap
-from batchnorm.diagnosis.held import float_inputs, with_input
+from batchnorm.diagnosis.kept_batches import float_inputs, with_input
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.moments import Moments
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from batchnorm.diagnosis.case import Case, Remedy
 from batchnorm.diagnosis.distance import layer_distance
-from batchnorm.diagnosis.meeting import Basis
+from batchnorm.diagnosis.norm_record import Basis
 from batchnorm.diagnosis.passes import Pass
 from batchnorm.errors import NonFiniteError
 from batchnorm.report.result import finite_or_none

@@ -14,10 +14,10 @@ from torch.nn import Parameter
 from batchnorm.errors import InputError
 from batchnorm.functional import dispatch
 from batchnorm.functional.fused import fused_batch_norm
-from batchnorm.functional.observing import followed
+from batchnorm.functional.observers import followed
 from batchnorm.functional.operator import batch_norm_operator, composite
 from batchnorm.functional.running_statistics import NOBODY, Counters
-from batchnorm.functional.torchs import torch_batch_norm
+from batchnorm.functional.torch_backend import torch_batch_norm
 from batchnorm.functional.validation import HALF, check_extras, check_valid_counts, first_problem
 from batchnorm.kernels.activation import activation_called
 from batchnorm.kernels.contract import Request

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from batchnorm.errors import StateError
-from batchnorm.functional.observing import followed, observed
+from batchnorm.functional.observers import followed, observed
 from batchnorm.functional.running_statistics import NOBODY, Counters, is_counter
 from batchnorm.kernels.activation import ACTIVATIONS, slope_below_zero
 from batchnorm.kernels.contract import Transform

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.functional.autograd import normalize_with_batch_statistics, normalize_with_given_statistics
-from batchnorm.functional.observing import notify
+from batchnorm.functional.observers import notify
 from batchnorm.functional.running_statistics import Counters, count_call, take_step
 from batchnorm.moments import expand_mask
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn import Identity, Module
 
 from batchnorm.errors import NonFiniteError, StateError, UnknownNameError, closest
+from batchnorm.models.calling import Forward, call_on_batch, compiled_modules_eager
+from batchnorm.models.preconditions import lazy_names, require_module
+from batchnorm.models.snapshot import set_eval, untouched
+from batchnorm.models.transaction import on_failure, transaction
+from batchnorm.models.unsynchronized import unsynchronized
 from batchnorm.moments import Moments
-from batchnorm.nn.calling import Forward, call_on_batch, compiled_modules_eager
 from batchnorm.nn.redirect import overlooked
-from batchnorm.nn.require import lazy_names, require_module
 from batchnorm.nn.select import NormModule, listed
-from batchnorm.nn.snapshot import set_eval, untouched
-from batchnorm.nn.transaction import on_failure, transaction
-from batchnorm.nn.unsynchronized import unsynchronized
 from batchnorm.statistics.collect import moments_of, require_finite
 from batchnorm.statistics.failures import explained
 from batchnorm.statistics.population import LayerPopulation, Population

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.functional.observing import attach, detach
+from batchnorm.functional.observers import attach, detach
+from batchnorm.models.calling import compiled_modules_eager
 from batchnorm.monitor.forwards import Forward, Forwards, Running
 from batchnorm.monitor.places import Place, Step, Traces, activation_in, is_given, is_visible, reports_itself
 from batchnorm.monitor.saturation import Activation, ActivationStream, activation_of
 from batchnorm.monitor.signatures import Signature, signature_of
 from batchnorm.monitor.stream import LayerStream, Reference
-from batchnorm.nn.calling import compiled_modules_eager
 from batchnorm.nn.operators import named_arguments
 from batchnorm.nn.select import NormModule
 

@@ -11,7 +11,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import NonFiniteError, ShapeError, StateError
-from batchnorm.graph.rounding import float64_device
+from batchnorm.models.float64 import float64_device
 from batchnorm.monitor.measure import INPUT_OF
 from batchnorm.monitor.stream import Reference
 from batchnorm.nn.select import NormModule

@@ -7,10 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from batchnorm.graph.rounding import float64_device
 from batchnorm.kernels.native import calls
 from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library
+from batchnorm.models.float64 import float64_device
 from batchnorm.moments import expand_mask
 from batchnorm.monitor.positions import parts, rows_in_place
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from batchnorm.graph.rounding import float64_device
+from batchnorm.models.float64 import float64_device
 from batchnorm.monitor.positions import distance, parts
 from batchnorm.monitor.stream import PANES
 

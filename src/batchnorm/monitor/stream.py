@@ -16,7 +16,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from batchnorm.graph.rounding import float64_device
+from batchnorm.models.float64 import float64_device
 from batchnorm.moments import Moments
 from batchnorm.monitor.positions import looked_at
 from batchnorm.monitor.samples import sample_statistics, samples_in

@@ -9,6 +9,7 @@ from types import TracebackType
 from torch.nn import Module
 
 from batchnorm.errors import ArgumentTypeError, ShapeError, StateError
+from batchnorm.models.preconditions import require_module
 from batchnorm.monitor.drift import LayerDrift, judge
 from batchnorm.monitor.observe import Observations, Observer
 from batchnorm.monitor.references import Comparable, from_buffers, from_population, keeps_statistics
@@ -16,7 +17,6 @@ from batchnorm.monitor.result import WatchResult
 from batchnorm.monitor.stream import PANES, LayerStream
 from batchnorm.nn.frozen import state_of
 from batchnorm.nn.provenance import with_provenance
-from batchnorm.nn.require import require_module
 from batchnorm.nn.select import NormModule, select_norms
 from batchnorm.statistics.population import Population
 

@@ -14,9 +14,9 @@ from batchnorm.errors import ArgumentTypeError, ShapeError
 from batchnorm.functional.batch_norm import normalize
 from batchnorm.functional.running_statistics import NOBODY, Counters
 from batchnorm.functional.validation import HALF, check_activation
+from batchnorm.models.recomputation import recomputing
 from batchnorm.nn.other_tools import Guarded, asked_for_class, give_way
 from batchnorm.nn.pending import defer
-from batchnorm.nn.recomputation import recomputing
 
 if TYPE_CHECKING:
     from typing_extensions import Self

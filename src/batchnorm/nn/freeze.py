@@ -11,11 +11,11 @@ from torch.nn import Module
 from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.errors import StateError
+from batchnorm.models.preconditions import lazy_names, require_module
+from batchnorm.models.transaction import on_failure, transaction
 from batchnorm.nn.frozen import THAWED, Exact, State, move, state_of, thawed_class
 from batchnorm.nn.provenance import with_provenance
-from batchnorm.nn.require import lazy_names, require_module
 from batchnorm.nn.select import NormModule, named_norms, select_norms
-from batchnorm.nn.transaction import on_failure, transaction
 from batchnorm.report import Document, Paragraph, Result, Section, Table
 
 __all__ = ["FreezeResult", "FrozenLayer", "freeze", "is_frozen", "unfreeze"]

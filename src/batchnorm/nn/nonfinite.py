@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch.nn import Module
 
 from batchnorm.errors import StateError
+from batchnorm.models.preconditions import require_module
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.nn.require import require_module
 from batchnorm.nn.select import named_norms
 
 __all__ = ["nonfinite_batches"]

@@ -36,8 +36,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from batchnorm.errors import StateError
 from batchnorm.functional import dispatch
 from batchnorm.kernels.activation import ACTIVATIONS, leaky_relu
+from batchnorm.models.recomputation import recomputing
 from batchnorm.nn.frozen import THAWED, state_of
-from batchnorm.nn.recomputation import recomputing
 from batchnorm.nn.redirect import shallow_copy
 
 if TYPE_CHECKING:

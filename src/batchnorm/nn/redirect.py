@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from batchnorm.errors import StateError
-from batchnorm.nn.calling import compiled_modules_eager
-from batchnorm.nn.require import require_module
+from batchnorm.models.calling import compiled_modules_eager
+from batchnorm.models.preconditions import require_module
 from batchnorm.nn.select import NormModule, listed, meant_by, named_norms, select_norms
 
 __all__ = [

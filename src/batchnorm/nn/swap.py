@@ -9,12 +9,12 @@ import torch
 from torch.nn import Module
 from torch.nn.utils.parametrize import is_parametrized
 
+from batchnorm.models.preconditions import lazy_names
+from batchnorm.models.transaction import on_failure
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.frozen import THAWED, state_of
 from batchnorm.nn.norm_act import timms_classes
-from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import NormModule, named_norms
-from batchnorm.nn.transaction import on_failure
 
 __all__ = ["OURS", "TORCHS", "become_torchs", "cannot_revert", "class_name", "norms_put_back", "swap", "why_left"]
 

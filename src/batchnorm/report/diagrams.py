@@ -9,7 +9,7 @@ from itertools import takewhile
 
 from batchnorm.report.cells import end_of_name
 from batchnorm.report.document import Diagram, Node, Panel, Role
-from batchnorm.report.layers import Layout, lay_out
+from batchnorm.report.graph_layout import Layout, lay_out
 
 __all__ = ["inside", "mark", "to_svg"]
 

@@ -13,8 +13,8 @@ from torch.nn import Module, SyncBatchNorm
 from batchnorm.blocks import block
 from batchnorm.errors import StateError
 from batchnorm.functional.running_statistics import Counters, take_step
+from batchnorm.models.recomputation import recomputing
 from batchnorm.moments import Moments, expand_mask
-from batchnorm.nn.recomputation import recomputing
 from batchnorm.nn.redirect import Rule, norms_for, redirected, require_arguments, set_aside
 from batchnorm.nn.select import NormModule
 from batchnorm.nn.statistics_in_use import updates

@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.errors import StateError
-from batchnorm.nn.digest import digest_of
+from batchnorm.models.digest import digest_of
 from batchnorm.nn.select import named_norms
 from batchnorm.statistics.buffers import write_all
 from batchnorm.statistics.ranks import Ranks

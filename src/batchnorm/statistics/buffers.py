@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from batchnorm.nn.transaction import on_failure
+from batchnorm.models.transaction import on_failure
 
 __all__ = ["write_all"]
 

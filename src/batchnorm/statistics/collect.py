@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from batchnorm.errors import NonFiniteError, ShapeError
 from batchnorm.kernels.contract import Request
 from batchnorm.kernels.native import NATIVE
+from batchnorm.models.calling import below_autograd
 from batchnorm.moments import Moments, expand_mask
-from batchnorm.nn.calling import below_autograd
 from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.operators import NormCall, run_with_functions
 from batchnorm.statistics.sites import Site, Sites

@@ -10,7 +10,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.errors import ArgumentTypeError, BatchError, BatchNormError, NonFiniteError
-from batchnorm.nn.calling import Forward, call_on_batch
+from batchnorm.models.calling import Forward, call_on_batch
 from batchnorm.nn.half_norms import half_norms
 from batchnorm.statistics.stream import in_one_line
 

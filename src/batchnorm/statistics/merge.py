@@ -14,10 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import ArgumentTypeError, NonFiniteError, ShapeError, StateError
 from batchnorm.files.tensor_memory import repeats
+from batchnorm.models.copying import copy_model
+from batchnorm.models.transaction import transaction
 from batchnorm.moments import Moments
-from batchnorm.nn.copying import copy_model
 from batchnorm.nn.provenance import with_provenance
-from batchnorm.nn.transaction import transaction
 from batchnorm.statistics.buffers import write_all
 from batchnorm.statistics.merge_result import MergedStatistics, MergeResult
 from batchnorm.statistics.merge_sources import (

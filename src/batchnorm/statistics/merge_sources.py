@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
 from batchnorm.errors import InputError, NonFiniteError, StateError, UnknownNameError, closest
-from batchnorm.nn.prefixes import wrapper_prefix
-from batchnorm.nn.require import lazy_names
+from batchnorm.models.preconditions import lazy_names
+from batchnorm.models.prefixes import wrapper_prefix
 from batchnorm.nn.select import named_norms
 from batchnorm.statistics.sites import BATCHES, MEAN, VARIANCE
 

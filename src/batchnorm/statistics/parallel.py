@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from batchnorm.nn.calling import Forward
+from batchnorm.models.calling import Forward
 from batchnorm.statistics.collect import OnBatch
 from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.failures import explained

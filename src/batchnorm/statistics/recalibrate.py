@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.nn import Module
 
 from batchnorm.errors import ShapeError, UnknownNameError, closest
-from batchnorm.nn.calling import Forward, call_on_batch
+from batchnorm.models.calling import Forward, call_on_batch
+from batchnorm.models.preconditions import require_module
+from batchnorm.models.snapshot import set_eval, untouched
+from batchnorm.models.transaction import claim, transaction
+from batchnorm.models.unsynchronized import unsynchronized
 from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.redirect import overlooked
-from batchnorm.nn.require import require_module
-from batchnorm.nn.snapshot import set_eval, untouched
-from batchnorm.nn.transaction import claim, transaction
-from batchnorm.nn.unsynchronized import unsynchronized
 from batchnorm.report.progress import progress_bar
 from batchnorm.statistics.agreement import agree
 from batchnorm.statistics.estimators import ESTIMATORS

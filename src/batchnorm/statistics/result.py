@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from batchnorm.errors import StateError
-from batchnorm.nn.transaction import on_failure, transaction
+from batchnorm.models.transaction import on_failure, transaction
 from batchnorm.report import Document, Paragraph, Result, Section, Table, foremost
 from batchnorm.report.document import Block
 from batchnorm.report.result import finite_or_none

@@ -14,9 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import StateError, UnknownNameError
 from batchnorm.files.tensor_memory import Footprint, footprint, repeats
+from batchnorm.models.preconditions import lazy_names
 from batchnorm.nn.frozen import state_of
 from batchnorm.nn.redirect import original_of
-from batchnorm.nn.require import lazy_names
 from batchnorm.nn.select import listed, meant_by, select_norms
 
 __all__ = ["Address", "Left", "NothingToMeasure", "Site", "Sites", "has_loose_pair"]

@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map
 
 from batchnorm.errors import EmptyStreamError
-from batchnorm.nn.calling import Forward
-from batchnorm.nn.require import require_module
+from batchnorm.models.calling import Forward
+from batchnorm.models.preconditions import require_module
 from batchnorm.nn.select import named_norms
 from batchnorm.statistics.recalibrate import recalibrate
 from batchnorm.statistics.result import Plan, RecalibrateResult

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from batchnorm.checks import Finding, check
-from batchnorm.graph.place import place
+from batchnorm.placement.place import place
 
 X = torch.randn(4, 3, 6, 6)
 

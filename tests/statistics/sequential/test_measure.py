@@ -145,7 +145,7 @@ def test_a_memory_bound_changes_nothing_but_the_way(options: dict[str, Any], tmp
 
 
 def test_what_waits_stays_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    from batchnorm.statistics.sequential.waiting import Waiting
+    from batchnorm.statistics.sequential.parked_runs import Waiting
 
     seen: list[float] = []
     keep = Waiting.keep

@@ -15,7 +15,7 @@ from tests.statistics.sequential.networks import assert_alike, expected, images,
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchError
-from batchnorm.nn.calling import compiled_modules_eager
+from batchnorm.models.calling import compiled_modules_eager
 from batchnorm.statistics import recalibrate
 from batchnorm.statistics.operators import NormCall
 from batchnorm.statistics.sequential import run, sweep

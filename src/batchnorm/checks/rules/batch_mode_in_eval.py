@@ -8,10 +8,10 @@ from torch.nn import Module
 
 from batchnorm.checks.patterns import layer_name, norm_module
 from batchnorm.checks.rule import Finding, Fix, Rule
+from batchnorm.dataflow.graph import Call, Graph
 from batchnorm.errors import StateError
-from batchnorm.graph.dataflow import Call, Graph
-from batchnorm.graph.insertion import KeyChanges
-from batchnorm.graph.placement import norm_calls
+from batchnorm.placement.insertion import KeyChanges
+from batchnorm.placement.sites import norm_calls
 
 __all__ = ["BatchModeInEval"]
 

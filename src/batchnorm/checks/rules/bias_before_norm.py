@@ -13,13 +13,13 @@ from batchnorm.checks.bias_proof import BiasProof
 from batchnorm.checks.patterns import layer_name, norm_module
 from batchnorm.checks.rule import Finding, Fix, Rule
 from batchnorm.checks.shifts import cancelling_norms
+from batchnorm.dataflow.graph import Call, Graph, Value
+from batchnorm.dataflow.norms import alternative_to, norm_uses, unreached_norms
+from batchnorm.dataflow.operator_kinds import BATCH_NORMS, LAYERS, family
 from batchnorm.errors import StateError
-from batchnorm.graph.dataflow import Call, Graph, Value
-from batchnorm.graph.families import BATCH_NORMS, LAYERS, family
-from batchnorm.graph.insertion import KeyChanges, module_obstacle, slots_of
-from batchnorm.graph.norms import alternative_to, norm_uses, unreached_norms
 from batchnorm.nn.freeze import is_frozen
 from batchnorm.nn.statistics_in_use import held_on_running
+from batchnorm.placement.insertion import KeyChanges, module_obstacle, slots_of
 
 __all__ = ["BiasBeforeNorm"]
 

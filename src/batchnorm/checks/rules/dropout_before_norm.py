@@ -8,9 +8,9 @@ from torch.nn import Module
 
 from batchnorm.checks.patterns import layer_name, source, swap
 from batchnorm.checks.rule import Finding, Fix, Rule
-from batchnorm.graph.dataflow import Call, Graph
-from batchnorm.graph.families import DROPOUTS, family
-from batchnorm.graph.placement import norm_calls
+from batchnorm.dataflow.graph import Call, Graph
+from batchnorm.dataflow.operator_kinds import DROPOUTS, family
+from batchnorm.placement.sites import norm_calls
 
 __all__ = ["DropoutBeforeNorm"]
 

@@ -9,9 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.checks.patterns import initial_statistics, layer_name, norm_module, setting, stored
 from batchnorm.checks.rule import Finding, Fix, Rule
-from batchnorm.graph.dataflow import Call, Graph
-from batchnorm.graph.placement import norm_calls
+from batchnorm.dataflow.graph import Call, Graph
 from batchnorm.nn.freeze import is_frozen
+from batchnorm.placement.sites import norm_calls
 
 __all__ = ["ExtremeMomentum"]
 

@@ -8,8 +8,8 @@ from torch.nn import Module
 
 from batchnorm.checks.patterns import initial_statistics, layer_name, norm_module, stored
 from batchnorm.checks.rule import Finding, Rule
-from batchnorm.graph.dataflow import Call, Graph
-from batchnorm.graph.placement import norm_calls
+from batchnorm.dataflow.graph import Call, Graph
+from batchnorm.placement.sites import norm_calls
 
 __all__ = ["FunctionalNormWithoutMode"]
 

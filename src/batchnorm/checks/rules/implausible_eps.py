@@ -8,8 +8,8 @@ from torch.nn import Module
 
 from batchnorm.checks.patterns import layer_name, norm_module, setting
 from batchnorm.checks.rule import Finding, Fix, Rule
-from batchnorm.graph.dataflow import Graph
-from batchnorm.graph.placement import norm_calls
+from batchnorm.dataflow.graph import Graph
+from batchnorm.placement.sites import norm_calls
 
 __all__ = ["ImplausibleEps"]
 

@@ -10,8 +10,8 @@ from torch.nn import Module
 
 from batchnorm.checks.patterns import layer_name, stored
 from batchnorm.checks.rule import Finding, Rule
-from batchnorm.graph.dataflow import Graph
-from batchnorm.graph.placement import norm_calls
+from batchnorm.dataflow.graph import Graph
+from batchnorm.placement.sites import norm_calls
 
 __all__ = ["InvalidValues"]
 

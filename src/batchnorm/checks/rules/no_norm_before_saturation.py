@@ -8,10 +8,10 @@ from torch.nn import Module
 
 from batchnorm.checks.patterns import layer_name
 from batchnorm.checks.rule import Finding, Fix, Rule
-from batchnorm.graph.dataflow import Graph
-from batchnorm.graph.families import family
-from batchnorm.graph.insertion import Insertion, module_obstacle
-from batchnorm.graph.placement import find_sites, obstacle
+from batchnorm.dataflow.graph import Graph
+from batchnorm.dataflow.operator_kinds import family
+from batchnorm.placement.insertion import Insertion, module_obstacle
+from batchnorm.placement.sites import find_sites, obstacle
 
 __all__ = ["NoNormBeforeSaturation"]
 

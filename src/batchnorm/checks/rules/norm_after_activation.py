@@ -9,9 +9,9 @@ from torch.nn import Module
 from batchnorm.checks.order import activated_layer, is_a_design
 from batchnorm.checks.patterns import layer_name, swap
 from batchnorm.checks.rule import Finding, Fix, Rule
-from batchnorm.graph.dataflow import Graph
-from batchnorm.graph.families import family, suppresses
-from batchnorm.graph.placement import norm_calls
+from batchnorm.dataflow.graph import Graph
+from batchnorm.dataflow.operator_kinds import family, suppresses
+from batchnorm.placement.sites import norm_calls
 
 __all__ = ["NormAfterActivation"]
 

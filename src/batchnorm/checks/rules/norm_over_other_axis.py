@@ -9,8 +9,8 @@ from torch.nn import Module
 from batchnorm.checks.axes import feature_axes
 from batchnorm.checks.patterns import layer_name
 from batchnorm.checks.rule import Finding, Rule
-from batchnorm.graph.dataflow import Graph
-from batchnorm.graph.placement import norm_calls
+from batchnorm.dataflow.graph import Graph
+from batchnorm.placement.sites import norm_calls
 
 __all__ = ["NormOverOtherAxis"]
 

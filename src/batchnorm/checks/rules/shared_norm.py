@@ -8,9 +8,9 @@ from torch.nn import Module
 
 from batchnorm.checks.patterns import layer_name, source
 from batchnorm.checks.rule import Finding, Rule
-from batchnorm.graph.dataflow import Call, Graph, Value
-from batchnorm.graph.families import LAYERS, family
-from batchnorm.graph.placement import norm_calls
+from batchnorm.dataflow.graph import Call, Graph, Value
+from batchnorm.dataflow.operator_kinds import LAYERS, family
+from batchnorm.placement.sites import norm_calls
 
 __all__ = ["SharedNorm"]
 

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.checks.patterns import initial_statistics, norm_module
 from batchnorm.checks.rule import Finding, Rule
-from batchnorm.graph.dataflow import Call, Graph
-from batchnorm.graph.placement import norm_calls
+from batchnorm.dataflow.graph import Call, Graph
+from batchnorm.placement.sites import norm_calls
 
 __all__ = ["StatisticsNeverUpdated"]
 

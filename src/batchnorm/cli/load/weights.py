@@ -18,7 +18,7 @@ from batchnorm.cli.errors import CommandError, reason
 from batchnorm.cli.output import note
 from batchnorm.errors import closest
 from batchnorm.files.tensor_memory import Footprint, footprint
-from batchnorm.nn.prefixes import wrapper_prefix
+from batchnorm.models.prefixes import wrapper_prefix
 from batchnorm.report.provenance import source
 
 __all__ = ["fit_weights", "read_weights"]

@@ -11,7 +11,7 @@ from batchnorm.diagnosis.case import Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, names_of
 from batchnorm.diagnosis.distance import layer_distance
 from batchnorm.diagnosis.gaps import LayerGap
-from batchnorm.diagnosis.meeting import Statistics
+from batchnorm.diagnosis.norm_record import Statistics
 
 __all__ = ["AverageNotArrived", "signs_of_initial"]
 

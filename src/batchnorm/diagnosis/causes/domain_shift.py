@@ -9,8 +9,8 @@ from typing import Any
 from batchnorm.diagnosis.case import Case, Remedy, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, names_of
 from batchnorm.diagnosis.gaps import TOLERANCE, LayerGap
-from batchnorm.diagnosis.held import first_tensor, float_inputs, with_input
-from batchnorm.diagnosis.meeting import Basis
+from batchnorm.diagnosis.kept_batches import first_tensor, float_inputs, with_input
+from batchnorm.diagnosis.norm_record import Basis
 from batchnorm.diagnosis.preparations import affine, line_of
 from batchnorm.diagnosis.stem import InputChange, explain
 

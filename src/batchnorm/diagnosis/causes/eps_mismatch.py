@@ -8,7 +8,7 @@ from batchnorm.diagnosis.case import Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, module_line, names_of
 from batchnorm.diagnosis.distance import squared_distance, typical
 from batchnorm.diagnosis.gaps import LayerGap
-from batchnorm.diagnosis.meeting import Basis, Statistics
+from batchnorm.diagnosis.norm_record import Basis, Statistics
 from batchnorm.diagnosis.passes import Pass
 from batchnorm.errors import NonFiniteError
 from batchnorm.statistics.sites import Site

@@ -12,8 +12,8 @@ from batchnorm.diagnosis.case import Case, Remedy, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, names_of
 from batchnorm.diagnosis.distance import layer_distance
 from batchnorm.diagnosis.gaps import TOLERANCE, LayerGap
-from batchnorm.diagnosis.held import first_tensor, float_inputs, with_input
-from batchnorm.diagnosis.meeting import Basis
+from batchnorm.diagnosis.kept_batches import first_tensor, float_inputs, with_input
+from batchnorm.diagnosis.norm_record import Basis
 from batchnorm.diagnosis.preparations import Preparation, Range, fitted, known, line_of
 from batchnorm.diagnosis.stem import explain, first_inputs
 from batchnorm.moments import Moments

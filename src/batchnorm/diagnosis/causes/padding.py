@@ -14,8 +14,8 @@ from batchnorm.diagnosis.case import Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, names_of
 from batchnorm.diagnosis.distance import layer_distance
 from batchnorm.diagnosis.gaps import TOLERANCE, LayerGap
-from batchnorm.diagnosis.held import batch_size, float_inputs, with_input
-from batchnorm.diagnosis.meeting import Statistics
+from batchnorm.diagnosis.kept_batches import batch_size, float_inputs, with_input
+from batchnorm.diagnosis.norm_record import Statistics
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.diagnosis.stem import explain, first_inputs
 from batchnorm.moments import Moments

@@ -11,7 +11,7 @@ from batchnorm.diagnosis.case import Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, module_line, names_of
 from batchnorm.diagnosis.distance import layer_distance
 from batchnorm.diagnosis.gaps import LayerGap
-from batchnorm.diagnosis.meeting import Basis, Statistics
+from batchnorm.diagnosis.norm_record import Basis, Statistics
 from batchnorm.moments import Moments
 
 __all__ = ["SharedNorm"]

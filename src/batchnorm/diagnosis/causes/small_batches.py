@@ -10,8 +10,8 @@ from batchnorm.diagnosis.case import SMALL, Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, names_of
 from batchnorm.diagnosis.distance import layer_distance
 from batchnorm.diagnosis.gaps import LayerGap
-from batchnorm.diagnosis.held import batch_size, split
-from batchnorm.diagnosis.meeting import Basis, Meeting
+from batchnorm.diagnosis.kept_batches import batch_size, split
+from batchnorm.diagnosis.norm_record import Basis, Meeting
 from batchnorm.statistics.sites import Site
 
 __all__ = ["SmallBatches"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batchnorm.diagnosis.case import Case, Suspicion
 from batchnorm.diagnosis.causes.cause import Cause, listing, module_line
-from batchnorm.diagnosis.meeting import Basis
+from batchnorm.diagnosis.norm_record import Basis
 from batchnorm.nn.select import named_norms
 
 __all__ = ["TrainMode"]

@@ -22,12 +22,12 @@ from batchnorm.integrations.lightning.processes import (
     own_part,
     require_one_network,
 )
-from batchnorm.nn.calling import Forward, call_on_batch
-from batchnorm.nn.require import lazy_names
+from batchnorm.models.calling import Forward, call_on_batch
+from batchnorm.models.preconditions import lazy_names
 from batchnorm.statistics.memory import limit_of
 from batchnorm.statistics.recalibrate import plan_of, recalibrate
 from batchnorm.statistics.result import RecalibrateResult
-from batchnorm.statistics.sequential.shelf import Shelf
+from batchnorm.statistics.sequential.disk_cache import Shelf
 from batchnorm.statistics.sites import Sites
 from batchnorm.statistics.stream import part_of, require_stream
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from batchnorm.nn.calling import Forward, call_on_batch
+from batchnorm.models.calling import Forward, call_on_batch
 
 __all__ = ["Group", "Groups", "joined"]
 

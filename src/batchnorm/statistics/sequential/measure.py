@@ -14,23 +14,23 @@ from torch import Tensor
 from torch.nn import Module
 
 from batchnorm.errors import BatchNormError, NonFiniteError, StateError
+from batchnorm.models.calling import Forward, below_autograd
 from batchnorm.moments import Moments
-from batchnorm.nn.calling import Forward, below_autograd
 from batchnorm.statistics.collect import moments_of, require_finite
 from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.failures import explained
 from batchnorm.statistics.outcome import Outcome
 from batchnorm.statistics.ranks import Ranks
-from batchnorm.statistics.sequential.ambient import Ambient
+from batchnorm.statistics.sequential.disk_cache import Shelf
+from batchnorm.statistics.sequential.fixed_point import Settling, distance
 from batchnorm.statistics.sequential.groups import Groups
-from batchnorm.statistics.sequential.inputs import Inputs, tensors_of
 from batchnorm.statistics.sequential.order import order_of
+from batchnorm.statistics.sequential.parked_runs import Waiting
+from batchnorm.statistics.sequential.replayable_batches import Inputs, tensors_of
 from batchnorm.statistics.sequential.resident import Resident
 from batchnorm.statistics.sequential.run import Run, Stuck
-from batchnorm.statistics.sequential.settle import Settling, distance
-from batchnorm.statistics.sequential.shelf import Shelf
 from batchnorm.statistics.sequential.sweep import Disturbed, RunFailed, Sweep, Traveller
-from batchnorm.statistics.sequential.waiting import Waiting
+from batchnorm.statistics.sequential.thread_context import Ambient
 from batchnorm.statistics.sites import Address, Site, Sites
 from batchnorm.statistics.stream import empty_stream
 from batchnorm.statistics.tally import Tally, merge_spreads

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.nn.calling import below_autograd, compiled_modules_eager
+from batchnorm.models.calling import below_autograd, compiled_modules_eager
 from batchnorm.statistics.operators import NormCall, run_with_functions
-from batchnorm.statistics.sequential.ambient import Ambient
-from batchnorm.statistics.sequential.storages import Storages
+from batchnorm.statistics.sequential.run_memory import Storages
+from batchnorm.statistics.sequential.thread_context import Ambient
 from batchnorm.statistics.sites import Site, Sites
 
 __all__ = ["Arrival", "Run", "Stuck"]

@@ -9,18 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
+from batchnorm.models.calling import below_autograd
 from batchnorm.moments import Moments
-from batchnorm.nn.calling import below_autograd
 from batchnorm.statistics.collect import counts_of, moments_of, require_channels, require_finite
 from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.operators import NormCall
 from batchnorm.statistics.parts import Parts
 from batchnorm.statistics.ranks import Ranks
+from batchnorm.statistics.sequential.fixed_point import distances
 from batchnorm.statistics.sequential.groups import Group, joined
-from batchnorm.statistics.sequential.inputs import Inputs
+from batchnorm.statistics.sequential.parked_runs import Waiting
+from batchnorm.statistics.sequential.replayable_batches import Inputs
 from batchnorm.statistics.sequential.run import Arrival, Run, Stuck
-from batchnorm.statistics.sequential.settle import distances
-from batchnorm.statistics.sequential.waiting import Waiting
 from batchnorm.statistics.sites import Address, Site, Sites
 from batchnorm.statistics.tally import Tally, merge_tallies
 from batchnorm.statistics.values import Statistics, statistics_of

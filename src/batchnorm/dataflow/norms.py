@@ -1,0 +1,216 @@
+"""The norms that a forward pass ran: which module each belongs to, and what is known against folding it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch.jit import ScriptModule
+from torch.nn import Linear, Module
+from torch.nn.modules.conv import _ConvNd
+
+from batchnorm.dataflow.graph import Call, Graph
+from batchnorm.dataflow.refusal import Refusal
+from batchnorm.folding.planning.replacement import StandIn, find_stand_in
+from batchnorm.models.hooks import hooks_of
+from batchnorm.nn.operators import NORM_OPERATORS
+from batchnorm.nn.select import NormModule, named_norms
+
+__all__ = [
+    "NormState",
+    "NormUse",
+    "alternative_to",
+    "check_norm",
+    "is_norm",
+    "norm_uses",
+    "require_no_alternative",
+    "unreached_norms",
+]
+
+_STATE = ("running_mean", "running_var", "weight", "bias")
+
+
+@dataclass(frozen=True, eq=False)
+class NormUse:
+    """Every call of one norm.
+
+    Attributes:
+        name: what a report calls it: the module's qualified name, or where the function was called.
+        owner: the module that holds its statistics, if one does.
+        calls: its operator calls, in order.
+    """
+
+    name: str
+    owner: Module | None
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
+class NormState:
+    """Qualified names of the tensors that a norm applies, None where it has none, and its ε."""
+
+    running_mean: str
+    running_var: str
+    weight: str | None
+    bias: str | None
+    eps: float
+
+
+def is_norm(call: Call) -> bool:
+    """Whether the call is a batch norm, by whatever operator."""
+    return call.op._schema.name in NORM_OPERATORS
+
+
+def norm_uses(model: Module, graph: Graph) -> list[NormUse]:
+    """Return the norms of a pass, in order of their first call; a functional call stands alone."""
+    calls: dict[object, list[Call]] = {}
+    found: dict[object, tuple[str, Module | None]] = {}
+    for call in graph.calls:
+        if not is_norm(call):
+            continue
+        name = _owner_name(model, call)
+        owner = None if name is None else model.get_submodule(name)
+        key = owner if owner is not None else call
+        found.setdefault(key, (call.module if name is None else name, owner))
+        calls.setdefault(key, []).append(call)
+    return [NormUse(_display(*found[key]), found[key][1], tuple(of_key)) for key, of_key in calls.items()]
+
+
+def unreached_norms(model: Module, uses: list[NormUse]) -> list[str]:
+    """Return the names of the model's norm modules that the pass did not run."""
+    reached = {id(use.owner) for use in uses}
+    return [name for name, module in named_norms(model).items() if id(module) not in reached]
+
+
+def alternative_to(model: Module, norm: Module, unreached: Iterable[str]) -> str | None:
+    """Return a norm that may run in place of ``norm`` for other inputs, though not for the example's.
+
+    One for each domain, width or task stands beside another: of as many channels, under a name that differs in one part
+    (``bns.0`` and ``bns.1``, ``source.bn`` and ``target.bn``), with no layer of its own in front of it.
+
+    Args:
+        model: the model.
+        norm: one of its norms, which the pass ran.
+        unreached: names of the norms that it did not run.
+    """
+    norms = named_norms(model)
+    names = [name.split(".") for name, module in norms.items() if module is norm]
+    for other in unreached:
+        parts = other.split(".")
+        for name in names:
+            differing = [i for i, (a, b) in enumerate(zip(name, parts, strict=False)) if a != b]
+            if len(name) != len(parts) or len(differing) != 1:
+                continue
+            part = model.get_submodule(".".join(parts[: differing[0] + 1]))
+            has_layer = any(isinstance(m, _ConvNd | Linear) for m in part.modules())
+            if norms[other].num_features == norms[".".join(name)].num_features and not has_layer:
+                return other
+    return None
+
+
+def require_no_alternative(model: Module, norm: Module | None, unreached: Iterable[str]) -> None:
+    """Refuse a norm in whose place another may run.
+
+    Raises:
+        Refusal: there is one; says which.
+    """
+    other = None if norm is None else alternative_to(model, norm, unreached)
+    if other is not None:
+        raise Refusal(
+            f"{other} stands beside it and is not reached by the example inputs: other inputs may take that way, and "
+            f"the layer before it cannot absorb both. Remove {other} if nothing uses it."
+        )
+
+
+def _display(name: str, owner: Module | None) -> str:
+    if owner is None:
+        return f"batch_norm in {name}" if name else "batch_norm in the model's forward"
+    return name or type(owner).__name__
+
+
+def _owner_name(model: Module, call: Call) -> str | None:
+    """Return the module that holds the call's statistics (or γ, β where it has none): the running one if it does."""
+    for key in _STATE:
+        holder = call.holder(key)
+        if holder is not None:
+            return holder
+    # a norm without any state is known by its class alone
+    return call.module if isinstance(model.get_submodule(call.module), NormModule) else None
+
+
+def check_norm(graph: Graph, use: NormUse) -> tuple[NormState, StandIn]:
+    """Return the state of a norm that can be taken away once others have absorbed it, and what stays of its module.
+
+    What counts is what the module's run did, not its class: this operator, and perhaps activations after it.
+
+    Raises:
+        Refusal: the norm has to stay; says why.
+    """
+    _require_fixed_statistics(use)
+    if use.owner is None:
+        raise Refusal("Its statistics are not held by any module of the model.")
+    if isinstance(use.owner, ScriptModule):
+        raise Refusal("It is part of a scripted module, which cannot be edited.")
+    name = next((run.name for run in graph.module_calls if run.module is use.owner), use.calls[0].module)
+    stays = find_stand_in(graph, use.owner, name, use.calls)
+    _require_no_hooks(use.owner)
+    state = _state_of(use)
+    _require_no_other_readers(graph, use)
+    return state, stays
+
+
+def _require_fixed_statistics(use: NormUse) -> None:
+    for call in use.calls:
+        if str(call.op) != "aten.batch_norm.default":
+            called = f"{call.op.namespace}::{call.name}"
+            raise Refusal(f"It is called as {called}, which may do more (a mask, a residual, an activation).")
+        if call.args["running_mean"] is None or call.args["running_var"] is None:
+            raise Refusal("It keeps no running statistics, so its output depends on the batch.")
+        if call.args["training"]:
+            raise Refusal("It is in batch mode, so its output depends on the batch; call model.eval() first.")
+
+
+def _require_no_hooks(owner: Module) -> None:
+    of_state = (
+        owner._state_dict_hooks,
+        owner._state_dict_pre_hooks,
+        owner._load_state_dict_pre_hooks,
+        owner._load_state_dict_post_hooks,
+    )
+    for kind in (*hooks_of(owner), *(["state-dict"] if any(of_state) else [])):
+        raise Refusal(f"It has a {kind} hook, which would be lost with it.")
+
+
+def _state_of(use: NormUse) -> NormState:
+    first = use.calls[0].args
+    if any(call.args[key] is not first[key] for call in use.calls for key in _STATE) or any(
+        call.args["eps"] != first["eps"] for call in use.calls
+    ):
+        raise Refusal("Its calls do not all apply the same statistics and parameters.")
+    names: dict[str, str | None] = {}
+    for key in _STATE:
+        value = first[key]
+        if value is not None and value.names and value.producer is not None:
+            raise Refusal(f"Its {key} is written to by {value.producer.name} before it runs.")
+        if value is not None and not (value.kind == "state" and value.names):
+            raise Refusal(f"Its {key} is not a parameter or buffer of the model.")
+        names[key] = None if value is None else value.names[0]
+    mean, var = names["running_mean"], names["running_var"]
+    assert mean is not None
+    assert var is not None
+    return NormState(mean, var, names["weight"], names["bias"], float(first["eps"]))
+
+
+def _require_no_other_readers(graph: Graph, use: NormUse) -> None:
+    """Whoever reads the norm's own tensors from outside would miss them; one who shares them has them still."""
+    for key in _STATE:
+        value = use.calls[0].args[key]
+        if value is None:
+            continue
+        owners = {name.rpartition(".")[0] for name in value.names}
+        strangers = [c for c in graph.readers(value) if c not in use.calls and c.module not in owners]
+        if strangers:
+            call = strangers[0]
+            raise Refusal(f"Its {key} is also read by {call.name} in {call.module or 'the model'}.")
+        if graph.is_output(value):
+            raise Refusal(f"Its {key} is also an output of the model.")

@@ -1,0 +1,295 @@
+"""Code of a model that no run reached: ways that other inputs may take, of which the runs show nothing.
+
+While the model runs, the instructions of its own functions that are executed are noted: of those in its classes' files,
+not of torch or of this package. In the syntax tree, what has none of them was not reached, of a function that ran. Of
+that only is told what depends on the inputs: the condition that leads there reads an argument or a local variable.
+Conditions on the model's settings, on its mode or on tracing, and ways that only raise, are no ways that inputs take.
+A local variable that is bound once, to what is read from the model alone, is one of its settings.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import linecache
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from batchnorm.models.transaction import on_failure
+from batchnorm.nn.input_normalization import INNER, WithNormalizedInput
+
+__all__ = ["Reached"]
+
+_ROOTS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_SETTINGS = {
+    *("training", "is_scripting", "is_tracing", "is_exporting", "is_compiling", "is_grad_enabled", "requires_grad"),
+    *("is_autocast_enabled", "is_torchdynamo_compiling", "_is_tracing"),
+}
+_MOST_NAMED = 4
+
+
+_parsing = threading.Lock()
+"""Before Python 3.13, of two threads that parse at once either may fail (cpython#106905)."""
+
+
+class Reached:
+    """The instructions of a model's own code that ran, in the file and function that they belong to.
+
+    Args:
+        model: the model, whose classes say which files are its own.
+    """
+
+    def __init__(self, model: Module) -> None:
+        if isinstance(model, WithNormalizedInput):
+            model = model.get_submodule(INNER)
+        classes = {kind for module in model.modules() for kind in type(module).__mro__}
+        files = {code.co_filename for kind in classes if (code := _forward_of(kind)) is not None}
+        self._files = {file for file in files if not file.startswith(_ROOTS) and not file.startswith("<")}
+        self._root = _forward_of(type(model))
+        self._ran: dict[CodeType, set[int]] = {}
+
+    def another(self) -> Reached:
+        """Return one of the same model of which nothing has run."""
+        other = copy.copy(self)
+        other._ran = {}
+        return other
+
+    def add(self, other: Reached) -> None:
+        """Count as reached what another one saw too."""
+        for code, offsets in other._ran.items():
+            self._ran.setdefault(code, set()).update(offsets)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note what runs in the body, in this thread."""
+        if not self._files:
+            yield
+            return
+        before = sys.gettrace()
+        on_failure(lambda: sys.settrace(before))
+        sys.settrace(self._enter)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+    def _enter(self, frame: FrameType, event: str, arg: Any) -> Any:
+        del event, arg
+        code = frame.f_code
+        if code.co_filename not in self._files:
+            return None
+        offsets = self._ran.setdefault(code, set())
+        frame.f_trace_lines = False
+        frame.f_trace_opcodes = True
+
+        def note(frame: FrameType, event: str, arg: Any) -> Any:
+            del event, arg
+            offsets.add(frame.f_lasti)
+            return note
+
+        return note
+
+    def sentences(self) -> list[str]:
+        """Return, as at most one sentence, which code was not reached."""
+        places = [place for file in sorted(self._files) for place in self._unreached_in(file)]
+        if not places:
+            return []
+        told = "; ".join(places[:_MOST_NAMED]) + (
+            f"; and {len(places) - _MOST_NAMED} more" * (len(places) > _MOST_NAMED)
+        )
+        return [
+            f"No run took these ways through the model's code, so that nothing is known of them: {told}. Inputs that "
+            "take them can be given as examples=[...]."
+        ]
+
+    def _unreached_in(self, file: str) -> Iterator[str]:
+        codes = [code for code in self._ran if code.co_filename == file]
+        lines = linecache.getlines(file)
+        if not codes or not lines:
+            return
+        try:
+            with _parsing:
+                tree = ast.parse("".join(lines))
+        except (SyntaxError, SystemError):  # the file is no longer what was run; or another thread parses by itself
+            return
+        ran = {position for code in codes for position in _positions(code, self._ran[code])}
+        for node in ast.walk(tree):
+            code = next((c for c in codes if _is_code_of(node, c)), None)
+            if code is None or not isinstance(node, ast.FunctionDef):
+                continue
+            found = _Function(node, code, ran, is_root=code is self._root)
+            for way in found.unreached(node.body, None):
+                yield f"{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}, {way.told(file)}"
+
+
+def _forward_of(kind: type) -> CodeType | None:
+    forward: Any = vars(kind).get("forward")
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    return getattr(forward, "__code__", None)
+
+
+def _is_code_of(node: ast.AST, code: CodeType) -> bool:
+    if not isinstance(node, ast.FunctionDef) or node.name != code.co_name:
+        return False
+    return code.co_firstlineno == min([node.lineno, *(d.lineno for d in node.decorator_list)])
+
+
+def _positions(code: CodeType, offsets: set[int]) -> Iterator[tuple[int, int]]:
+    """Yield line and column of instructions; the first column of a line where columns are not known (Python 3.10)."""
+    if sys.version_info >= (3, 11):
+        for number, (line, _, column, _) in enumerate(code.co_positions()):
+            if 2 * number in offsets and line is not None:
+                yield line, -1 if column is None else column
+    else:
+        for start, end, line in code.co_lines():
+            if line is not None and any(offset in offsets for offset in range(start, end, 2)):
+                yield line, -1
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Code that was not reached, and the condition that leads there."""
+
+    first: ast.stmt | ast.expr
+    last: ast.stmt | ast.expr
+    condition: ast.expr
+
+    def told(self, file: str) -> str:
+        """Return where it is, and what it depends on."""
+        end = self.last.end_lineno or self.last.lineno
+        lines = f"{self.first.lineno}" if end == self.first.lineno else f"{self.first.lineno}-{end}"
+        text = ast.unparse(self.condition)
+        return f"{Path(file).name}:{lines} (`{text if len(text) <= 60 else text[:57] + '...'}`)"
+
+
+class _Function:
+    """A function that ran, with what of it did."""
+
+    def __init__(self, node: ast.FunctionDef, code: CodeType, ran: set[tuple[int, int]], *, is_root: bool) -> None:
+        self._ran = ran
+        self._is_root = is_root
+        args = node.args
+        positional = [*args.posonlyargs, *args.args]
+        ignored = {positional[0].arg} if positional else set()
+        if not is_root:  # the model's own code calls it, always without these, or as it does here
+            ignored |= {arg.arg for arg in positional[len(positional) - len(args.defaults) :]}
+            ignored |= {arg.arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default}
+        owner = {positional[0].arg} if positional else set()
+        names = {*code.co_varnames, *code.co_cellvars}
+        self._names = names - ignored - _read_from(owner, node, names)
+        # what a model keeps for each device is the same on each: no other inputs lead there
+        devices = {arg.arg for arg in [*positional, *args.kwonlyargs]} & {"device"}
+        self._keys = (devices | _read_from(devices, node, names)) if devices else set()
+
+    def _reached(self, node: ast.stmt | ast.expr) -> bool:
+        start, end = (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
+        return any(start <= at < end if at[1] >= 0 else start[0] <= at[0] <= end[0] for at in self._ran)
+
+    def unreached(self, block: Sequence[ast.stmt], condition: ast.expr | None) -> Iterator[_Way]:
+        """Yield what was not reached of a block that was, or that ``condition`` leads to."""
+        before = condition
+        block = [statement for statement in block if not _says_nothing(statement)]
+        for number, statement in enumerate(block):
+            if not self._reached(statement):
+                if before is not None and self._depends_on_inputs(before) and not _only_stops(block[number:]):
+                    yield _Way(statement, block[-1], before)
+                return
+            yield from self._within(statement)
+            before = statement.test if isinstance(statement, ast.If) else before if number == 0 else None
+
+    def _within(self, statement: ast.stmt) -> Iterator[_Way]:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            return
+        blocks: list[tuple[Sequence[ast.stmt], ast.expr | None]] = []
+        if isinstance(statement, ast.If | ast.While):
+            blocks = [(statement.body, statement.test), (statement.orelse, statement.test)]
+        elif isinstance(statement, ast.For):
+            blocks = [(statement.body, statement.iter)]
+        elif isinstance(statement, ast.With):
+            blocks = [(statement.body, None)]
+        elif isinstance(statement, ast.Try):
+            blocks = [(statement.body, None), (statement.orelse, None), (statement.finalbody, None)]
+        elif isinstance(statement, ast.Match):
+            blocks = [(case.body, statement.subject) for case in statement.cases]
+        for block, condition in blocks:
+            yield from self.unreached(block, condition)
+        if sys.version_info < (3, 11):
+            return
+        for choice in _choices(statement):
+            if self._reached(choice.test) and self._depends_on_inputs(choice.test):
+                yield from (_Way(e, e, choice.test) for e in (choice.body, choice.orelse) if not self._reached(e))
+
+    def _depends_on_inputs(self, condition: ast.expr) -> bool:
+        """Whether what was looked at to decide is an argument or a local variable, and nothing else decided."""
+        names = [node for node in ast.walk(condition) if isinstance(node, ast.Name | ast.Attribute)]
+        if any((n.id if isinstance(n, ast.Name) else n.attr) in _SETTINGS for n in names):
+            return False
+        if not self._is_root and any(isinstance(n, ast.Name) and n.id in ("isinstance", "hasattr") for n in names):
+            return False
+        read = {n.id for n in names if isinstance(n, ast.Name) and n.id in self._names and self._reached(n)}
+        return bool(read - self._keys if self._looks_into_own(condition) else read)
+
+    def _looks_into_own(self, condition: ast.expr) -> bool:
+        """Whether it asks if something is among what the model itself holds: ``key not in self.cache``."""
+        return (
+            isinstance(condition, ast.Compare)
+            and isinstance(condition.ops[-1], ast.In | ast.NotIn)
+            and not any(isinstance(n, ast.Name) and n.id in self._names for n in ast.walk(condition.comparators[-1]))
+        )
+
+
+def _read_from(owner: set[str], function: ast.FunctionDef, names: set[str]) -> set[str]:
+    """Return the local variables that are bound once, to what is read from ``owner`` and from no other of ``names``.
+
+    ``aa = getattr(self, "aa", None)`` is one, and so is ``block`` in ``for block in self.blocks``. What is bound twice
+    may depend on the way that was taken between, and what is bound to a constant may be changed in place.
+    """
+    stored = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)]
+    sources = [
+        (target, node.value) for node in ast.walk(function) if isinstance(node, ast.Assign) for target in node.targets
+    ]
+    sources += [(node.target, node.iter) for node in ast.walk(function) if isinstance(node, ast.For)]
+    settings = set(owner)
+    while True:
+        before = len(settings)
+        for target, value in sources:
+            read = {n.id for n in ast.walk(value) if isinstance(n, ast.Name)} & names
+            bound = {n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            if read and read <= settings:
+                settings |= {name for name in bound if stored.count(name) == 1}
+        if len(settings) == before:
+            return settings - owner
+
+
+def _choices(statement: ast.stmt) -> Iterator[ast.IfExp]:
+    """Yield ``a if test else b`` in the expressions of a statement, not in the statements inside it."""
+    waiting: list[ast.AST] = [child for child in ast.iter_child_nodes(statement) if isinstance(child, ast.expr)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.IfExp):
+            yield node
+        if not isinstance(node, ast.Lambda):
+            waiting += list(ast.iter_child_nodes(node))
+
+
+def _says_nothing(statement: ast.stmt) -> bool:
+    """Whether a statement compiles to nothing: text, declarations."""
+    text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    bare = isinstance(statement, ast.AnnAssign) and statement.value is None
+    return text or bare or isinstance(statement, ast.Pass | ast.Global | ast.Nonlocal)
+
+
+def _only_stops(statements: Sequence[ast.stmt]) -> bool:
+    return all(isinstance(s, ast.Raise | ast.Assert | ast.Continue | ast.Break) for s in statements) or isinstance(
+        statements[-1], ast.Raise
+    )

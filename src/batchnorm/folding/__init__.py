@@ -1,0 +1,1 @@
+"""``fold``, ``unfold`` and ``refold``: norms with fixed statistics, absorbed by their neighbours."""

@@ -1,0 +1,272 @@
+"""A model folded: read, planned, proved on copies, compared end to end, and only then changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from batchnorm.dataflow.cost import Cost
+from batchnorm.dataflow.graph import Graph, Value
+from batchnorm.dataflow.norms import norm_uses
+from batchnorm.dataflow.sizes import Accepts, Runs, find_runs
+from batchnorm.dataflow.trace import trace
+from batchnorm.errors import InputError, StateError, VerificationError
+from batchnorm.folding.planning.merged_parameters import find_tensor
+from batchnorm.folding.planning.own_weights import ComputedWeights, untie
+from batchnorm.folding.planning.plan import Plan
+from batchnorm.folding.planning.replacement import StandIn
+from batchnorm.folding.proving.lost_range import lost_ranges
+from batchnorm.folding.proving.proved_plan import Options, Settled, copy_to_try, settle
+from batchnorm.folding.report.diagrams import draw_folded, draw_left, renamed
+from batchnorm.folding.report.int8_ranges import FoldedWeight, folded_weights
+from batchnorm.folding.report.sentences import tell
+from batchnorm.folding.result import Costs, FoldResult, Pictures
+from batchnorm.folding.writing.record import Pairs
+from batchnorm.folding.writing.rewrite import Rewrite
+from batchnorm.models.several import Several
+from batchnorm.models.transaction import on_failure
+from batchnorm.nn.input_normalization import INNER, NORMALIZATION, WithNormalizedInput, outer_name
+from batchnorm.verification.end_to_end import Agreement, Reference, run, spacing, verify, verify_float64
+
+__all__ = ["Options", "fold_model", "fold_with_normalization"]
+
+
+def fold_model(
+    model: Module,
+    example_inputs: Any,
+    inplace: bool,
+    options: Options,
+    examples: Sequence[Any] = (),
+    accepts: Accepts | None = None,
+) -> FoldResult:
+    """Fold a module; see :func:`batchnorm.fold`.
+
+    Args:
+        model: the module.
+        example_inputs: what it is run on.
+        inplace: whether it is changed itself.
+        options: what may be done.
+        examples: what else it is run on.
+        accepts: whether inputs of other sizes are such as it is meant for; None takes all on which it runs.
+
+    Raises:
+        InputError, StateError, VerificationError: as that says.
+    """
+    with torch.inference_mode(False):
+        labels = ("the example inputs", *(f"examples[{number}]" for number in range(len(examples))))
+        runs = find_runs(lambda: copy_to_try(model), Several((example_inputs, *examples), labels), accepts)
+        work = runs.model
+        if work is None:
+            work = copy_to_try(model)
+            run(work, runs.warming)  # what a model keeps from its first call is there in all that follow
+        graph, stored = _with_own_weights(work, runs)
+        settled = settle(work, graph, runs, options)
+        plan = settled.plan
+        if isinstance(model, WithNormalizedInput):
+            _require_normalization(plan)
+        stored = {name: layer for name, layer in stored.items() if name in plan.parameters.hosts}
+        result = replace(_told(model, work, settled), sizes=runs.told, unseen=runs.warnings)
+        if plan.changes:
+            try:
+                agreement, exact = _compared(model, work, settled, runs.of_user, bool(stored))
+            except VerificationError:
+                # who recovers a value from what a norm made of it loses digits, and so does x + (s − 1) x where s is
+                # small: more than rounding explains, perhaps
+                if any(step.led_back for step in plan.steps):
+                    without = replace(options, sharing=False)
+                elif any(step.beside is not None for step in plan.steps):
+                    without = replace(options, beside=False)
+                else:
+                    raise
+                return fold_model(model, example_inputs, inplace, without, examples, accepts)
+            result = replace(result, error=agreement.error, bound=agreement.bound, error_float64=exact)
+            assert result.costs is not None
+            after = Cost.of(work, trace(work, example_inputs))  # it has been folded for the comparison
+            result = replace(result, costs=replace(result.costs, after=after))
+        del work
+        target = model if inplace else copy_to_try(model)
+        if plan.changes:
+            pairs, weights = _change(target, settled, stored)
+            result = replace(result, pairs=pairs, weights=weights)
+    return replace(result, model=target)
+
+
+def _with_own_weights(work: Module, runs: Runs) -> tuple[Graph, dict[str, Module]]:
+    """Give the layers weights of their own; return the dataflow, and the layers whose computed weights are stored."""
+    untie(work)
+    weights = ComputedWeights()
+    graph = trace(work, runs.all, observer=weights.observe)
+    stored = _bearable(work, runs.all, weights.layers(graph))
+    if not stored:
+        return graph, {}
+    Rewrite().replace(work, stored)
+    return trace(work, runs.all), {name: copy.deepcopy(layer) for name, layer in stored.items()}
+
+
+def _bearable(work: Module, example_inputs: Any, stored: dict[str, Module]) -> dict[str, Module]:
+    """Return the plain layers that the model runs with: its code may read what these lack, a parametrization, say."""
+    if not stored or _runs_with(work, example_inputs, stored):
+        return stored
+    return {name: layer for name, layer in stored.items() if _runs_with(work, example_inputs, {name: layer})}
+
+
+def _runs_with(work: Module, example_inputs: Any, stored: dict[str, Module]) -> bool:
+    rewrite = Rewrite()
+    rewrite.replace(work, stored)
+    try:
+        run(work, example_inputs)
+    except InputError:
+        return False
+    finally:
+        rewrite.roll_back()
+    return True
+
+
+# -- what is told ----------------------------------------------------------------------------------------------------
+
+
+def _told(model: Module, work: Module, settled: Settled) -> FoldResult:
+    """Return the account of a plan, as the example's run shows it, before anything has been compared."""
+    plan = settled.plan.of_run(0)
+    becomes = {item.name: item.told for item in plan.leftovers}
+    told = tell(plan)
+    left = [replace(item, becomes=becomes.get(item.norm)) for item in plan.left]
+    left.sort(key=lambda item: plan.order[item.norm])
+    running = {use.name: use.calls[0] for use in norm_uses(work, plan.graph)}
+    reached = [item for item in told if item.norm in running]
+    cost = Cost.of(work, plan.graph)
+    return FoldResult(
+        model,
+        told,
+        left,
+        error=0.0,
+        bound=0.0,
+        on_random_inputs=settled.on_random_inputs,
+        costs=Costs(cost, cost),
+        pictures=Pictures(draw_folded(plan, reached), draw_left(plan, left, running)),
+        lost=lost_ranges(work, plan.parameters, settled.parameters),
+    )
+
+
+# -- the comparison --------------------------------------------------------------------------------------------------
+
+
+def _compared(
+    model: Module, work: Module, settled: Settled, example_inputs: Any, is_stored: bool
+) -> tuple[Agreement, float | None]:
+    """Fold ``work``, and compare it with what it was; and that with the model, where weights have been stored in it.
+
+    Returns:
+        the agreement in the model's own types, and the error in float64, None where it does not run in that.
+    """
+    touched = _touched(work, settled.plan)
+    reference = Reference.of(work, example_inputs, touched)
+    if is_stored:
+        verify(reference, run(copy_to_try(model), example_inputs))
+    exact = None
+    if settled.in_float64 is not None:
+        roundoff = max(spacing(tensor) / 2 for tensor in touched)
+        exact = verify_float64(*settled.in_float64, reference, roundoff)
+    Rewrite().apply(work, settled.plan, settled.parameters)
+    return verify(reference, run(work, example_inputs)), None if exact is None else exact.error
+
+
+def _touched(model: Module, plan: Plan) -> list[Tensor]:
+    """Return every tensor that goes into a new parameter, each once."""
+    names = list(plan.parameters.changed)
+    for use in (*(step.use for step in plan.steps), *(item.use for item in plan.leftovers)):
+        values = (use.calls[0].args[key] for key in ("running_mean", "running_var", "weight", "bias"))
+        names += [value.names[0] for value in values if isinstance(value, Value)]
+    tensors = (find_tensor(model, name) for name in dict.fromkeys(names))
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+# -- the change ------------------------------------------------------------------------------------------------------
+
+
+def _change(target: Module, settled: Settled, stored: dict[str, Module]) -> tuple[Pairs, list[FoldedWeight]]:
+    """Fold a model for good; return what it had before, and the weights before and after."""
+    plan, parameters = settled.plan, settled.parameters
+    going = [(target.get_submodule(step.module), step.stays) for step in plan.steps]
+    going += [(target.get_submodule(name), StandIn((layer,))) for name, layer in stored.items()]
+    going += [(target.get_submodule(item.module), item.stays(target)) for item in plan.leftovers]
+    pairs = Pairs.of(target, parameters, going, plan.parameters.borders).with_leftovers(target, plan.leftovers)
+    old = dict(pairs.parameters)
+    old |= {f"{name}.weight": layer._parameters["weight"] for name, layer in stored.items()}
+    weights = folded_weights(plan.parameters.hosts.values(), old, parameters)
+    with _all_or_nothing() as rewrite:
+        rewrite.replace(target, stored)
+        rewrite.apply(target, plan, parameters)
+    return pairs, weights
+
+
+@contextmanager
+def _all_or_nothing() -> Iterator[Rewrite]:
+    rewrite = Rewrite()
+    on_failure(rewrite.roll_back)
+    try:
+        yield rewrite
+    except BaseException:
+        rewrite.roll_back()
+        raise
+
+
+# -- the normalization of the input ----------------------------------------------------------------------------------
+
+
+def fold_with_normalization(
+    outer: WithNormalizedInput,
+    example_inputs: Any,
+    inplace: bool,
+    options: Options,
+    examples: Sequence[Any] = (),
+    accepts: Accepts | None = None,
+) -> FoldResult:
+    """Fold a model together with the normalization of its input, and return the result for the model itself."""
+    result = fold_model(outer, example_inputs, inplace, options, examples, accepts)
+    assert result.pairs is not None
+    told = [
+        replace(item, norm=outer_name(item.norm), into=outer_name(item.into), sentence=outer_name(item.sentence))
+        for item in result.folded
+    ]
+    left = [
+        replace(
+            item,
+            norm=outer_name(item.norm),
+            into=None if item.into is None else outer_name(item.into),
+            reason=outer_name(item.reason),
+        )
+        for item in result.left
+    ]
+    lost = [replace(item, parameter=outer_name(item.parameter)) for item in result.lost]
+    weights = [replace(item, name=outer_name(item.name)) for item in result.weights]
+    assert result.pictures is not None
+    pictures = Pictures(renamed(result.pictures.folded, outer_name), renamed(result.pictures.left, outer_name))
+    return replace(
+        result,
+        model=result.model.get_submodule(INNER),
+        folded=told,
+        left=left,
+        pairs=result.pairs.of_submodule(INNER),
+        lost=lost,
+        weights=weights,
+        pictures=pictures,
+    )
+
+
+def _require_normalization(plan: Plan) -> None:
+    """Refuse, before anything is changed, a model that cannot take in the normalization of its input.
+
+    Raises:
+        StateError: it cannot.
+    """
+    reason = next((item.reason for item in plan.left if item.norm == NORMALIZATION), None)
+    if reason is not None:
+        raise StateError(f"fold: the normalization of the input cannot be folded. {outer_name(reason)}")

@@ -1,0 +1,189 @@
+"""Norms that nobody can absorb: each becomes one multiply-add per channel, with the activation behind it.
+
+A norm in evaluation mode reads its input once and writes it once, and so does s·x + t: what can be saved is the pass of
+the activation behind it. Hence a norm is never split into a part that travels and a part that stays: the part would
+cost as much as the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import Identity, Module, Parameter
+
+from batchnorm.dataflow.graph import Call, Graph, ModuleCall
+from batchnorm.dataflow.norms import NormState, NormUse, check_norm, norm_uses, require_no_alternative, unreached_norms
+from batchnorm.dataflow.operator_kinds import fusible_activation
+from batchnorm.dataflow.refusal import Refusal
+from batchnorm.folding.planning.merged_parameters import find_tensor
+from batchnorm.folding.planning.plan import Plan
+from batchnorm.folding.planning.replacement import StandIn
+from batchnorm.folding.planning.splits import norm_map
+from batchnorm.models.hooks import hooks_of
+from batchnorm.nn.scale_shift import ScaleShift
+
+__all__ = ["Leftover", "failing", "find_leftovers"]
+
+
+@dataclass(frozen=True, eq=False)
+class Leftover:
+    """A norm that becomes a multiply-add.
+
+    Attributes:
+        use: the norm.
+        module: the qualified name of its module.
+        state: the names of its tensors.
+        scale: s, float64, (C,).
+        shift: t, likewise.
+        activation: the module of the activation that is computed with it, or None.
+        function: the name of that in ``batchnorm.kernels.activation.ACTIVATIONS``.
+        moved: the name under which the activation stands in the model, if an identity is to take its place there.
+    """
+
+    use: NormUse
+    module: str
+    state: NormState
+    scale: Tensor
+    shift: Tensor
+    activation: str | Module | None
+    function: str | None
+    moved: str | None
+
+    @property
+    def name(self) -> str:
+        """What a report calls the norm."""
+        return self.use.name
+
+    @property
+    def told(self) -> str:
+        """What stands there now, for a reader."""
+        return f"one multiply-add per channel{f', with its {self.function}' if self.function else ''}"
+
+    def build(self, model: Module) -> ScaleShift:
+        """Return what takes the place of the norm in ``model``: float64 values rounded once to its type."""
+        norm, like = model.get_submodule(self.module), find_tensor(model, self.state.running_mean)
+        assert like is not None
+        learns = any(p.requires_grad for p in norm.parameters(recurse=False))
+        weight, bias = (Parameter(_rounded(v, like), learns) for v in (self.scale, self.shift))
+        activation = self.activation
+        if isinstance(activation, str):
+            owner = model if self.moved is not None else norm
+            activation = owner.get_submodule(activation)
+        built = ScaleShift(weight, bias, activation, self.function)
+        built.training = norm.training
+        return built
+
+    def stays(self, model: Module) -> StandIn:
+        """Return what stands in the norm's place in ``model``; an activation that moves there is not in it."""
+        built = self.build(model)
+        built.activation = None
+        own = self.activation if self.moved is None else None
+        return StandIn((built,) if own is None else (built, own))
+
+
+def _rounded(values: Tensor, like: Tensor) -> Tensor:
+    """Return values in the type of statistics; of half precision ones in float32, in which kernels compute."""
+    return values.to(like.device, like.dtype if like.dtype == torch.float64 else torch.float32)
+
+
+def find_leftovers(model: Module, plan: Plan, kept: Collection[str]) -> list[Leftover]:
+    """Return the norms among those that a plan leaves which can become multiply-adds.
+
+    Args:
+        model: the model; it is not changed.
+        plan: what else is to be done with it.
+        kept: names of norms that are to stay as they are.
+    """
+    left = {item.norm for item in plan.left} - set(kept)
+    uses = norm_uses(model, plan.graph)
+    unreached = unreached_norms(model, uses)
+    found = []
+    for use in uses:
+        if use.name not in left:
+            continue
+        try:
+            require_no_alternative(model, use.owner, unreached)
+            found.append(_leftover(model, plan, use))
+        except Refusal:  # it stays the norm that it is, and the reason why it was not folded is the same
+            continue
+    return _with_activations_of_their_own(plan.graph, found)
+
+
+def _leftover(model: Module, plan: Plan, use: NormUse) -> Leftover:
+    state, stays = check_norm(plan.graph, use)
+    map_ = norm_map(plan.parameters, state)
+    like = find_tensor(model, state.running_mean)
+    assert like is not None
+    if not all(bool(torch.isfinite(_rounded(v, like)).all()) for v in (map_.scale, map_.shift)):
+        raise Refusal("Its scale or shift is not finite.")
+    name = use.calls[0].module
+    item = Leftover(use, name, state, map_.scale.reshape(-1), map_.shift.reshape(-1), None, None, None)
+    norm = model.get_submodule(name)
+    parts = [p for p in stays.parts if not (isinstance(p, str) and type(norm.get_submodule(p)) is Identity)]
+    if len(parts) > 1:
+        raise Refusal("Its module does more than normalize and activate.")
+    if parts:
+        return replace(item, activation=parts[0], function=_function_behind(plan.graph, use))
+    moved = _module_behind(plan.graph, use)
+    return (
+        item
+        if moved is None
+        else replace(item, activation=moved, function=_function_behind(plan.graph, use), moved=moved)
+    )
+
+
+def _function_behind(graph: Graph, use: NormUse) -> str | None:
+    """Return the one function, of those that kernels know, that is all that reads the norm's output."""
+    readers = [graph.only_reader(call.output) for call in use.calls]
+    functions = {None if reader is None else fusible_activation(reader) for reader in readers}
+    return functions.pop() if len(functions) == 1 else None
+
+
+def _module_behind(graph: Graph, use: NormUse) -> str | None:
+    """Return the module that computes that function, right after the norm, in all its runs."""
+    if _function_behind(graph, use) is None:
+        return None
+    names: set[str | None] = set()
+    for call in use.calls:
+        reader = graph.only_reader(call.output)
+        run = None if reader is None or reader.index != call.index + 1 else _run_of(graph, reader)
+        names.add(None if run is None else run.name)
+    return names.pop() if len(names) == 1 else None
+
+
+def _run_of(graph: Graph, reader: Call) -> ModuleCall | None:
+    """Return the run of one of torch's activations that consists of this operator and of nothing else."""
+    for run in graph.module_calls:
+        own = run.calls == [reader] and run.plain and run.outputs == (reader.output,)
+        if own and type(run.module).__module__ == "torch.nn.modules.activation" and not hooks_of(run.module):
+            return run
+    return None
+
+
+def _with_activations_of_their_own(graph: Graph, found: Sequence[Leftover]) -> list[Leftover]:
+    """Return the same, without activations that also run elsewhere: those go on running where they stand."""
+    fused = [call for item in found if item.moved is not None for call in item.use.calls]
+    ends = {id(graph.only_reader(call.output)) for call in fused}
+
+    def elsewhere(name: str) -> bool:
+        module = graph.runs_of(name)[0].module
+        return any(id(c) not in ends for run in graph.module_calls if run.module is module for c in run.calls)
+
+    return [
+        item
+        if item.moved is None or not elsewhere(item.moved)
+        else replace(item, activation=None, function=None, moved=None)
+        for item in found
+    ]
+
+
+def failing(items: Sequence[Leftover], fails: Callable[[Sequence[Leftover]], bool]) -> list[Leftover]:
+    """Return those with which something fails, found by halves; all of them if none of the halves alone fails."""
+    if len(items) == 1:
+        return list(items)
+    middle = len(items) // 2
+    found = [item for half in (items[:middle], items[middle:]) if fails(half) for item in failing(half, fails)]
+    return found or list(items)

@@ -1,0 +1,126 @@
+"""Layers with weights of their own: tied ones copied, computed ones stored, so that each can absorb something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.jit import ScriptModule
+from torch.nn import Module, Parameter
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from batchnorm.dataflow.graph import Call, Graph, ModuleCall, Value
+from batchnorm.dataflow.layer_of_call import plain_layer
+from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
+from batchnorm.dataflow.refusal import Refusal
+from batchnorm.folding.planning.merged_parameters import find_tensor, put_parameter
+
+__all__ = ["ComputedWeights", "same_weights", "ties", "untie"]
+
+
+def ties(model: Module) -> dict[str, str]:
+    """Return the parameters that a module shares with another, or has twice, by name: the name of the first place."""
+    first: dict[int, tuple[str, int, str]] = {}
+    found = {}
+    for name, module in model.named_modules():
+        for slot, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            qualified = f"{name}.{slot}".removeprefix(".")
+            known = first.setdefault(id(parameter), (qualified, id(module), slot))
+            if known[1:] != (id(module), slot):
+                found[qualified] = known[0]
+    return found
+
+
+def untie(model: Module, names: Iterable[str] | None = None) -> None:
+    """Give modules copies of parameters that others have too: of all, or of those of these names.
+
+    The model computes what it did.
+    """
+    for name in ties(model) if names is None else names:
+        module, old = model.get_submodule(name.rpartition(".")[0]), find_tensor(model, name)
+        if type(old) is Parameter and not isinstance(module, ScriptModule):
+            put_parameter(model, name, Parameter(old.detach().clone(), requires_grad=old.requires_grad))
+
+
+@dataclass(eq=False)
+class ComputedWeights:
+    """Looks, during a pass, at the weights that layers compute of their parameters: normalized ones, say."""
+
+    _seen: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def observe(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Keep the weight and bias of a linear operator, if it has another weight than a parameter."""
+        weight = call.args.get("weight")
+        if call.name in LINEAR_OPERATORS and isinstance(weight, Value) and weight.kind == "computed":
+            names = [argument.name for argument in call.op._schema.arguments]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            self._seen[call.index] = {
+                key: given[key].detach().clone() for key in ("weight", "bias") if given.get(key) is not None
+            }
+
+    def layers(self, graph: Graph) -> dict[str, Module]:
+        """Return, for each module that does nothing but to compute a weight and use it, the layer with that stored."""
+        found: dict[str, Module] = {}
+        by_name: dict[str, list[ModuleCall]] = {}
+        for run in graph.module_calls:
+            by_name.setdefault(run.name, []).append(run)
+        for name, runs in by_name.items():
+            calls = [call for run in runs for call in run.calls if call.index in self._seen]
+            if name and len(calls) == len(runs) and all(map(_only_computes, runs, calls)) and self._same(calls):
+                layer = self._layer(calls[0], runs[0].module)
+                if layer is not None:
+                    found[name] = layer
+        return found
+
+    def _same(self, calls: Sequence[Call]) -> bool:
+        """Whether every run used the same weight."""
+        first = self._seen[calls[0].index]
+        others = [self._seen[call.index] for call in calls[1:]]
+        return all(o.keys() == first.keys() and all(torch.equal(o[k], first[k]) for k in o) for o in others)
+
+    def _layer(self, call: Call, module: Module) -> Module | None:
+        try:
+            layer = plain_layer(call.name, {**call.args, "bias": None, **self._seen[call.index]})
+        except Refusal:
+            return None
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        return layer.train(module.training).requires_grad_(trained)
+
+
+def same_weights(one: Module, two: Module) -> bool:
+    """Whether two layers have the same parameters, bit for bit."""
+    first, second = one.state_dict(), two.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def _only_computes(run: ModuleCall, call: Call) -> bool:
+    """Whether a run takes one tensor, computes a weight of its state alone, and returns what the operator gives."""
+    if not run.plain or run.inputs != (call.args["input"],) or run.outputs != (call.output,) or _has_hooks(run.module):
+        return False
+    own: set[Value] = set()
+    for other in run.calls:
+        if other is call:
+            continue
+        read = list(other.tensor_args())
+        random = torch.Tag.nondeterministic_seeded in other.op.tags
+        if random or any(value.kind != "state" and value not in own for value in read):
+            return False
+        if any(value.kind == "state" and other.writes_into(value) for value in read):
+            return False
+        own.update(other.outputs)
+    used = [call.args["weight"], call.args.get("bias")]
+    return all(value is None or value in own or value.kind == "state" for value in used)
+
+
+def _has_hooks(module: Module) -> bool:
+    """Whether somebody watches the module; those that compute its weight before each run do not."""
+    weights = (WeightNorm, SpectralNorm)
+    watching = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, weights)]
+    registries = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return isinstance(module, ScriptModule) or bool(watching) or any(registries)

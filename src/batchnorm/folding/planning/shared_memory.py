@@ -1,0 +1,71 @@
+"""What a norm keeps apart in memory: its output is a copy, into which others may write."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from batchnorm.dataflow.graph import Call, Graph, Value
+from batchnorm.dataflow.norms import NormUse
+from batchnorm.dataflow.refusal import Refusal
+from batchnorm.travel.rules import place
+
+__all__ = ["norm_input", "require_not_written_into"]
+
+
+def norm_input(norm: Call) -> Value:
+    """Return what a norm reads.
+
+    Raises:
+        Refusal: the pass did not see it as a tensor.
+    """
+    value = norm.args.get("input")
+    if not isinstance(value, Value):
+        raise Refusal("Its input is not a tensor that the pass saw.")
+    return value
+
+
+def require_not_written_into(graph: Graph, use: NormUse, gone: Collection[Call]) -> None:
+    """Refuse a norm without which an operator would write into what others read.
+
+    What is written into its output is written into its input then, and into what that is a view of.
+
+    Raises:
+        Refusal: somebody else reads that.
+    """
+    for call in use.calls:
+        writers = [c for value in _aliases(graph, call.output) for c in graph.readers(value) if c.writes_into(value)]
+        if not writers:
+            continue
+        for value, reader in _same_memory(call, gone):
+            others = graph.others_than(value, {id(reader)})  # another call of the norm hands the same memory on
+            if others or value.producer is None:
+                who = others[0] if others else "the caller of the model, whose input it is"
+                raise Refusal(f"{place(writers[0])} would write into what is also read by {who}.", calls=writers[:1])
+
+
+def _same_memory(call: Call, gone: Collection[Call]) -> Iterator[tuple[Value, Call]]:
+    """Yield what a call reads, and what that may share its memory with, from call to call before it; who reads each."""
+    value = norm_input(call)
+    yield value, call
+    while (producer := value.producer) is not None and (producer in gone or _may_alias(producer)):
+        read = producer.args.get("input", producer.args.get("self"))
+        if not isinstance(read, Value):
+            return
+        value, call = read, producer
+        yield value, call
+
+
+def _aliases(graph: Graph, value: Value) -> Iterator[Value]:
+    """Yield a value, and those that may be the same memory: what views and operators that hand it on make of it."""
+    yield value
+    for call in graph.readers(value):
+        if _may_alias(call):
+            for output in call.outputs:
+                yield from _aliases(graph, output)
+
+
+def _may_alias(call: Call) -> bool:
+    return call.name in _MAY_ALIAS or call.op.is_view
+
+
+_MAY_ALIAS = {"reshape", "contiguous", "flatten", "dropout", "feature_dropout", "to", "alias", "detach", "view_as"}

@@ -1,0 +1,79 @@
+"""The map that a norm is, and the ways in which it can be cut into a part to go back and one to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from batchnorm.dataflow.linear_operators import Affine
+from batchnorm.dataflow.norms import NormState
+from batchnorm.dataflow.refusal import Refusal
+from batchnorm.folding.planning.merged_parameters import Parameters
+from batchnorm.travel.maps import Map
+
+__all__ = ["attempts", "norm_map"]
+
+
+def norm_map(parameters: Parameters, state: NormState) -> Map:
+    """Return what a norm computes with its parameters as they are now.
+
+    Raises:
+        Refusal: its statistics are unusable.
+    """
+    mean, var, weight, bias = (
+        None if name is None else parameters.named(name)
+        for name in (state.running_mean, state.running_var, state.weight, state.bias)
+    )
+    for name, tensor in (("running_mean", mean), ("running_var", var), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.is_meta:
+            raise Refusal(f"Its {name} is on the meta device, where tensors have no values.")
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise Refusal(f"Its {name} is not finite.")
+    assert mean is not None
+    assert var is not None
+    lowest = float(var.min()) if var.numel() else 1.0
+    if lowest < 0:
+        raise Refusal(f"Its running_var is negative ({lowest:.3g}).")
+    if lowest + state.eps <= 0:
+        raise Refusal("Its running_var and eps are both 0, so it divides by zero.")
+    affine = Affine.of_norm(mean, var, weight, bias, state.eps)
+    return Map(_on_cpu(affine.scale), _on_cpu(affine.shift))
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu()
+
+
+def attempts(map_: Map, with_borders: bool) -> Iterator[tuple[bool, tuple[Map | None, Map | None]]]:
+    """Yield all ways without borders, and after that, as they cost something, those with them."""
+    yield from ((False, way) for way in _ways(map_))
+    if with_borders:
+        yield from ((True, way) for way in _ways(map_))
+
+
+def _ways(map_: Map) -> Iterator[tuple[Map | None, Map | None]]:
+    r"""Yield how a map can be cut into a part for the operators before the norm and one for those after it.
+
+    All of it before; all of it after. Then, with s ≠ 0, the parts
+
+    .. math::
+
+        s x + t = s \left(x + \tfrac ts\right) = |s| \left(\operatorname{sign}(s)\, x + \tfrac t{|s|}\right)
+        = (s x) + t
+
+    of which a positive scale crosses a ReLU, and a shift crosses an addition. Both parts have to be absorbed: one that
+    stays is a pass over memory as the whole is, and is none only if it is the identity, which is one of the first two.
+    """
+    scale, shift = map_.scale, map_.shift
+    one, zero = torch.ones_like(scale), torch.zeros_like(shift)
+    yield map_, None
+    yield None, map_
+    if map_.only_scales or map_.only_shifts:
+        return
+    if bool((scale != 0).all()):
+        yield Map(one, shift / scale), Map(scale, zero)
+        if bool((scale < 0).any()):
+            yield Map(scale.sign(), shift / scale.abs()), Map(scale.abs(), zero)
+    yield Map(scale, zero), Map(one, shift)

@@ -1,0 +1,1 @@
+"""A plan proved before anything is changed: value by value in float64, and end to end."""

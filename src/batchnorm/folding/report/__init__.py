@@ -1,0 +1,1 @@
+"""What a fold tells: tables, sentences, pictures, cost."""

@@ -1,0 +1,169 @@
+"""What became of each norm of a plan: who absorbed which part, across what, and what that saves."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from torch.nn import Identity, Module
+
+from batchnorm.dataflow.cost import Saving
+from batchnorm.dataflow.graph import Call
+from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
+from batchnorm.dataflow.operator_kinds import family
+from batchnorm.dataflow.refusal import listed
+from batchnorm.folding.planning.absorbers import Host
+from batchnorm.folding.planning.merged_parameters import find_tensor
+from batchnorm.folding.planning.plan import Plan, Step
+from batchnorm.folding.result import FoldedNorm
+
+__all__ = ["crossed_calls", "tell"]
+
+_MOST_NAMED = 4
+
+
+def tell(plan: Plan) -> list[FoldedNorm]:
+    """Return what becomes of the norms that go, in the order of execution. The plan's model is not folded yet."""
+    told: dict[str, FoldedNorm] = {}
+    seen: set[str] = set()
+    for step in plan.steps:  # in the order in which they were absorbed: the first to need a bias, or a border, made it
+        new = {key for host in step.into for key in _made_for(host, step, plan)} - seen
+        seen |= new
+        told[step.name] = _told_of(step, plan, new)
+    return [told[name] for name in sorted(told, key=plan.order.__getitem__)]
+
+
+def _made_for(host: Host, step: Step, plan: Plan) -> list[str]:
+    """Return what a host did not have before: a bias, and a border, by its name."""
+    name = host.bias_name
+    bias = name is not None and name in plan.parameters.changed and find_tensor(plan.parameters.model, name) is None
+    border = host.name in plan.parameters.borders and host in _after(step) and not _only_scales(step)
+    return [f"bias of {host.name}"] * bias + [f"border of {host.name}"] * border
+
+
+def _told_of(step: Step, plan: Plan, new: Collection[str]) -> FoldedNorm:
+    """Return what becomes of one norm.
+
+    Args:
+        step: what is done with it.
+        plan: all that is done.
+        new: biases and borders that layers have because of it.
+    """
+    bordered = [host for host in step.into if f"border of {host.name}" in new]
+    biased = [call for host in step.into if f"bias of {host.name}" in new for call in host.calls]
+    kinds = dict.fromkeys(host.kind for host in step.into)
+    return FoldedNorm(
+        step.name,
+        ", ".join(host.name for host in step.into),
+        ", ".join(kinds),
+        _way(step),
+        _sentence(step, plan, bordered),
+        tuple(dict.fromkeys(family(call) for call in crossed_calls(step, plan))),
+        Saving.of(
+            step.use.calls,
+            [call for call in biased if call.name in LINEAR_OPERATORS],
+            [call for host in bordered for call in host.calls],
+        ),
+    )
+
+
+def _way(step: Step) -> Literal["back", "on", "both", "beside"]:
+    if step.beside is not None:
+        return "beside"
+    return "back" if step.after is None else "on" if step.before is None else "both"
+
+
+def crossed_calls(step: Step, plan: Plan) -> list[Call]:
+    """Return the operators between a norm and those who absorb it, in order: those that stay."""
+    ends = {*step.use.calls, *(call for host in step.into for call in host.calls)} | plan.gone
+    calls = {value.producer for value in step.crossed if value.producer is not None} - ends
+    return sorted(calls, key=lambda call: call.index)
+
+
+def _sentence(step: Step, plan: Plan, bordered: Sequence[Host]) -> str:
+    crossed = crossed_calls(step, plan)
+    if step.beside is not None:
+        across = list(dict.fromkeys(family(call) for call in crossed))
+        way = f" across {listed(across, _MOST_NAMED)}" if across else ""
+        return (
+            f"It is added{way} to {_named(step.into)}, which reads the same and takes its shift into the bias, and its "
+            "scale, less the 1 of the identity that stays, into the middle of the kernel."
+        )
+    start = step.use.calls[0].index
+    back = _into(_before(step), [c for c in crossed if c.index < start])
+    on = _into(_after(step), [c for c in crossed if c.index > start])
+    if step.before is None or step.after is None:
+        way, verb = (back, "back") if step.after is None else (on, "on")
+        parts = "scale goes" if _only_scales(step) else "shift goes" if _only_shifts(step) else "scale and shift go"
+        sentence = f"Its {parts} {verb} {way}."
+    else:
+        first, second = _halves(step)
+        sentence = f"It is cut in two: {first} goes back {back}; {second} goes on {on}."
+    inverse = [host for host in step.into if host.name in step.led_back]
+    if inverse:
+        named = _named(inverse)
+        says = "takes the inverse in: it reads" if len(inverse) == 1 else "take the inverse in: they read"
+        sentence += f" {named[0].upper()}{named[1:]} {says} what that changes."
+    if bordered:
+        names = listed([host.name for host in bordered], _MOST_NAMED)
+        sentence += f" {names} {'pads' if len(bordered) == 1 else 'pad'} with −t/s now, of which the norm made zero."
+    staying = _staying(plan.parameters.model, step)
+    if staying:
+        sentence += f" Its {listed(staying)} {'stays' if len(staying) == 1 else 'stay'} in place."
+    return sentence
+
+
+def _halves(step: Step) -> tuple[str, str]:
+    """Return the parts of a map that is cut in two: see :func:`batchnorm.folding.planning.splits.attempts`."""
+    assert step.before is not None
+    assert step.after is not None
+    if step.before.only_shifts:
+        return "x + t/s", "the scale s"
+    if step.before.only_scales:
+        return "the scale s", "the shift t"
+    return "sign(s)·x + t/|s|", "the scale |s|"
+
+
+def _into(hosts: Sequence[Host], crossed: Sequence[Call]) -> str:
+    across = list(dict.fromkeys(family(call) for call in crossed))
+    return f"into {_named(hosts)}" + (f", across {listed(across, _MOST_NAMED)}" if across else "")
+
+
+def _named(hosts: Sequence[Host]) -> str:
+    by_kind: dict[str, list[str]] = {}
+    for host in hosts:
+        by_kind.setdefault(_KINDS.get(host.kind, host.kind), []).append(host.name or "of the model itself")
+    groups = [f"the {kind}{'s' * (len(names) > 1)} {listed(names, _MOST_NAMED)}" for kind, names in by_kind.items()]
+    return ", and ".join(groups)
+
+
+_KINDS = {"linear": "linear layer"}
+
+
+def _before(step: Step) -> list[Host]:
+    start = step.use.calls[0].index
+    whole = step.after is None
+    own = [host for host in step.into if host.name not in step.led_back]
+    return [host for host in own if whole or (step.before is not None and host.calls[0].index < start)]
+
+
+def _after(step: Step) -> list[Host]:
+    before = _before(step)
+    return [host for host in step.into if host not in before and host.name not in step.led_back]
+
+
+def _only_scales(step: Step) -> bool:
+    part = step.after if step.after is not None else step.before
+    return part is not None and part.only_scales
+
+
+def _only_shifts(step: Step) -> bool:
+    part = step.after if step.after is not None else step.before
+    return part is not None and part.only_shifts
+
+
+def _staying(model: Module, step: Step) -> list[str]:
+    """Return what stays of a norm's module, by the names of the classes."""
+    norm = model.get_submodule(step.module)
+    parts = [norm.get_submodule(part) if isinstance(part, str) else part for part in step.stays.parts]
+    return [type(part).__name__ for part in parts if not isinstance(part, Identity)]

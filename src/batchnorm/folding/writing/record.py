@@ -1,0 +1,251 @@
+"""What a model had before it was folded: in memory, or in a file beside the folded weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, SyncBatchNorm
+
+from batchnorm.errors import ArgumentTypeError, InputError, StateError
+from batchnorm.files.tensor_file import read_tensors, write_tensors
+from batchnorm.files.tensor_memory import bytes_of
+from batchnorm.folding.planning.merged_parameters import find_tensor
+from batchnorm.folding.planning.own_weights import ties
+from batchnorm.folding.planning.replacement import StandIn
+from batchnorm.folding.writing.record_data import read_about
+from batchnorm.folding.writing.replacement_data import from_data, to_data
+from batchnorm.models.copying import copy_model
+
+if TYPE_CHECKING:
+    from batchnorm.folding.planning.find_multiply_adds import Leftover
+
+__all__ = ["Pairs", "digest"]
+
+_FORMAT = "batchnorm-pairs-1"
+_PLAIN: Mapping[str, type[Module]] = {
+    cls.__name__: cls for cls in (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+}
+"""Norms that are built from their settings; those of other classes need a model that has one."""
+_KEEP = "Keep the original model instead."
+_SETTINGS = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """What a model had before it was folded.
+
+    Attributes:
+        parameters: the parameters that have been folded into, by name, as they were; None where there was none.
+        norms: the modules that have gone, by every name that they were registered under: norms, and layers that
+            computed their weight, in whose place plain ones stand.
+        digests: of the parameters as folding left them in the model, by name: one that has others was trained since.
+        bordered: names of the convolutions that pad with other values than zeros since.
+        stays: what stands in the place of each of these modules, by the same names.
+        added: shapes of the parameters that there were none of.
+        ties: parameters that were another one, by name: its name.
+        moved: names of the activations that have become part of what took a norm's place, and the name of that.
+    """
+
+    parameters: Mapping[str, Tensor | None]
+    norms: Mapping[str, Module]
+    digests: Mapping[str, str]
+    bordered: tuple[str, ...]
+    stays: Mapping[str, StandIn]
+    added: Mapping[str, tuple[int, ...]]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    moved: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        model: Module,
+        parameters: Mapping[str, Parameter],
+        norms: Iterable[tuple[Module, StandIn]],
+        bordered: Iterable[str],
+    ) -> Pairs:
+        """Return what is about to be replaced in a model.
+
+        Args:
+            model: the model, not folded yet.
+            parameters: its new parameters, by name.
+            norms: the modules that go, and those that are replaced as a whole, each with what is to stand there.
+            bordered: names of the convolutions that are to pad with a border.
+        """
+        going = {id(norm): stays for norm, stays in norms}
+        convs = {id(model.get_submodule(name)) for name in bordered}
+        padded = tuple(name for name, m in model.named_modules(remove_duplicate=False) if id(m) in convs)
+        places = {name: m for name, m in model.named_modules(remove_duplicate=False) if id(m) in going}
+        stays = {name: going[id(module)] for name, module in places.items()}
+        of_plain = {name for name in parameters if _is_of(stays.get(name.rpartition(".")[0]), name)}
+        old = {name: find_tensor(model, name) for name in parameters if name not in of_plain}
+        # a norm that takes in another one and then goes itself leaves no parameter behind to be recognized by
+        staying = {n: p for n, p in parameters.items() if n in of_plain or n.rpartition(".")[0] not in places}
+        return cls(
+            old,
+            places,
+            {name: digest(new) for name, new in staying.items()},
+            padded,
+            stays,
+            {name: tuple(p.shape) for name, p in staying.items() if name in old and old[name] is None},
+            {
+                name: other
+                for name, other in ties(model).items()
+                if any(n in old or _is_within(n, places) for n in (name, other))
+            },
+        )
+
+    def with_leftovers(self, model: Module, leftovers: Iterable[Leftover]) -> Pairs:
+        """Return the same, and what is about to be replaced with multiply-adds.
+
+        Args:
+            model: the model, not folded yet.
+            leftovers: of its norms, those that are to become one.
+        """
+        digests, moved = dict(self.digests), dict(self.moved)
+        for item in leftovers:
+            built = item.build(model)
+            digests |= {f"{item.module}.{name}": digest(new) for name, new in built.named_parameters(recurse=False)}
+            if item.moved is not None:
+                own = model.get_submodule(item.moved)
+                names = (name for name, m in model.named_modules(remove_duplicate=False) if m is own)
+                moved |= dict.fromkeys(names, item.module)
+        return replace(self, digests=digests, moved=moved)
+
+    def of_submodule(self, name: str) -> Pairs:
+        """Return those of one submodule, with the names that it knows them by."""
+
+        def own(names: Iterable[str]) -> dict[str, str]:
+            return {n: n.removeprefix(f"{name}.") for n in names if n.startswith(f"{name}.")}
+
+        return Pairs(
+            {short: self.parameters[n] for n, short in own(self.parameters).items()},
+            {short: self.norms[n] for n, short in own(self.norms).items()},
+            {short: self.digests[n] for n, short in own(self.digests).items()},
+            tuple(own(self.bordered).values()),
+            {short: self.stays[n] for n, short in own(self.stays).items()},
+            {short: self.added[n] for n, short in own(self.added).items()},
+            {short: self.ties[n].removeprefix(f"{name}.") for n, short in own(self.ties).items()},
+            {short: self.moved[n].removeprefix(f"{name}.") for n, short in own(self.moved).items()},
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file, whole or not at all, and return its path."""
+        tensors = {f"parameters/{name}": t for name, t in self.parameters.items() if t is not None}
+        first: dict[int, str] = {}
+        same = {name: first.setdefault(id(norm), name) for name, norm in self.norms.items()}
+        for name in first.values():
+            tensors |= {f"norms/{name}/{key}": t for key, t in self.norms[name].state_dict().items()}
+        about = {
+            "added": dict(self.added),
+            "norms": {name: _settings(self.norms[name]) for name in first.values()},
+            "stays": {name: to_data(self.stays[name]) for name in first.values()},
+            "same": same,
+            "digests": dict(self.digests),
+            "bordered": list(self.bordered),
+            "ties": dict(self.ties),
+            "moved": dict(self.moved),
+        }
+        write_tensors(Path(path), _FORMAT, tensors, json.dumps(about))
+        return Path(path)
+
+    @classmethod
+    def given(cls, verb: str, pairs: Pairs | str | Path, like: Module | None) -> Pairs:
+        """Return what a verb was given: pairs, or those of the file.
+
+        Raises:
+            ArgumentTypeError: it is neither, as ``FoldResult.pairs`` is None where nothing was folded.
+            InputError, StateError: as of :meth:`load`.
+        """
+        if isinstance(pairs, Pairs):
+            return pairs
+        if isinstance(pairs, str | os.PathLike):
+            return cls.load(pairs, like)
+        raise ArgumentTypeError(
+            f"{verb}: expected the pairs of a fold or the path of their file; got {type(pairs).__name__}. "
+            "FoldResult.pairs has them, FoldResult.save_pairs writes them; where nothing was folded there are none."
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, like: Module | None = None) -> Pairs:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            like: a model of the original architecture; where the norms are of a class that is not torch's, they are
+                copied from it.
+
+        Raises:
+            InputError: the file is another one, or damaged.
+            StateError: a norm is of a class that is not torch's, and ``like`` has none in its place.
+        """
+        tensors, text = read_tensors(path, _FORMAT, "the pairs of a fold, which FoldResult.save_pairs writes")
+        about = read_about(path, text, tensors)
+        parameters = {key.removeprefix("parameters/"): t for key, t in tensors.items() if key.startswith("parameters/")}
+        try:
+            built = {name: _build(name, settings, tensors, like) for name, settings in about["norms"].items()}
+            stays = {name: from_data(parts) for name, parts in about["stays"].items()}
+        except StateError:
+            raise
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:  # of torch's own layers
+            raise InputError(
+                f"{path}: expected the pairs of a fold, which FoldResult.save_pairs writes; a module in it cannot be "
+                f"built ({type(error).__name__})."
+            ) from error
+        norms = {name: built[first] for name, first in about["same"].items()}
+        added = {name: tuple(shape) for name, shape in about["added"].items()}
+        return cls(
+            {**parameters, **dict.fromkeys(added)},
+            norms,
+            about["digests"],
+            tuple(about["bordered"]),
+            {name: stays[first] for name, first in about["same"].items()},
+            added,
+            about["ties"],
+            about["moved"],
+        )
+
+
+def _is_within(name: str, places: Collection[str]) -> bool:
+    """Whether a parameter belongs to one of the modules of these names."""
+    parts = name.split(".")
+    return any(".".join(parts[:n]) in places for n in range(1, len(parts)))
+
+
+def _is_of(stays: StandIn | None, name: str) -> bool:
+    """Whether a parameter of that name is one of what stands in for a module."""
+    parts = () if stays is None else stays.parts
+    return any(isinstance(part, Module) and name.rpartition(".")[2] in part._parameters for part in parts)
+
+
+def digest(tensor: Tensor) -> str:
+    """Return what tells a tensor's values and type from all others."""
+    return hashlib.sha256(bytes_of(tensor).cpu().numpy().tobytes() + str(tensor.dtype).encode()).hexdigest()
+
+
+def _settings(norm: Module) -> dict[str, Any]:
+    known = {key: getattr(norm, key, None) for key in _SETTINGS}
+    return {"class": f"{type(norm).__module__}.{type(norm).__qualname__}", **known}
+
+
+def _build(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], like: Module | None) -> Module:
+    parts = {key.rpartition("/"): tensor for key, tensor in tensors.items()}
+    state = {key: tensor for (place, _, key), tensor in parts.items() if place == f"norms/{name}"}
+    kind = _PLAIN.get(settings["class"].rpartition(".")[2])
+    if kind is not None and settings["class"] == f"{kind.__module__}.{kind.__qualname__}":
+        norm = kind(**{key: settings[key] for key in _SETTINGS})
+    elif like is not None and name in dict(like.named_modules(remove_duplicate=False)):
+        norm = copy_model("unfold", like.get_submodule(name), _KEEP)
+    else:
+        raise StateError(
+            f"unfold: {name} was a {settings['class']}, which only its own code can build. Pass like=, a model of the "
+            "original architecture."
+        )
+    norm.load_state_dict(state, assign=True)  # in the types that they had
+    return norm

@@ -1,0 +1,108 @@
+"""A folded model's parameters and stand-ins, put into the module tree so that they can be taken out again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Identity, Module, Parameter
+
+from batchnorm.dataflow.refusal import Refusal
+from batchnorm.folding.planning.merged_parameters import Parameters, find_tensor
+from batchnorm.folding.planning.plan import Plan
+from batchnorm.nn.bordered import bordered
+
+__all__ = ["Rewrite", "round_parameters"]
+
+
+def round_parameters(model: Module, parameters: Parameters) -> dict[str, Parameter]:
+    """Return the new parameters of ``model``, by name: float64 values rounded once to the types of the old ones.
+
+    Raises:
+        Refusal: one does not fit into its type.
+    """
+    return {name: _rounded(model, name, value, parameters) for name, value in parameters.changed.items()}
+
+
+def _rounded(model: Module, name: str, value: Tensor, parameters: Parameters) -> Parameter:
+    old = find_tensor(model, name)
+    if old is None:  # a bias where there was none: of its weight's kind
+        host = next(host for host in parameters.hosts.values() if host.bias_name == name)
+        like = find_tensor(model, host.weight_name)
+        assert like is not None
+    else:
+        like = old
+    data = _stored(value, like)
+    if data.numel() and not all(math.isfinite(end) for end in torch.aminmax(data)):
+        place, _, slot = name.rpartition(".")
+        broken = old is not None and not bool(torch.isfinite(old).all())
+        why = "is not finite" if broken else f"would overflow {str(data.dtype).removeprefix('torch.')}"
+        raise Refusal(f"The {'' if broken else 'merged '}{slot} of {place} {why}.", place)
+    _require_nearest(data, value, name)
+    return Parameter(data, requires_grad=like.requires_grad)
+
+
+def _stored(value: Tensor, like: Tensor) -> Tensor:
+    """Return the value in the type, device and memory format of another tensor."""
+    data = torch.empty_like(like, requires_grad=False) if like.shape == value.shape else like.new_empty(value.shape)
+    with torch.no_grad():
+        data.copy_(value)
+    return data
+
+
+def _require_nearest(data: Tensor, value: Tensor, name: str) -> None:
+    """Every number is the nearest to its float64 value that its type holds."""
+    if data.dtype == value.dtype and torch.equal(data.cpu(), value.cpu()):
+        return
+    finfo = torch.finfo(data.dtype)
+    # the smallest subnormal number is the spacing near zero
+    allowed = value.abs() * finfo.eps / 2 + finfo.smallest_normal * finfo.eps
+    if not bool(((data.cpu().double() - value.cpu()).abs() <= allowed.cpu()).all()):
+        place, _, slot = name.rpartition(".")
+        raise Refusal(f"The merged {slot} of {place} is not the nearest number that {data.dtype} has.", place)
+
+
+class Rewrite:
+    """Changes to a model's module tree that can be taken back."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[dict[str, Any], str, Any]] = []
+
+    def apply(self, model: Module, plan: Plan, parameters: dict[str, Parameter]) -> None:
+        """Set the new parameters; replace norms that go or become multiply-adds, and convolutions that get a border."""
+        for name, parameter in parameters.items():
+            place, _, slot = name.rpartition(".")
+            self._set(model.get_submodule(place)._parameters, slot, parameter)
+        stand_ins = {step.module: step.stays.build(model.get_submodule(step.module)) for step in plan.steps}
+        for name, border in plan.parameters.borders.items():
+            stand_ins[name] = bordered(model.get_submodule(name), border)
+        for item in plan.leftovers:
+            stand_ins[item.module] = item.build(model)
+            if item.moved is not None:
+                stand_ins[item.moved] = Identity().train(model.get_submodule(item.moved).training)
+        self.replace(model, stand_ins)
+
+    def replace(self, model: Module, modules: Mapping[str, Module]) -> None:
+        """Replace the modules of these names, wherever they stand."""
+        self.replace_by_id(model, {id(model.get_submodule(name)): module for name, module in modules.items()})
+
+    def replace_by_id(self, model: Module, new: Mapping[int, Module]) -> None:
+        """Replace modules, wherever they stand, with those that are given by their ids."""
+        for module in list(model.modules()):  # as they stand now: a stand-in may hold what another stands in for
+            for name, child in list(module._modules.items()):
+                if id(child) in new:
+                    self._set(module._modules, name, new[id(child)])
+
+    def roll_back(self) -> None:
+        """Put everything back as it was."""
+        while self._undo:
+            slots, name, old = self._undo[-1]
+            slots[name] = old
+            self._undo.pop()
+
+    def _set(self, slots: dict[str, Any], name: str, new: Any) -> None:
+        self._undo.append((slots, name, slots[name]))
+        slots[name] = new

@@ -1,0 +1,1 @@
+"""``convert`` and ``revert``: this library's layers for torch's, fused with what follows them."""

@@ -1,0 +1,117 @@
+"""A model's state set aside, so that whatever happens next can be taken back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parameter import is_lazy
+
+from batchnorm.files.tensor_memory import bytes_of, without_repeats
+from batchnorm.models.transaction import on_failure
+from batchnorm.nn.pending import cancel_steps, settle_steps
+
+__all__ = ["Snapshot", "Structure", "set_eval", "untouched"]
+
+
+class Snapshot:
+    """The train/eval mode of every module and the value of every buffer, as they are now.
+
+    Buffers are restored into the tensors they live in, so that whoever shares them sees the old values again; a buffer
+    or parameter that was replaced, added or removed in between is put back, taken out, or returned to its name. The
+    values of parameters are kept too when ``parameters=True``.
+    """
+
+    def __init__(self, model: Module, *, parameters: bool = False) -> None:
+        self._buffers = list(model.buffers())
+        settle_steps(self._buffers)  # of fused layers whose output nobody has read yet: they are not to be lost
+        # scripted modules that went through torch.jit.freeze have no mode
+        self._modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
+        # a scripted module keeps its buffers in C++, where their slots cannot change
+        plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._slots: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (slots, dict(slots)) for m in plain for slots in (m._parameters, m._buffers)
+        ]
+        self._values: list[tuple[Tensor, Tensor]] = []
+        tensors = self._buffers + (list(model.parameters()) if parameters else [])
+        for tensor in tensors:
+            if is_lazy(tensor):  # without a value until the first forward
+                continue
+            # an expanded tensor (one element seen many times) is written only through what it was expanded from
+            own = without_repeats(tensor.detach()) if tensor.layout == torch.strided else tensor
+            self._values.append((own, own.detach().clone()))
+
+    def restore(self) -> None:
+        """Put every mode and value back."""
+        cancel_steps(self._buffers)  # an output that an exception still holds would take its step when that is gone
+        for module, training in self._modes:
+            # the attribute itself: train() may be overridden (a frozen norm ignores it)
+            module.training = training
+        for slots, tensors in self._slots:
+            slots.clear()
+            slots.update(tensors)
+        with torch.no_grad():
+            for tensor, value in self._values:
+                # a write, even of the same value, would fail a backward pass that is still to come
+                if not _same_bits(tensor, value):
+                    tensor.copy_(value)
+
+
+class Structure:
+    """The class and the attributes of every module, and which modules, parameters and buffers stand where."""
+
+    def __init__(self, model: Module) -> None:
+        # a scripted module keeps them in C++, where they cannot change
+        plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        self._modules = [(module, type(module), dict(module.__dict__)) for module in plain]
+        self._slots = [
+            (slots, dict(slots)) for module in plain for slots in (module._parameters, module._buffers, module._modules)
+        ]
+
+    def restore(self) -> None:
+        """Put all of it back, as often as need be."""
+        for module, cls, attributes in self._modules:
+            module.__class__ = cls
+            for added in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[added]
+            module.__dict__.update(attributes)
+        for slots, tensors in self._slots:
+            slots.clear()
+            slots.update(tensors)  # type: ignore[arg-type]
+
+
+def set_eval(model: Module) -> None:
+    """Put every module into eval mode by its attribute: ``eval()`` may be overridden to do more than that."""
+    for module in model.modules():
+        if getattr(module, "training", False):
+            module.training = False
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors of one shape and dtype hold the same bits: NaN equals itself, −0 is not 0."""
+    if a.is_meta:
+        return True
+    if a.layout != torch.strided or a.is_quantized:
+        return False
+    return torch.equal(bytes_of(a), bytes_of(b))
+
+
+@contextmanager
+def untouched(model: Module) -> Iterator[None]:
+    """Leave the model and the random generators as they were, whatever the body does, however it ends."""
+    snapshot = Snapshot(model)
+    on_failure(snapshot.restore)
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            try:
+                snapshot.restore()
+            except BaseException:  # a second interrupt, in the middle of it
+                snapshot.restore()
+                raise

@@ -1,0 +1,1 @@
+"""``place``: norms put where they belong."""

@@ -1,0 +1,177 @@
+"""Which code of a model no run reached, of that which depends on its inputs."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from batchnorm.dataflow.unreached import Reached
+
+
+def told(model, *inputs):
+    reached = Reached(model)
+    for args in inputs:
+        with reached.watching():
+            model(*args)
+    return " ".join(reached.sentences())
+
+
+class Ways(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part, self.wide = Part(), False
+
+    def forward(self, x, flag=False, kind="a"):
+        """A text is no code."""
+        if flag:
+            return x
+        if self.wide and len(x):
+            x = 2 * x
+        if self.training:
+            x = 3 * x
+        if kind == "c":
+            raise ValueError
+        for _ in range(len(x) - 2):
+            x = x + 1
+        y = [self.part(item) if kind == "a" else item for item in x]
+        if len(x) > 100:
+            total = sum(y)
+            total = total + 1
+        elif kind == "z":
+            total = x
+        else:
+            total = y[0]
+        return total
+
+
+class Part(nn.Module):
+    def forward(self, x, scale=None):
+        if scale is not None:
+            x = x * scale
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+X = torch.ones(2, 3)
+
+
+def test_ways_that_inputs_may_take_are_named_with_what_they_depend_on():
+    sentence = told(Ways().eval(), (X,))
+    for condition in ("`flag`", "`range(len(x) - 2)`", "`len(x) > 100`", "`kind == 'z'`"):
+        assert condition in sentence or "more" in sentence
+    assert "`flag`" in sentence
+    assert "test_unreached.py:" in sentence
+
+
+def test_settings_modes_errors_and_defaults_that_a_part_has_are_not():
+    sentence = told(Ways().eval(), (X,))
+    for word in ("wide", "training", "kind == 'c'", "scale", "A text"):
+        assert word not in sentence
+
+
+class Settings(nn.Module):
+    """Local variables that hold settings of the model, and some that only look as if they did."""
+
+    def __init__(self):
+        super().__init__()
+        self.blur, self.parts, self.limit = None, nn.ModuleList([Part()]), 3
+
+    def forward(self, x):
+        blur = getattr(self, "blur", None)
+        again = blur
+        if again is not None:
+            x = again(x)
+        for number, part in enumerate(self.parts):
+            if number > 2 and part is not None:
+                x = part(x)
+        limit = self.limit
+        if len(x) > limit:
+            x = -x
+        chosen = self.blur
+        if len(x) > 50:
+            chosen = self.parts
+        if chosen is not None:
+            x = x + 1
+        found = False
+        if x.sum() < -1000:
+            found = True
+        if found:
+            x = x + 2
+        return x
+
+
+def test_what_a_local_variable_reads_from_the_model_alone_is_a_setting_of_it():
+    sentence = told(Settings().eval(), (X,))
+    for setting in ("again", "number"):
+        assert setting not in sentence
+    for condition in ("`len(x) > limit`", "`len(x) > 50`", "`chosen is not None`", "`x.sum() < -1000`"):
+        assert condition in sentence
+    assert "and 1 more" in sentence  # `found`
+
+
+def test_what_another_run_reached_is_reached():
+    net = Ways().eval()
+    runs = [(X,), (X, True), (torch.ones(101, 3),), (X, False, "z"), (-X,)]
+    assert told(net, *runs) == ""
+    assert "x.sum() > 0" in told(net, *runs[:-1])
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="columns of instructions are not known")
+def test_a_choice_within_a_line():
+    class Choice(nn.Module):
+        def forward(self, x, kind="a"):
+            return x if kind == "a" else -x
+
+    assert "`kind == 'a'`" in told(Choice(), (X,))
+    assert told(Choice(), (X,), (X, "b")) == ""
+
+
+def test_the_code_of_torch_is_not_looked_at_and_who_watches_is_put_back():
+    seen = []
+
+    def watcher(frame, event, arg):
+        seen.append(event)
+
+    before = sys.gettrace()
+    sys.settrace(watcher)
+    try:
+        assert told(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), (X,)) == ""
+        assert told(Ways().eval(), (X,)) != ""
+        assert sys.gettrace() is watcher
+    finally:
+        sys.settrace(before)
+
+
+class Caching(nn.Module):
+    """What it computes once for each device, and once for each number of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_device, self.by_rows = {}, {}
+
+    def of_device(self, device):
+        key = str(device)
+        if key not in self.by_device:
+            self.by_device[key] = 1.0
+        return self.by_device[key]
+
+    def of_rows(self, rows, device):
+        if rows not in self.by_rows:
+            self.by_rows[rows] = rows
+        if (rows, device) not in self.by_device:
+            self.by_device[rows, device] = rows
+        return self.by_rows[rows]
+
+    def forward(self, x):
+        return x * self.of_device(x.device) + self.of_rows(len(x), x.device)
+
+
+def test_what_a_model_has_kept_for_its_device_is_no_way_that_inputs_take():
+    model = Caching()
+    model(X)  # so that nothing is computed while the model is watched
+    sentence = told(model, (X,))
+    assert "`rows not in self.by_rows`" in sentence
+    assert "`(rows, device) not in self.by_device`" in sentence
+    assert "key" not in sentence
