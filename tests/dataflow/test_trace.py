@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.dataflow.trace import fresh_inputs, trace
+from batchnorm.dataflow.trace import trace
 from batchnorm.errors import InputError
+from batchnorm.models.calling import fresh_inputs
 
 
 def ops(graph):

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
+from batchnorm.dataflow.run import as_float64, run
 from batchnorm.dataflow.trace import trace
 from batchnorm.models.several import Several, each, first
-from batchnorm.verification.end_to_end import as_float64, run
 
 
 def several(*inputs):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from batchnorm.dataflow.run import run
 from batchnorm.errors import InputError, VerificationError
 from batchnorm.folding.fold import fold
 from batchnorm.models.outputs import NamedTensor
 from batchnorm.verification import end_to_end as verify_module
-from batchnorm.verification.end_to_end import Reference, run, verify, verify_float64
+from batchnorm.verification.end_to_end import Reference, verify, verify_float64
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 

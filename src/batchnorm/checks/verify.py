@@ -18,12 +18,13 @@ from torch.nn import Module
 from batchnorm.checks.patterns import layer_name
 from batchnorm.checks.rule import Finding, Rule
 from batchnorm.dataflow.graph import Graph
+from batchnorm.dataflow.run import run
 from batchnorm.dataflow.trace import trace
 from batchnorm.errors import InputError, VerificationError
 from batchnorm.models.outputs import difference
 from batchnorm.models.several import Several
 from batchnorm.models.snapshot import untouched
-from batchnorm.verification.end_to_end import Agreement, Reference, run
+from batchnorm.verification.end_to_end import Agreement, Reference
 from batchnorm.verification.same_dataflow import difference as dataflow_difference
 
 __all__ = ["Comparison", "in_mode", "trace_in_mode"]

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from batchnorm.dataflow.conditionals import EITHER
 from batchnorm.dataflow.graph import Graph
 from batchnorm.dataflow.refusal import listed
+from batchnorm.dataflow.run import run
 from batchnorm.dataflow.trace import trace
 from batchnorm.dataflow.unreached import Reached
 from batchnorm.errors import InputError, StateError
@@ -29,7 +30,6 @@ from batchnorm.models.copying import copy_model
 from batchnorm.models.kept import Kept
 from batchnorm.models.random_inputs import random_like
 from batchnorm.models.several import Several
-from batchnorm.verification.end_to_end import run
 
 __all__ = ["Accepts", "Runs", "find_runs", "runs_of"]
 

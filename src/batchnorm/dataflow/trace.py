@@ -33,14 +33,14 @@ from batchnorm.dataflow.example_error import example_error
 from batchnorm.dataflow.graph import Call, Graph, ModuleCall, Value
 from batchnorm.errors import BatchNormError
 from batchnorm.functional.validation import HALF
-from batchnorm.models.calling import below_autograd, call_on_example
+from batchnorm.models.calling import below_autograd, call_on_example, fresh_inputs
 from batchnorm.models.several import each
 from batchnorm.models.snapshot import untouched
 from batchnorm.models.transaction import on_failure
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.operators import named_arguments
 
-__all__ = ["Observer", "fresh_inputs", "trace"]
+__all__ = ["Observer", "trace"]
 
 Observer: TypeAlias = Callable[[Call, Sequence[Any], dict[str, Any], Any], None]
 """Called after each operator with its record and with its real positional and keyword arguments and result."""
@@ -292,20 +292,6 @@ class _Tracer(TorchDispatchMode):
 
 _LAYERS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 _CASTS = {torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default}
-
-
-def fresh_inputs(example_inputs: Any) -> Any:
-    """Return the inputs with every tensor copied, one that occurs twice once, so that a forward may write into them."""
-    copies: dict[int, Tensor] = {}
-
-    def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if id(leaf) not in copies:
-            copies[id(leaf)] = leaf.detach().clone()
-        return copies[id(leaf)]
-
-    return tree_map(copied, example_inputs)
 
 
 def _tensors_in(tree: Any) -> list[Tensor]:

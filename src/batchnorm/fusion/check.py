@@ -15,8 +15,7 @@ import torch
 from torch.nn import Module
 
 from batchnorm.dataflow.example_error import example_error
-from batchnorm.dataflow.trace import fresh_inputs
-from batchnorm.models.calling import call_on_example, compiled_modules_eager
+from batchnorm.models.calling import call_on_example, compiled_modules_eager, fresh_inputs
 from batchnorm.models.outputs import NamedTensor, difference, named_tensors
 from batchnorm.models.several import each
 from batchnorm.models.snapshot import untouched

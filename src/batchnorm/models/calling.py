@@ -12,11 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._pytree import tree_map
 
 from batchnorm.errors import ArgumentTypeError
 from batchnorm.models.unsynchronized import unsynchronized
 
-__all__ = ["Forward", "below_autograd", "call_on_batch", "call_on_example", "compiled_modules_eager"]
+__all__ = ["Forward", "below_autograd", "call_on_batch", "call_on_example", "compiled_modules_eager", "fresh_inputs"]
 
 Forward: TypeAlias = Callable[[Module, Any], Any]
 
@@ -120,3 +121,17 @@ class _EagerStance:
 
 compiled_modules_eager = _EagerStance()
 """Enter it to run compiled modules eagerly; it may be entered by several threads at once."""
+
+
+def fresh_inputs(example_inputs: Any) -> Any:
+    """Return the inputs with every tensor copied, one that occurs twice once, so that a forward may write into them."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.detach().clone()
+        return copies[id(leaf)]
+
+    return tree_map(copied, example_inputs)

@@ -31,50 +31,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils._pytree import tree_map
 
-from batchnorm.dataflow.example_error import example_error
-from batchnorm.dataflow.trace import fresh_inputs
+from batchnorm.dataflow.run import run
 from batchnorm.errors import VerificationError
 from batchnorm.files.tensor_memory import without_repeats
-from batchnorm.models.calling import call_on_example, compiled_modules_eager
-from batchnorm.models.outputs import NamedTensor, difference, named_tensors, scale_of
-from batchnorm.models.several import Several
-from batchnorm.models.snapshot import untouched
+from batchnorm.models.outputs import NamedTensor, difference, scale_of
 
-__all__ = ["Agreement", "Reference", "Run", "as_float64", "of_runs", "run", "spacing", "verify", "verify_float64"]
+__all__ = ["Agreement", "Reference", "Run", "spacing", "verify", "verify_float64"]
 
 NUDGES = 4
 _MARGIN = 8.0
 _PATTERN = 65_537  # numbers; prime, so that it falls on other channels each time
 _FLOAT64_SLACK = 2.0**9
 _FLOAT64_ROUNDOFF = torch.finfo(torch.float64).eps / 2
-
-
-def run(model: Module, example_inputs: Any) -> list[NamedTensor]:
-    """Return the tensors that the model gives for the inputs; model, inputs and random generators stay as they are.
-
-    For several inputs (:class:`batchnorm.models.several.Several`) they are those of all runs.
-
-    Raises:
-        InputError: the model fails on the inputs.
-    """
-    if isinstance(example_inputs, Several):
-        return of_runs([run(model, inputs) for inputs in example_inputs], example_inputs)
-    with untouched(model), torch.no_grad(), compiled_modules_eager:
-        try:
-            return named_tensors(call_on_example(model, fresh_inputs(example_inputs)))
-        except Exception as error:
-            raise example_error(model, error) from error
-
-
-def of_runs(outputs: Sequence[list[NamedTensor]], inputs: Several) -> list[NamedTensor]:
-    """Return the outputs of several runs as one list, each named after its run; of the first inputs as they are."""
-    return [
-        NamedTensor(f"{output.where} on {label}" if i else output.where, output.tensor)
-        for i, (of_run, label) in enumerate(zip(outputs, inputs.labels, strict=False))
-        for output in of_run
-    ]
 
 
 Run: TypeAlias = Callable[[Module, Any], list[NamedTensor]]
@@ -204,19 +173,6 @@ def verify_float64(
         for bound, output in zip(reference.bounds(), reference.outputs, strict=True)
     ]
     return _compare(before, after, bounds, " in float64")
-
-
-def as_float64(example_inputs: Any) -> Any:
-    """Return the inputs with floating-point tensors in float64, complex ones in complex128."""
-    if isinstance(example_inputs, Several):
-        return example_inputs.map(as_float64)
-    return tree_map(_to_float64, example_inputs)
-
-
-def _to_float64(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and leaf.is_complex():
-        return leaf.to(torch.complex128)
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _compare(before: list[NamedTensor], after: list[NamedTensor], bounds: Sequence[float], where: str) -> Agreement:

@@ -8,85 +8,23 @@ cost as much as the whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
-from torch.nn import Identity, Module, Parameter
+from torch.nn import Identity, Module
 
 from batchnorm.dataflow.graph import Call, Graph, ModuleCall
-from batchnorm.dataflow.norms import NormState, NormUse, check_norm, norm_uses, require_no_alternative, unreached_norms
+from batchnorm.dataflow.norms import NormUse, norm_uses, require_no_alternative, unreached_norms
 from batchnorm.dataflow.operator_kinds import fusible_activation
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.folding.planning.merged_parameters import find_tensor
+from batchnorm.folding.planning.multiply_add import Leftover, _rounded
 from batchnorm.folding.planning.plan import Plan
-from batchnorm.folding.planning.replacement import StandIn
+from batchnorm.folding.planning.removable_norm import check_norm
 from batchnorm.folding.planning.splits import norm_map
 from batchnorm.models.hooks import hooks_of
-from batchnorm.nn.scale_shift import ScaleShift
 
-__all__ = ["Leftover", "failing", "find_leftovers"]
-
-
-@dataclass(frozen=True, eq=False)
-class Leftover:
-    """A norm that becomes a multiply-add.
-
-    Attributes:
-        use: the norm.
-        module: the qualified name of its module.
-        state: the names of its tensors.
-        scale: s, float64, (C,).
-        shift: t, likewise.
-        activation: the module of the activation that is computed with it, or None.
-        function: the name of that in ``batchnorm.kernels.activation.ACTIVATIONS``.
-        moved: the name under which the activation stands in the model, if an identity is to take its place there.
-    """
-
-    use: NormUse
-    module: str
-    state: NormState
-    scale: Tensor
-    shift: Tensor
-    activation: str | Module | None
-    function: str | None
-    moved: str | None
-
-    @property
-    def name(self) -> str:
-        """What a report calls the norm."""
-        return self.use.name
-
-    @property
-    def told(self) -> str:
-        """What stands there now, for a reader."""
-        return f"one multiply-add per channel{f', with its {self.function}' if self.function else ''}"
-
-    def build(self, model: Module) -> ScaleShift:
-        """Return what takes the place of the norm in ``model``: float64 values rounded once to its type."""
-        norm, like = model.get_submodule(self.module), find_tensor(model, self.state.running_mean)
-        assert like is not None
-        learns = any(p.requires_grad for p in norm.parameters(recurse=False))
-        weight, bias = (Parameter(_rounded(v, like), learns) for v in (self.scale, self.shift))
-        activation = self.activation
-        if isinstance(activation, str):
-            owner = model if self.moved is not None else norm
-            activation = owner.get_submodule(activation)
-        built = ScaleShift(weight, bias, activation, self.function)
-        built.training = norm.training
-        return built
-
-    def stays(self, model: Module) -> StandIn:
-        """Return what stands in the norm's place in ``model``; an activation that moves there is not in it."""
-        built = self.build(model)
-        built.activation = None
-        own = self.activation if self.moved is None else None
-        return StandIn((built,) if own is None else (built, own))
-
-
-def _rounded(values: Tensor, like: Tensor) -> Tensor:
-    """Return values in the type of statistics; of half precision ones in float32, in which kernels compute."""
-    return values.to(like.device, like.dtype if like.dtype == torch.float64 else torch.float32)
+__all__ = ["failing", "find_leftovers"]
 
 
 def find_leftovers(model: Module, plan: Plan, kept: Collection[str]) -> list[Leftover]:

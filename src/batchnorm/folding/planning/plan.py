@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch.nn import Module
 
 from batchnorm.dataflow.graph import Call, Graph, Value
-from batchnorm.dataflow.norms import NormState, NormUse, check_norm, norm_uses, require_no_alternative, unreached_norms
+from batchnorm.dataflow.norms import NormUse, norm_uses, require_no_alternative, unreached_norms
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.folding.planning.absorbers import Host
 from batchnorm.folding.planning.merged_parameters import Parameters
+from batchnorm.folding.planning.outcome import LeftNorm
 from batchnorm.folding.planning.parallel import find_beside
+from batchnorm.folding.planning.removable_norm import NormState, check_norm
 from batchnorm.folding.planning.replacement import StandIn
 from batchnorm.folding.planning.shared_memory import norm_input, require_not_written_into
 from batchnorm.folding.planning.splits import attempts, norm_map
-from batchnorm.folding.result import LeftNorm
 from batchnorm.travel.maps import Map
 from batchnorm.travel.route import Route, carry_backward, carry_forward
 
 if TYPE_CHECKING:
-    from batchnorm.folding.planning.find_multiply_adds import Leftover
+    from batchnorm.folding.planning.multiply_add import Leftover
 
 __all__ = ["Plan", "Step", "make_plan"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from batchnorm.dataflow.linear_operators import Affine
-from batchnorm.dataflow.norms import NormState
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.folding.planning.merged_parameters import Parameters
+from batchnorm.folding.planning.removable_norm import NormState
 from batchnorm.travel.maps import Map
 
 __all__ = ["attempts", "norm_map"]

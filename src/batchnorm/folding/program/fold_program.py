@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.nn import Module
 
+from batchnorm.dataflow.run import run
 from batchnorm.errors import InputError, StateError, VerificationError
 from batchnorm.folding.program.open import Opened, copy_program, open_program
 from batchnorm.folding.program.state import Attributes, Signature
@@ -21,7 +22,6 @@ from batchnorm.folding.result import FoldResult
 from batchnorm.folding.writing.record import Pairs
 from batchnorm.models.outputs import difference
 from batchnorm.models.program_inputs import own_inputs
-from batchnorm.verification.end_to_end import run
 
 __all__ = ["Program", "fold_program"]
 

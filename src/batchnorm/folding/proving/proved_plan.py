@@ -11,19 +11,20 @@ from torch.nn import Module, Parameter
 from batchnorm.dataflow.graph import Graph
 from batchnorm.dataflow.norms import norm_uses
 from batchnorm.dataflow.refusal import Refusal, listed
+from batchnorm.dataflow.run import as_float64, of_runs, run
 from batchnorm.dataflow.sizes import Runs
 from batchnorm.dataflow.threads import threads_for_float64
 from batchnorm.dataflow.trace import trace
 from batchnorm.errors import InputError, VerificationError
-from batchnorm.folding.planning.find_multiply_adds import Leftover, failing, find_leftovers
+from batchnorm.folding.planning.find_multiply_adds import failing, find_leftovers
+from batchnorm.folding.planning.multiply_add import Leftover
+from batchnorm.folding.planning.outcome import LeftNorm
 from batchnorm.folding.planning.plan import Plan, describe_source, make_plan
 from batchnorm.folding.proving.lost_range import lost_ranges, norms_that_shrink
 from batchnorm.folding.proving.value_proof import Proof
-from batchnorm.folding.result import LeftNorm
 from batchnorm.folding.writing.rewrite import Rewrite, round_parameters
 from batchnorm.models.copying import copy_model
 from batchnorm.models.outputs import NamedTensor, named_tensors
-from batchnorm.verification.end_to_end import as_float64, of_runs, run
 
 __all__ = ["Options", "Settled", "copy_to_try", "settle"]
 

@@ -29,7 +29,7 @@ from batchnorm.dataflow.graph import Call, Value
 from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
 from batchnorm.dataflow.norms import is_norm
 from batchnorm.dataflow.operator_kinds import family
-from batchnorm.folding.planning.find_multiply_adds import Leftover
+from batchnorm.folding.planning.multiply_add import Leftover
 from batchnorm.folding.planning.plan import Plan, Step
 from batchnorm.models.outputs import magnitude, scale_of
 from batchnorm.travel.rules import place

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from batchnorm.dataflow.graph import Call
 from batchnorm.folding.planning.merged_parameters import find_tensor
+from batchnorm.folding.planning.outcome import FoldedNorm, LeftNorm
 from batchnorm.folding.planning.plan import Plan, Step
 from batchnorm.folding.report.neighbourhood import around, nearest, sources, ways_to
 from batchnorm.folding.report.sentences import crossed_calls
-from batchnorm.folding.result import FoldedNorm, LeftNorm
 from batchnorm.report import Diagram, Diagrams, Panel
 from batchnorm.report.document import Role
 

@@ -21,9 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 
-from batchnorm.dataflow.trace import fresh_inputs
 from batchnorm.errors import InputError
-from batchnorm.models.calling import call_on_example
+from batchnorm.models.calling import call_on_example, fresh_inputs
 from batchnorm.models.snapshot import untouched
 
 __all__ = ["Measured", "Spread", "measure", "processor"]

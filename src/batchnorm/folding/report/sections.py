@@ -14,7 +14,8 @@ from batchnorm.report import Diagrams, Facts, Paragraph, Section, Table
 from batchnorm.report.document import Block, Cell
 
 if TYPE_CHECKING:
-    from batchnorm.folding.result import Costs, FoldedNorm, FoldResult, LeftNorm
+    from batchnorm.folding.planning.outcome import Costs, FoldedNorm, LeftNorm
+    from batchnorm.folding.result import FoldResult
 
 __all__ = ["sections"]
 

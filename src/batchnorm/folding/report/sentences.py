@@ -14,8 +14,8 @@ from batchnorm.dataflow.operator_kinds import family
 from batchnorm.dataflow.refusal import listed
 from batchnorm.folding.planning.absorbers import Host
 from batchnorm.folding.planning.merged_parameters import find_tensor
+from batchnorm.folding.planning.outcome import FoldedNorm
 from batchnorm.folding.planning.plan import Plan, Step
-from batchnorm.folding.result import FoldedNorm
 
 __all__ = ["crossed_calls", "tell"]
 

@@ -24,7 +24,7 @@ from batchnorm.folding.writing.replacement_data import from_data, to_data
 from batchnorm.models.copying import copy_model
 
 if TYPE_CHECKING:
-    from batchnorm.folding.planning.find_multiply_adds import Leftover
+    from batchnorm.folding.planning.multiply_add import Leftover
 
 __all__ = ["Pairs", "digest"]
 
