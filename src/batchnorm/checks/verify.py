@@ -1,8 +1,8 @@
 """Whether safe fixes are safe: the model before and after them, compared in one mode.
 
-Three things have to hold, on the example inputs and on others of other sizes (:mod:`batchnorm.dataflow.sizes`). The same
-operators run on the same values, but for the tensors that were dropped. What each fix changed computes the same within
-the rounding of float64 (the fix's own proof). And the outputs differ by no more than rounding explains
+Three things have to hold, on the example inputs and on others of other sizes (:mod:`batchnorm.dataflow.sizes`). The
+same operators run on the same values, but for the tensors that were dropped. What each fix changed computes the same
+within the rounding of float64 (the fix's own proof). And the outputs differ by no more than rounding explains
 (:mod:`batchnorm.verification.end_to_end`).
 """
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from batchnorm.demo.result import DemoResult
+from batchnorm.demo.stations import Stations
 from batchnorm.demo.training import PERCENTILES, Probe, Run
 from batchnorm.report import Document, Facts, Paragraph, Plot, Section, Series, Table
 from batchnorm.report.document import Block, Tone
@@ -15,7 +15,7 @@ from batchnorm.report.document import Block, Tone
 __all__ = ["tell"]
 
 
-def tell(tour: DemoResult) -> Document:
+def tell(tour: Stations) -> Document:
     """Return the report of a tour."""
     only_shifted = [row.result.drifted for row in tour.watched] == [False] + [True] * (len(tour.watched) - 1)
     whole = tour.frozen.kept and not tour.folded.left and only_shifted
@@ -45,7 +45,7 @@ def _steps_to(run: Run, accuracy: float) -> int | None:
     return next((probe.step for probe in run.probes if probe.accuracy >= accuracy), None)
 
 
-def _headline(tour: DemoResult) -> Section:
+def _headline(tour: Stations) -> Section:
     plain = next(run for run in tour.runs if not run.norm and run.learning_rate == tour.best_rate)
     goal = max(probe.accuracy for probe in plain.probes)
     slow, fast = _steps_to(plain, goal), _steps_to(tour.winner, goal)
@@ -82,7 +82,7 @@ def _curves(runs: Sequence[Run], value: Callable[[Probe], float]) -> list[Series
     ]
 
 
-def _training(tour: DemoResult) -> Section:
+def _training(tour: Stations) -> Section:
     rows = [
         [
             run.name,
@@ -118,7 +118,7 @@ def _training(tour: DemoResult) -> Section:
     )
 
 
-def _inside(tour: DemoResult) -> Section:
+def _inside(tour: Stations) -> Section:
     pair = [run for run in tour.runs if run.learning_rate == tour.best_rate]
     series = []
     for run in pair:
@@ -156,7 +156,7 @@ def _inside(tour: DemoResult) -> Section:
     )
 
 
-def _statistics(tour: DemoResult) -> Section:
+def _statistics(tour: Stations) -> Section:
     layers = tour.recalibrated.layers
     names = [f"norm {i + 1}" for i in range(len(layers))]
     average, population = tour.contenders
@@ -192,7 +192,7 @@ def _off(channels: Tensor) -> float:
     return float(channels.abs().max())
 
 
-def _freeze(tour: DemoResult) -> Section:
+def _freeze(tour: Stations) -> Section:
     kept = "bit-identical" if tour.frozen.kept else "changed"
     return Section(
         "Freeze",
@@ -206,7 +206,7 @@ def _freeze(tour: DemoResult) -> Section:
     )
 
 
-def _fold(tour: DemoResult) -> Section:
+def _fold(tour: Stations) -> Section:
     return Section(
         "Fold and verify",
         [
@@ -223,7 +223,7 @@ def _fold(tour: DemoResult) -> Section:
     )
 
 
-def _placement(tour: DemoResult) -> Section:
+def _placement(tour: Stations) -> Section:
     return Section(
         "Check and place",
         [
@@ -235,7 +235,7 @@ def _placement(tour: DemoResult) -> Section:
     )
 
 
-def _watch(tour: DemoResult) -> Section:
+def _watch(tour: Stations) -> Section:
     sets = {row.name: row.result for row in tour.watched}
     rows = [
         [

@@ -16,7 +16,8 @@ from batchnorm.checks import check
 from batchnorm.dataflow.threads import one_thread
 from batchnorm.demo.corruptions import CORRUPTIONS
 from batchnorm.demo.datasets import Dataset, load_digits, load_mnist
-from batchnorm.demo.result import Contender, DemoResult, Frozen, Inference, Watched
+from batchnorm.demo.result import DemoResult
+from batchnorm.demo.stations import Contender, Frozen, Inference, Watched
 from batchnorm.demo.training import BATCH, Run, accuracy, favourite_learning_rate, train
 from batchnorm.errors import InputError
 from batchnorm.folding.fold import fold

@@ -55,8 +55,8 @@ def fold(
 
     The model is run on copies, as it is: in the modes, dtypes and on the devices it is in. What is folded is what the
     runs show, so the inputs must take the way through the model that matters. One run takes numbers, pads, slices and
-    branches that depend on sizes or values for constants, so there are several (:mod:`batchnorm.dataflow.sizes`): on the
-    example inputs, on random ones like them, on others of other sizes (batch, and each further axis) and with other
+    branches that depend on sizes or values for constants, so there are several (:mod:`batchnorm.dataflow.sizes`): on
+    the example inputs, on random ones like them, on others of other sizes (batch, and each further axis) and with other
     numbers among the arguments, as far as the model runs there, and on ``examples``. What does not hold in all of them
     is not folded, and the reason says where it does not. Sizes at which the model stops, and ways through its code that
     no run took, are named in ``result.warnings``. Where a norm that no run reaches stands beside one that one does
@@ -78,7 +78,8 @@ def fold(
             this library. That reads the input once more, as the norm did. For the normalization of the input it is
             always done where needed.
         keep_range: leave a norm that would make a channel of weights too small for its type, in which the result warns
-            of it otherwise (see :mod:`batchnorm.folding.proving.lost_range`). One that would make a parameter overflow always stays.
+            of it otherwise (see :mod:`batchnorm.folding.proving.lost_range`). One that would make a parameter overflow
+            always stays.
         fuse: let each norm that is left, if its statistics are fixed, become one multiply-add per channel
             (:class:`batchnorm.nn.scale_shift.ScaleShift`), computed in one pass with the activation behind it where
             that is a module of torch's own and reads nothing else. Otherwise they stay the modules that they are. Not

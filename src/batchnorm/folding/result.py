@@ -44,7 +44,8 @@ class FoldResult(Result):
         unseen: what no run has shown, as sentences: sizes at which the model does not run, code that was not reached.
         pairs: what the model had before, for :func:`batchnorm.unfold`; None if nothing was folded, or for a program.
         original: the program that was folded; None for a module.
-        lost: folded weights of which channels lose range in their type (see :mod:`batchnorm.folding.proving.lost_range`).
+        lost: folded weights of which channels lose range in their type (see
+            :mod:`batchnorm.folding.proving.lost_range`).
         weights: folded weights of convolutions, transposed convolutions and linear layers, before and after.
         costs: what a pass took before and takes now, counted.
         pictures: what is around the norms that are folded, and around those that are left; alike ones once.
@@ -77,8 +78,8 @@ class FoldResult(Result):
     def ranges(self) -> list[ChannelRanges]:
         """The ranges of the channels of each folded weight, and what int8 makes of them.
 
-        See :mod:`batchnorm.folding.report.int8_ranges`. They are measured when they are first read: do so before the folded
-        model is trained.
+        See :mod:`batchnorm.folding.report.int8_ranges`. They are measured when they are first read: do so before the
+        folded model is trained.
         """
         with one_thread():
             return [weight.ranges() for weight in self.weights]
@@ -112,8 +113,8 @@ class FoldResult(Result):
     def measure(self, example_inputs: Any = None, *, seconds: float = 2.0) -> FoldResult:
         """Return the result with latency and memory of a pass, of the model as it was and of the folded one, in turn.
 
-        The model as it was is what :meth:`unfold` returns. See :func:`batchnorm.folding.report.latency.measure` for what is
-        measured, and how.
+        The model as it was is what :meth:`unfold` returns. See :func:`batchnorm.folding.report.latency.measure` for
+        what is measured, and how.
 
         Args:
             example_inputs: on which to measure: a tensor, a tuple of positional or a dict of keyword arguments. An

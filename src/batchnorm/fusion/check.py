@@ -1,8 +1,9 @@
 """The proof that fused norms compute what they did: the model run with them and without them.
 
-It is run as it is, on the example inputs and on others (:mod:`batchnorm.dataflow.sizes`), in evaluation and in training,
-from the same random state and with gradients recorded; outputs and buffers must be equal, or differ by no more than
-rounding explains (the bound of :mod:`batchnorm.verification.end_to_end`, with every parameter moved by a unit in its last place).
+It is run as it is, on the example inputs and on others (:mod:`batchnorm.dataflow.sizes`), in evaluation and in
+training, from the same random state and with gradients recorded; outputs and buffers must be equal, or differ by no
+more than rounding explains (the bound of :mod:`batchnorm.verification.end_to_end`, with every parameter moved by a unit
+in its last place).
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,9 +13,24 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.files.tensor_memory import bytes_of, without_repeats
 from batchnorm.models.transaction import on_failure
-from batchnorm.nn.pending import cancel_steps, settle_steps
 
-__all__ = ["Snapshot", "Structure", "set_eval", "untouched"]
+__all__ = ["Snapshot", "Structure", "on_snapshot", "set_eval", "untouched"]
+
+OnBuffers: TypeAlias = Callable[[Iterable[Tensor]], None]
+
+_before_taking: list[OnBuffers] = []
+_before_restoring: list[OnBuffers] = []
+
+
+def on_snapshot(before_taking: OnBuffers, before_restoring: OnBuffers) -> None:
+    """Let layers that write into their buffers later than they are called settle that first.
+
+    Args:
+        before_taking: called with the buffers of which a snapshot is about to be taken.
+        before_restoring: called with the same buffers before they are restored.
+    """
+    _before_taking.append(before_taking)
+    _before_restoring.append(before_restoring)
 
 
 class Snapshot:
@@ -28,7 +43,8 @@ class Snapshot:
 
     def __init__(self, model: Module, *, parameters: bool = False) -> None:
         self._buffers = list(model.buffers())
-        settle_steps(self._buffers)  # of fused layers whose output nobody has read yet: they are not to be lost
+        for settle in _before_taking:
+            settle(self._buffers)
         # scripted modules that went through torch.jit.freeze have no mode
         self._modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
         # a scripted module keeps its buffers in C++, where their slots cannot change
@@ -47,7 +63,8 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put every mode and value back."""
-        cancel_steps(self._buffers)  # an output that an exception still holds would take its step when that is gone
+        for cancel in _before_restoring:
+            cancel(self._buffers)
         for module, training in self._modes:
             # the attribute itself: train() may be overridden (a frozen norm ignores it)
             module.training = training

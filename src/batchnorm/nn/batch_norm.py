@@ -15,7 +15,7 @@ from batchnorm.functional.batch_norm import normalize
 from batchnorm.functional.running_statistics import NOBODY, Counters
 from batchnorm.functional.validation import HALF, check_activation
 from batchnorm.models.recomputation import recomputing
-from batchnorm.nn.other_tools import Guarded, asked_for_class, give_way
+from batchnorm.nn.guarded import Guarded, asked_for_class
 from batchnorm.nn.pending import defer
 
 if TYPE_CHECKING:
@@ -241,9 +241,7 @@ class _Layer(Guarded, torch.nn.modules.batchnorm._BatchNorm):
 
     def _record(self, input: Any, residual: Any, mask: Any) -> Any:
         """Stay one node in a graph that torch.fx traces, as torch's own layers do."""
-        tool = asked_for_class(sys._getframe(1))
-        if tool is not None:
-            give_way(self, tool)
+        asked_for_class(self, sys._getframe(1))
         extras = {"residual": residual, "mask": mask}
         given = {name: value for name, value in extras.items() if value is not None}
         return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), given)

@@ -13,7 +13,7 @@ from torch.nn import Module
 from torch.nn.parameter import Parameter
 
 from batchnorm.errors import StateError
-from batchnorm.nn.other_tools import Guarded
+from batchnorm.nn.guarded import Guarded
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -2,7 +2,8 @@
 
 Converters know a norm by ``isinstance`` or by its attributes alone, read γ, β, the running statistics and eps, and
 leave the rest behind: an activation, a β without γ, a freeze. None of them can be told so; but each reads ``eps``. So
-``eps`` is a property here, which looks at who reads it, and what would be lost is an error then.
+``eps`` is a property (:mod:`batchnorm.nn.guarded`), here it is looked at who reads it, and what would be lost is an
+error then.
 
 Those of ``torch.ao.quantization`` and ``torch.fx.experimental.optimization`` take a layer by its exact class instead. A
 layer that adds nothing becomes torch's own as soon as they ask for it; one that does keeps its class, and is not taken.
@@ -10,7 +11,6 @@ layer that adds nothing becomes torch's own as soon as they ask for it; one that
 
 from __future__ import annotations
 
-import sys
 import warnings
 from types import FrameType
 from typing import NamedTuple
@@ -19,8 +19,12 @@ import torch
 from torch.nn import Module
 
 from batchnorm.errors import StateError
+from batchnorm.nn import guarded
+from batchnorm.nn.frozen import THAWED, state_of
+from batchnorm.nn.select import NormModule
+from batchnorm.nn.swap import TORCHS, become_torchs, cannot_revert
 
-__all__ = ["Guarded", "asked_for_class", "give_way"]
+__all__ = ["asked_for_class", "give_way"]
 
 
 class _Tool(NamedTuple):
@@ -52,37 +56,6 @@ _QUANTIZATION = "torch.ao.quantization"
 _OPTIMIZATION = "torch.fx.experimental.optimization"
 
 
-class Guarded(Module):
-    """Goes before a norm's class, and says no to a tool that would take part of the norm for the whole."""
-
-    __jit_unused_properties__: tuple[str, ...] = ("eps", "parametrizations")
-
-    @property
-    def eps(self) -> float:
-        """What is added to the variance.
-
-        Raises:
-            StateError: a converter reads it that would drop part of what this layer does.
-        """
-        if not torch.compiler.is_compiling():  # a compiler cannot look at frames, and is no converter
-            _require_nothing_lost(self, sys._getframe(1))
-        value: float = self.__dict__["eps"]
-        return value
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self.__dict__["eps"] = value
-
-    @property
-    def parametrizations(self) -> Module:
-        """Parametrizations of the parameters, if there are; ``torch.ao`` asks for them before it asks for the class."""
-        if not torch.compiler.is_compiling():
-            tool = asked_for_class(sys._getframe(1))
-            if tool is not None:
-                give_way(self, tool)
-        raise AttributeError("parametrizations")  # so that Module.__getattr__ looks among the submodules
-
-
 def _require_nothing_lost(norm: Module, reader: FrameType) -> None:
     tool = _TOOLS.get((reader.f_globals.get("__name__", ""), reader.f_code.co_name))
     if tool is None or reader.f_locals.get("self") is norm:
@@ -93,8 +66,6 @@ def _require_nothing_lost(norm: Module, reader: FrameType) -> None:
 
 def _beyond_torchs(norm: Module, tool: _Tool) -> list[tuple[str, str]]:
     """Return what a norm does that a layer of torch made of its γ, β, statistics and eps does not; and what to do."""
-    from batchnorm.nn.frozen import THAWED, state_of  # a frozen norm is one of those that are guarded
-
     found = []
     activation = getattr(norm, "activation", None)
     own = [type(m).__name__ for m in norm._modules.values() if m is not None and not isinstance(m, torch.nn.Identity)]
@@ -128,10 +99,6 @@ def give_way(norm: Module, tool: str) -> None:
     Raises:
         StateError: the tool would not do without it: it fuses modules that the user has listed.
     """
-    from batchnorm.nn.frozen import THAWED, state_of
-    from batchnorm.nn.select import NormModule
-    from batchnorm.nn.swap import TORCHS, become_torchs, cannot_revert
-
     frozen = state_of(norm) != THAWED
     if isinstance(norm, NormModule) and type(norm) in TORCHS and cannot_revert(norm) is None:
         become_torchs(norm)
@@ -155,3 +122,12 @@ def give_way(norm: Module, tool: str) -> None:
 def _where(norm: Module) -> str:
     name = getattr(norm, "layer_name", None)
     return name or f"{type(norm).__name__}({getattr(norm, 'num_features', '')})"
+
+
+def _answer_for_class(norm: Module, reader: FrameType) -> None:
+    tool = asked_for_class(reader)
+    if tool is not None:
+        give_way(norm, tool)
+
+
+guarded.answer(eps=_require_nothing_lost, cls=_answer_for_class)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import RLock, get_ident
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +37,14 @@ from batchnorm.errors import StateError
 from batchnorm.functional import dispatch
 from batchnorm.kernels.activation import ACTIVATIONS, leaky_relu
 from batchnorm.models.recomputation import recomputing
+from batchnorm.models.snapshot import on_snapshot
 from batchnorm.nn.frozen import THAWED, state_of
 from batchnorm.nn.redirect import shallow_copy
 
-if TYPE_CHECKING:
-    from batchnorm.nn.batch_norm import _Layer
+__all__ = ["Pending", "defer", "deferring_always"]
 
-__all__ = ["Pending", "cancel_steps", "defer", "deferring_always", "settle_steps"]
+_Layer: TypeAlias = Any
+"""A layer of :mod:`batchnorm.nn.batch_norm`, which imports this file."""
 
 
 def defer(layer: _Layer, input: Any) -> Pending | None:
@@ -313,17 +314,20 @@ def _steps_of(layer: _Layer) -> _Steps | None:
         return _steps.setdefault(mean, _Steps()) if steps is None else steps
 
 
-def settle_steps(buffers: Iterable[Tensor]) -> None:
+def _settle_steps(buffers: Iterable[Tensor]) -> None:
     """Take the steps that calls of this thread owe the running statistics among ``buffers``."""
     for source in _owed_to(buffers):
         if source.thread == get_ident():
             source.step_or_warn()
 
 
-def cancel_steps(buffers: Iterable[Tensor]) -> None:
+def _cancel_steps(buffers: Iterable[Tensor]) -> None:
     """Let no call owe a step to the running statistics among ``buffers``: they were set to what they were before it."""
     for source in _owed_to(buffers):
-        source.cancel()
+        source.cancel()  # an output that an exception still holds would take its step when that is gone
+
+
+on_snapshot(before_taking=_settle_steps, before_restoring=_cancel_steps)
 
 
 def _owed_to(buffers: Iterable[Tensor]) -> Iterator[_Source]:

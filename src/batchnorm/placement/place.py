@@ -49,9 +49,9 @@ def place(model: Module, example_inputs: Any, *, inplace: bool = False) -> Place
     Until it is trained, the model computes in eval mode what it did before: a new norm starts with γ = 1, β = 0,
     running_mean = −b and running_var = 1 − ε. Train it, or measure the statistics (``recalibrate``), before relying on
     the norms. The result is verified by running it, on the example inputs, on others of other sizes and on random ones
-    (:mod:`batchnorm.dataflow.sizes`): with the new norms left out, it has to run the same operators on the same values as
-    the original; a norm with which it does not is taken out again and listed. So is one that could not stand there in
-    one of these runs.
+    (:mod:`batchnorm.dataflow.sizes`): with the new norms left out, it has to run the same operators on the same values
+    as the original; a norm with which it does not is taken out again and listed. So is one that could not stand there
+    in one of these runs.
 
     Args:
         model: any model that runs. Its class, modes, hooks, devices and dtypes are kept; norms follow the layer they

@@ -138,10 +138,10 @@ def make_plan(
 ) -> Plan:
     """Find out which norms can go, and where.
 
-    Each is tried in the order of execution, in the ways of :mod:`batchnorm.folding.planning.splits`; norms that go make room for
-    others, so that those that are left are tried again as long as one more goes. What is left then is tried with what
-    stands beside it (:mod:`batchnorm.folding.planning.parallel`), and after that with values that others read too: they take in the
-    inverse of what the norm was.
+    Each is tried in the order of execution, in the ways of :mod:`batchnorm.folding.planning.splits`; norms that go make
+    room for others, so that those that are left are tried again as long as one more goes. What is left then is tried
+    with what stands beside it (:mod:`batchnorm.folding.planning.parallel`), and after that with values that others read
+    too: they take in the inverse of what the norm was.
 
     Args:
         model: the model; it is not changed.

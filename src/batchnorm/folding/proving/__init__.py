@@ -1,1 +1,1 @@
-"""A plan proved before anything is changed: value by value in float64, and end to end."""
+"""A plan proved before anything is changed: every value in float64, and the range of every weight in its type."""

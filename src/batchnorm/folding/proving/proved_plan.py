@@ -31,7 +31,7 @@ __all__ = ["Options", "Settled", "copy_to_try", "settle"]
 
 @dataclass(frozen=True)
 class Options:
-    """What a fold may do; see :func:`batchnorm.fold`, and for the last two :class:`batchnorm.folding.planning.plan.Plan`."""
+    """What a fold may do; see :func:`batchnorm.fold`, and for the last two :mod:`batchnorm.folding.planning.plan`."""
 
     borders: bool = False
     keep_range: bool = False

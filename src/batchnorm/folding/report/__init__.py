@@ -1,1 +1,1 @@
-"""What a fold tells: tables, sentences, pictures, cost."""
+"""What a fold tells: sections of the report, sentences about norms, diagrams, ranges for int8, latency."""

@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch.nn import Module
 
+from batchnorm.folding.planning.outcome import Costs, FoldedNorm, LeftNorm, Pictures
+from batchnorm.folding.proving.lost_range import LostRange
+from batchnorm.folding.report.int8_ranges import ChannelRanges
 from batchnorm.folding.report.int8_ranges import section as range_section
 from batchnorm.folding.report.latency import Measured, Spread
 from batchnorm.folding.report.same_sentence import alike
 from batchnorm.report import Diagrams, Facts, Paragraph, Section, Table
 from batchnorm.report.document import Block, Cell
 
-if TYPE_CHECKING:
-    from batchnorm.folding.planning.outcome import Costs, FoldedNorm, LeftNorm
-    from batchnorm.folding.result import FoldResult
-
 __all__ = ["sections"]
 
-Told = TypeVar("Told", "FoldedNorm", "LeftNorm")
+Told = TypeVar("Told", FoldedNorm, LeftNorm)
 
 _FEW = 8  # norms have a row each in a terminal, too
 
 
-def sections(result: FoldResult) -> list[Section]:
+class Account(Protocol):
+    """What the report is made of: see :class:`batchnorm.folding.result.FoldResult`, which has all of this."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def folded(self) -> Sequence[FoldedNorm]: ...
+    @property
+    def left(self) -> Sequence[LeftNorm]: ...
+    @property
+    def error(self) -> float: ...
+    @property
+    def bound(self) -> float: ...
+    @property
+    def error_float64(self) -> float | None: ...
+    @property
+    def on_random_inputs(self) -> bool | None: ...
+    @property
+    def unseen(self) -> Sequence[str]: ...
+    @property
+    def lost(self) -> Sequence[LostRange]: ...
+    @property
+    def ranges(self) -> list[ChannelRanges]: ...
+    @property
+    def costs(self) -> Costs | None: ...
+    @property
+    def pictures(self) -> Pictures | None: ...
+    @property
+    def measured(self) -> Measured | None: ...
+
+
+def sections(result: Account) -> list[Section]:
     """Return the sections of the report; those that need the room of a page are brief in a terminal."""
     found: list[Section] = []
     names = _names(result)
@@ -64,7 +94,7 @@ def _groups(items: Sequence[Told], says: Callable[[Told], str], names: Collectio
     return [[item] for item in items] if len(items) <= _FEW else alike(items, says, names)
 
 
-def _names(result: FoldResult) -> set[str]:
+def _names(result: Account) -> set[str]:
     """Return the names that may stand in a sentence."""
     modules = result.model.named_modules() if isinstance(result.model, Module) else ()
     norms: list[FoldedNorm | LeftNorm] = [*result.folded, *result.left]
@@ -137,7 +167,7 @@ def _scaled(number: int, step: int, units: Sequence[str]) -> str:
     return f"{shown} {units[place]}".rstrip()
 
 
-def _facts(result: FoldResult) -> Facts:
+def _facts(result: Account) -> Facts:
     items: list[tuple[str, Cell]] = [
         ("output error", result.error),
         ("bound", result.bound),

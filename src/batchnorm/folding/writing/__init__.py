@@ -1,1 +1,1 @@
-"""A proved plan written into a model, and what is kept for the way back."""
+"""A proved plan written into a model (rewrite), and what the model had before, in memory or in a file (record)."""
