@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.monitor.drift import MIN_SAMPLES, REFERENCE_SAMPLES, LayerDrift, judge
-from batchnorm.monitor.stream import LayerStream, Reference
+from batchnorm.monitor.stream import LayerStream, ReferenceStatistics
 
 CHANNELS = 32
 
@@ -13,7 +13,7 @@ CHANNELS = 32
 def run(x: Tensor, mean: Tensor | float = 0.0, variance: Tensor | float = 1.0, **options: float) -> LayerDrift:
     channels = x.shape[1]
     stored = (torch.as_tensor(v, dtype=torch.float64).expand(channels) for v in (mean, variance))
-    stream = LayerStream("norm", Reference.of(*stored, 1e-5))
+    stream = LayerStream("norm", ReferenceStatistics.of(*stored, 1e-5))
     stream.add(x)
     return judge(stream, **{"tolerance": 0.1, "level": 0.05, **options})
 
@@ -111,7 +111,7 @@ def test_few_samples_get_no_verdict() -> None:
 
 
 def test_a_layer_that_was_not_called() -> None:
-    stream = LayerStream("norm", Reference.of(torch.zeros(3), torch.ones(3), 1e-5))
+    stream = LayerStream("norm", ReferenceStatistics.of(torch.zeros(3), torch.ones(3), 1e-5))
     layer = judge(stream, tolerance=0.1, level=0.01)
     assert layer.status == "not called"
     assert layer.worst() == []
@@ -121,7 +121,7 @@ def test_verdict_and_numbers_do_not_depend_on_the_cut_into_batches() -> None:
     x = smooth_maps(torch.Generator().manual_seed(0), 96) + 0.3
     layers = []
     for size in (1, 7, 32, 96):
-        stream = LayerStream("norm", Reference.of(torch.zeros(CHANNELS), torch.ones(CHANNELS), 1e-5))
+        stream = LayerStream("norm", ReferenceStatistics.of(torch.zeros(CHANNELS), torch.ones(CHANNELS), 1e-5))
         for part in x.split(size):
             stream.add(part)
         layers.append(judge(stream, tolerance=0.1, level=0.01))

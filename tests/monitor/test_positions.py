@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from batchnorm.monitor.drift import judge
 from batchnorm.monitor.positions import distance, looked_at, parts
 from batchnorm.monitor.samples import sample_statistics
-from batchnorm.monitor.stream import LayerStream, Reference
+from batchnorm.monitor.stream import LayerStream, ReferenceStatistics
 
 SHAPES = [(5, 96, 112, 112), (9, 32, 56, 56), (7, 16, 37, 41), (6, 32, 45, 24), (3, 16, 4096), (4, 8, 14, 16, 16)]
 
@@ -64,9 +64,9 @@ def smooth(n: int, g: torch.Generator) -> torch.Tensor:
 
 
 @cache
-def reference() -> Reference:
+def reference() -> ReferenceStatistics:
     everywhere = smooth(1000, torch.Generator().manual_seed(10**6))
-    return Reference.of(everywhere.mean((0, 2, 3)), everywhere.var((0, 2, 3)), 1e-5)
+    return ReferenceStatistics.of(everywhere.mean((0, 2, 3)), everywhere.var((0, 2, 3)), 1e-5)
 
 
 def judged(x: torch.Tensor, level: float = 0.05):

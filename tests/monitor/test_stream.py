@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm.monitor.samples import sample_statistics
-from batchnorm.monitor.stream import GROUPS, LayerStream, Reference, SampleMoments
+from batchnorm.monitor.stream import GROUPS, LayerStream, ReferenceStatistics, SampleMoments
 
 SHAPES = [(7, 3), (5, 3, 4), (5, 3, 4, 2), (4, 3, 2, 3, 2)]
 
 
-def reference(channels: int = 3, eps: float = 1e-5) -> Reference:
-    return Reference.of(torch.arange(channels) * 0.5, torch.linspace(0.5, 2.0, channels), eps)
+def reference(channels: int = 3, eps: float = 1e-5) -> ReferenceStatistics:
+    return ReferenceStatistics.of(torch.arange(channels) * 0.5, torch.linspace(0.5, 2.0, channels), eps)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -110,7 +110,7 @@ def test_a_second_call_in_one_forward_brings_no_new_samples() -> None:
 
 def test_reference_is_a_copy() -> None:
     mean, variance = torch.zeros(2), torch.ones(2)
-    r = Reference.of(mean, variance, 1.0)
+    r = ReferenceStatistics.of(mean, variance, 1.0)
     mean += 1
     variance += 1
     assert r.mean.tolist() == [0, 0]

@@ -15,7 +15,7 @@ from batchnorm.moments import Moments
 from batchnorm.monitor import measure, watch
 from batchnorm.monitor.drift import REFERENCE_SAMPLES, judge
 from batchnorm.monitor.samples import sample_statistics
-from batchnorm.monitor.stream import GROUPS, LayerStream, Reference
+from batchnorm.monitor.stream import GROUPS, LayerStream, ReferenceStatistics
 from batchnorm.monitor.student import critical_t
 from batchnorm.monitor.weights import Met
 
@@ -26,14 +26,14 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def reference(channels: int = CHANNELS) -> Reference:
-    return Reference.of(torch.linspace(-0.1, 0.1, channels), torch.linspace(0.8, 1.3, channels), 1e-5)
+def reference(channels: int = CHANNELS) -> ReferenceStatistics:
+    return ReferenceStatistics.of(torch.linspace(-0.1, 0.1, channels), torch.linspace(0.8, 1.3, channels), 1e-5)
 
 
 # -- equal sizes: as if nothing had a weight ------------------------------------------------------------------------
 
 
-def unweighted(x: torch.Tensor, r: Reference, level: float) -> tuple[float, float, np.ndarray]:
+def unweighted(x: torch.Tensor, r: ReferenceStatistics, level: float) -> tuple[float, float, np.ndarray]:
     """Return distance, bound and standard errors by the formulas in which every sample counts the same."""
     values = x.double().numpy().reshape(*x.shape[:2], -1)
     unit = r.std.numpy()
@@ -226,7 +226,7 @@ def test_shifts_in_standard_errors_scatter_as_a_standard_normal_does(kind) -> No
         for calls in kind(seed):
             for x in calls:
                 truth = truth.merge(Moments.of(x))
-    r = Reference.of(truth.mean, truth.variance(), 1e-5)
+    r = ReferenceStatistics.of(truth.mean, truth.variance(), 1e-5)
     found = []
     for seed in range(12):
         stream = LayerStream("n", r)

@@ -6,7 +6,7 @@ from torch import nn
 
 from batchnorm.errors import ShapeError
 from batchnorm.monitor import Watch, watch
-from batchnorm.monitor.stream import LayerStream, Reference, SampleMoments
+from batchnorm.monitor.stream import LayerStream, ReferenceStatistics, SampleMoments
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_false_alarms_at_the_edge_of_the_tolerance_keep_the_level_for_a_whole_wi
 
 def test_a_window_holds_what_its_last_samples_are() -> None:
     x = data(333)
-    reference = Reference.of(torch.zeros(6), torch.ones(6), 1e-5)
+    reference = ReferenceStatistics.of(torch.zeros(6), torch.ones(6), 1e-5)
     windowed = LayerStream("n", reference, 64)
     for part in x.split([5, 300, 1, 27]):
         windowed.add(part)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.dataflow.trace import trace
-from batchnorm.placement.sites import Site, find_sites, norm_calls, obstacle
+from batchnorm.placement.sites import Placement, find_placements, norm_calls, obstacle
 
 
 class Net(nn.Module):
@@ -22,8 +22,8 @@ class Net(nn.Module):
         return self._forward(self, x)
 
 
-def sites(forward: Callable[[Net, Tensor], Tensor]) -> list[Site]:
-    return list(find_sites(trace(Net(forward).eval(), torch.randn(2, 4, 4, 4))))
+def sites(forward: Callable[[Net, Tensor], Tensor]) -> list[Placement]:
+    return list(find_placements(trace(Net(forward).eval(), torch.randn(2, 4, 4, 4))))
 
 
 @pytest.mark.parametrize(

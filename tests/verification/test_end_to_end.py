@@ -12,7 +12,7 @@ from batchnorm.errors import InputError, VerificationError
 from batchnorm.folding.fold import fold
 from batchnorm.models.outputs import NamedTensor
 from batchnorm.verification import end_to_end as verify_module
-from batchnorm.verification.end_to_end import Reference, verify, verify_float64
+from batchnorm.verification.end_to_end import ReferenceOutputs, verify, verify_float64
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
@@ -34,7 +34,7 @@ def test_a_run_changes_nothing_and_repeats():
 
 def test_bound_follows_its_formula():
     net = make()
-    reference = Reference.of(net, X, list(net.parameters()))
+    reference = ReferenceOutputs.of(net, X, list(net.parameters()))
     u = torch.finfo(torch.float32).eps / 2
     (moved,), (bound,) = reference.moved, reference.bounds()
     assert 0 < moved < 1e-5
@@ -72,7 +72,7 @@ def test_nudges_follow_the_precision_that_products_are_allowed():
 def test_error_of_one_part_in_a_thousand_is_caught(dtype):
     """In bfloat16 that is below its rounding, and only the comparison in float64 catches it."""
     net = make().to(dtype)
-    reference = Reference.of(net, X.to(dtype), list(net.parameters()))
+    reference = ReferenceOutputs.of(net, X.to(dtype), list(net.parameters()))
     wide = copy.deepcopy(net).double()
     before = run(wide, X.to(dtype).double())
     wide[2].weight.data *= 1.001
@@ -83,7 +83,7 @@ def test_error_of_one_part_in_a_thousand_is_caught(dtype):
 
 def test_the_same_model_agrees():
     net = make()
-    reference = Reference.of(net, X, list(net.parameters()))
+    reference = ReferenceOutputs.of(net, X, list(net.parameters()))
     assert verify(reference, run(net, X)).error == 0
     outputs = run(copy.deepcopy(net).double(), X.double())
     agreement = verify_float64(outputs, outputs, reference, 2.0**-24)
@@ -93,13 +93,13 @@ def test_the_same_model_agrees():
 
 def test_a_copy_that_returns_other_things_in_float64_is_not_compared_there():
     net = make()
-    reference = Reference.of(net, X, list(net.parameters()))
+    reference = ReferenceOutputs.of(net, X, list(net.parameters()))
     others = [NamedTensor("[0]", torch.zeros(1)), NamedTensor("[1]", torch.zeros(1))]
     assert verify_float64(others, others, reference, 2.0**-24) is None
 
 
 def reference_of(*tensors, moved=0.0):
-    return Reference([NamedTensor(f"[{i}]", t) for i, t in enumerate(tensors)], [moved] * len(tensors))
+    return ReferenceOutputs([NamedTensor(f"[{i}]", t) for i, t in enumerate(tensors)], [moved] * len(tensors))
 
 
 def outputs_of(*tensors):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from batchnorm.dataflow.graph import Graph
 from batchnorm.dataflow.trace import trace
-from batchnorm.verification.same_dataflow import difference
+from batchnorm.verification.same_dataflow import dataflow_difference
 
 
 class Net(nn.Module):
@@ -31,7 +31,7 @@ BASE = graph_of(lambda net, x: F.relu(net.a(x)) + 1)
 
 
 def test_the_same_model_does_not_differ() -> None:
-    assert difference(BASE, graph_of(lambda net, x: F.relu(net.a(x)) + 1), (), {}, ()) is None
+    assert dataflow_difference(BASE, graph_of(lambda net, x: F.relu(net.a(x)) + 1), (), {}, ()) is None
 
 
 @pytest.mark.parametrize(
@@ -49,19 +49,19 @@ def test_the_same_model_does_not_differ() -> None:
     ],
 )
 def test_every_other_computation_differs(forward: Callable[[Net, Tensor], object], phrase: str) -> None:
-    found = difference(BASE, graph_of(forward), (), {}, ())
+    found = dataflow_difference(BASE, graph_of(forward), (), {}, ())
     assert found is not None
     assert phrase in found
 
 
 def test_inserted_norms_and_dropped_tensors_are_allowed_where_they_are_named() -> None:
     normed = graph_of(lambda net, x: F.relu(net.norm(net.a(x))) + 1)
-    assert difference(BASE, normed, {"norm"}, {}, ()) is None
+    assert dataflow_difference(BASE, normed, {"norm"}, {}, ()) is None
     bare = graph_of(lambda net, x: F.relu(F.linear(x, net.a.weight)) + 1)
-    assert difference(BASE, bare, (), {}, {"a.bias"}) is None
-    assert difference(BASE, bare, (), {}, {"b.bias"}) is not None
+    assert dataflow_difference(BASE, bare, (), {}, {"a.bias"}) is None
+    assert dataflow_difference(BASE, bare, (), {}, {"b.bias"}) is not None
     renamed = {"a.weight": "b.weight", "a.bias": "b.bias"}
-    assert difference(BASE, graph_of(lambda net, x: F.relu(net.b(x)) + 1), (), renamed, ()) is None
+    assert dataflow_difference(BASE, graph_of(lambda net, x: F.relu(net.b(x)) + 1), (), renamed, ()) is None
 
 
 def test_a_value_taken_before_an_inserted_norm_counts_as_the_same() -> None:
@@ -72,4 +72,4 @@ def test_a_value_taken_before_an_inserted_norm_counts_as_the_same() -> None:
         net.norm(y)  # whose output nobody reads
         return y + 1
 
-    assert difference(before, graph_of(after), {"norm"}, {}, ()) is None
+    assert dataflow_difference(before, graph_of(after), {"norm"}, {}, ()) is None

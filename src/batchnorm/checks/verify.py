@@ -24,8 +24,8 @@ from batchnorm.errors import InputError, VerificationError
 from batchnorm.models.outputs import difference
 from batchnorm.models.several import Several
 from batchnorm.models.snapshot import untouched
-from batchnorm.verification.end_to_end import Agreement, Reference
-from batchnorm.verification.same_dataflow import difference as dataflow_difference
+from batchnorm.verification.end_to_end import Agreement, ReferenceOutputs
+from batchnorm.verification.same_dataflow import dataflow_difference as dataflow_difference
 
 __all__ = ["Comparison", "in_mode", "trace_in_mode"]
 
@@ -125,7 +125,7 @@ class Comparison:
                 raise VerificationError(proof.problem)
 
     def _require_same_outputs(self) -> Agreement:
-        reference = Reference.of(self._before, self._inputs, self._touched())
+        reference = ReferenceOutputs.of(self._before, self._inputs, self._touched())
         worst = Agreement(0.0, 0.0)
         fixed = run(self._after, self._inputs)
         if [output.where for output in fixed] != [output.where for output in reference.outputs]:

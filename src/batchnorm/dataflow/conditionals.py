@@ -10,12 +10,12 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["EITHER", "run_both"]
+__all__ = ["COND", "run_both"]
 
 _library = torch.library.Library("batchnorm", "FRAGMENT")
 _library.define("cond(Tensor?[] branches) -> Tensor[]")
 
-EITHER = torch.ops.batchnorm.cond.default
+COND = torch.ops.batchnorm.cond.default
 """Stands, in a dataflow, for the choice between the results of branches. It is never run."""
 
 

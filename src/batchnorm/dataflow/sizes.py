@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from batchnorm.dataflow.conditionals import EITHER
+from batchnorm.dataflow.conditionals import COND
 from batchnorm.dataflow.graph import Graph
 from batchnorm.dataflow.refusal import listed
 from batchnorm.dataflow.run import run
@@ -333,7 +333,7 @@ def _holds_a_number(tensor: Tensor) -> bool:
 
 def _reads_numbers(graph: Graph) -> bool:
     """Whether the model's code reads numbers out of tensors, or takes parts whose size depends on values."""
-    return any(call.op is EITHER or call.name in _READS for call in graph.calls)
+    return any(call.op is COND or call.name in _READS for call in graph.calls)
 
 
 _READS = {

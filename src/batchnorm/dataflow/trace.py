@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from batchnorm.dataflow.conditionals import EITHER, run_both
+from batchnorm.dataflow.conditionals import COND, run_both
 from batchnorm.dataflow.example_error import example_error
 from batchnorm.dataflow.graph import Call, Graph, ModuleCall, Value
 from batchnorm.errors import BatchNormError
@@ -139,7 +139,7 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             result, branches = run_both(self, func, args, kwargs)
-            call = self._new_call(EITHER, {"branches": [self.value_of(leaf) for leaf in _tensors_in(branches)]})
+            call = self._new_call(COND, {"branches": [self.value_of(leaf) for leaf in _tensors_in(branches)]})
             self._note(call, args, kwargs, result)
             return result
         given = named_arguments(func, args, kwargs)

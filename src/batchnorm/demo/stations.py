@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchnorm.checks import CheckResult
-from batchnorm.demo.training import Run
+from batchnorm.demo.training import TrainingRun
 from batchnorm.folding.result import FoldResult
 from batchnorm.monitor import WatchResult
 from batchnorm.nn.freeze import FreezeResult
@@ -61,8 +61,8 @@ class Stations:
     seed: int
     best_rate: float
     losses: dict[float, float]
-    runs: list[Run]
-    winner: Run
+    runs: list[TrainingRun]
+    winner: TrainingRun
     recalibrated: RecalibrateResult
     contenders: tuple[Contender, Contender]
     frozen: Frozen

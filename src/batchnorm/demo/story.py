@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from batchnorm.demo.stations import Stations
-from batchnorm.demo.training import PERCENTILES, Probe, Run
+from batchnorm.demo.training import PERCENTILES, Probe, TrainingRun
 from batchnorm.report import Document, Facts, Paragraph, Plot, Section, Series, Table
 from batchnorm.report.document import Block, Tone
 
@@ -41,7 +41,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _steps_to(run: Run, accuracy: float) -> int | None:
+def _steps_to(run: TrainingRun, accuracy: float) -> int | None:
     return next((probe.step for probe in run.probes if probe.accuracy >= accuracy), None)
 
 
@@ -70,7 +70,7 @@ def _headline(tour: Stations) -> Section:
     )
 
 
-def _curves(runs: Sequence[Run], value: Callable[[Probe], float]) -> list[Series]:
+def _curves(runs: Sequence[TrainingRun], value: Callable[[Probe], float]) -> list[Series]:
     return [
         Series(
             run.name,

@@ -18,7 +18,7 @@ from batchnorm.demo.corruptions import CORRUPTIONS
 from batchnorm.demo.datasets import Dataset, load_digits, load_mnist
 from batchnorm.demo.result import DemoResult
 from batchnorm.demo.stations import Contender, Frozen, Inference, Watched
-from batchnorm.demo.training import BATCH, Run, accuracy, favourite_learning_rate, train
+from batchnorm.demo.training import BATCH, TrainingRun, accuracy, favourite_learning_rate, train
 from batchnorm.errors import InputError
 from batchnorm.folding.fold import fold
 from batchnorm.folding.result import FoldResult
@@ -114,7 +114,9 @@ def _load(dataset: str, root: str | Path | None, seed: int) -> Dataset:
     raise InputError(f"dataset {dataset!r}: expected 'digits' or 'mnist'.")
 
 
-def _race(data: Dataset, steps: int, seed: int, progress: bool | None) -> tuple[float, dict[float, float], list[Run]]:
+def _race(
+    data: Dataset, steps: int, seed: int, progress: bool | None
+) -> tuple[float, dict[float, float], list[TrainingRun]]:
     """Find the plain network's favourite rate, then train with and without norm at it and at the larger one."""
     trial = min(steps, STEPS["digits"])
     with progress_bar("Training", len(RATES) * trial + 4 * steps, progress) as advance:
@@ -160,7 +162,7 @@ def _time(network: nn.Module, folded: FoldResult, example: Tensor) -> Inference:
     return Inference(before, after, ratio)
 
 
-def _place(plain: Run, example: Tensor) -> PlaceResult:
+def _place(plain: TrainingRun, example: Tensor) -> PlaceResult:
     """Ask where norms belong in the network that has none."""
     return place(copy.deepcopy(plain.network).train(), example)
 

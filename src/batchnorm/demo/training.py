@@ -13,7 +13,7 @@ from batchnorm.demo.datasets import Dataset
 from batchnorm.demo.network import hidden_inputs, sigmoid_network
 from batchnorm.monitor.saturation import activation_of
 
-__all__ = ["Probe", "Run", "favourite_learning_rate", "train"]
+__all__ = ["Probe", "TrainingRun", "favourite_learning_rate", "train"]
 
 BATCH = 60
 PERCENTILES = (15, 50, 85)
@@ -37,7 +37,7 @@ class Probe:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """One training run.
 
     Attributes:
@@ -69,7 +69,7 @@ def train(
     seed: int,
     probes: int = 60,
     advance: Callable[[], None] = lambda: None,
-) -> Run:
+) -> TrainingRun:
     """Train one network for ``steps`` batches of 60 and look at it at most ``probes`` times.
 
     Half of the looks are spread evenly, half by the logarithm of the step: most of what there is to see comes early.
@@ -77,7 +77,7 @@ def train(
     For one seed, initial weights and order of the pictures are the same in every run.
     """
     network = sigmoid_network(data.pixels, norm=norm, seed=seed)
-    run = Run(norm, learning_rate, network)
+    run = TrainingRun(norm, learning_rate, network)
     optimizer = torch.optim.SGD(network.parameters(), learning_rate)
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(())

@@ -22,10 +22,10 @@ from batchnorm.errors import InputError, StateError, VerificationError
 from batchnorm.folding.planning.merged_parameters import find_tensor
 from batchnorm.folding.planning.outcome import Costs, Pictures
 from batchnorm.folding.planning.own_weights import ComputedWeights, untie
-from batchnorm.folding.planning.plan import Plan
-from batchnorm.folding.planning.replacement import StandIn
+from batchnorm.folding.planning.plan import FoldPlan
+from batchnorm.folding.planning.replacement import Replacement
 from batchnorm.folding.proving.lost_range import lost_ranges
-from batchnorm.folding.proving.proved_plan import Options, Settled, copy_to_try, settle
+from batchnorm.folding.proving.proved_plan import Options, ProvedPlan, prove_plan, trial_copy
 from batchnorm.folding.report.diagrams import draw_folded, draw_left, renamed
 from batchnorm.folding.report.int8_ranges import FoldedWeight, folded_weights
 from batchnorm.folding.report.sentences import tell
@@ -35,7 +35,7 @@ from batchnorm.folding.writing.rewrite import Rewrite
 from batchnorm.models.several import Several
 from batchnorm.models.transaction import on_failure
 from batchnorm.nn.input_normalization import INNER, NORMALIZATION, WithNormalizedInput, outer_name
-from batchnorm.verification.end_to_end import Agreement, Reference, spacing, verify, verify_float64
+from batchnorm.verification.end_to_end import Agreement, ReferenceOutputs, spacing, verify, verify_float64
 
 __all__ = ["Options", "fold_model", "fold_with_normalization"]
 
@@ -63,25 +63,25 @@ def fold_model(
     """
     with torch.inference_mode(False):
         labels = ("the example inputs", *(f"examples[{number}]" for number in range(len(examples))))
-        runs = find_runs(lambda: copy_to_try(model), Several((example_inputs, *examples), labels), accepts)
+        runs = find_runs(lambda: trial_copy(model), Several((example_inputs, *examples), labels), accepts)
         work = runs.model
         if work is None:
-            work = copy_to_try(model)
+            work = trial_copy(model)
             run(work, runs.warming)  # what a model keeps from its first call is there in all that follow
         graph, stored = _with_own_weights(work, runs)
-        settled = settle(work, graph, runs, options)
-        plan = settled.plan
+        proved = prove_plan(work, graph, runs, options)
+        plan = proved.plan
         if isinstance(model, WithNormalizedInput):
             _require_normalization(plan)
-        stored = {name: layer for name, layer in stored.items() if name in plan.parameters.hosts}
-        result = replace(_told(model, work, settled), sizes=runs.told, unseen=runs.warnings)
+        stored = {name: layer for name, layer in stored.items() if name in plan.parameters.absorbers}
+        result = replace(_told(model, work, proved), sizes=runs.told, unseen=runs.warnings)
         if plan.changes:
             try:
-                agreement, exact = _compared(model, work, settled, runs.of_user, bool(stored))
+                agreement, exact = _compared(model, work, proved, runs.of_user, bool(stored))
             except VerificationError:
                 # who recovers a value from what a norm made of it loses digits, and so does x + (s − 1) x where s is
                 # small: more than rounding explains, perhaps
-                if any(step.led_back for step in plan.steps):
+                if any(step.inverse_absorbers for step in plan.steps):
                     without = replace(options, sharing=False)
                 elif any(step.beside is not None for step in plan.steps):
                     without = replace(options, beside=False)
@@ -93,9 +93,9 @@ def fold_model(
             after = Cost.of(work, trace(work, example_inputs))  # it has been folded for the comparison
             result = replace(result, costs=replace(result.costs, after=after))
         del work
-        target = model if inplace else copy_to_try(model)
+        target = model if inplace else trial_copy(model)
         if plan.changes:
-            pairs, weights = _change(target, settled, stored)
+            pairs, weights = _change(target, proved, stored)
             result = replace(result, pairs=pairs, weights=weights)
     return replace(result, model=target)
 
@@ -134,10 +134,10 @@ def _runs_with(work: Module, example_inputs: Any, stored: dict[str, Module]) -> 
 # -- what is told ----------------------------------------------------------------------------------------------------
 
 
-def _told(model: Module, work: Module, settled: Settled) -> FoldResult:
+def _told(model: Module, work: Module, proved: ProvedPlan) -> FoldResult:
     """Return the account of a plan, as the example's run shows it, before anything has been compared."""
-    plan = settled.plan.of_run(0)
-    becomes = {item.name: item.told for item in plan.leftovers}
+    plan = proved.plan.of_run(0)
+    becomes = {item.name: item.told for item in plan.multiply_adds}
     told = tell(plan)
     left = [replace(item, becomes=becomes.get(item.norm)) for item in plan.left]
     left.sort(key=lambda item: plan.order[item.norm])
@@ -150,10 +150,10 @@ def _told(model: Module, work: Module, settled: Settled) -> FoldResult:
         left,
         error=0.0,
         bound=0.0,
-        on_random_inputs=settled.on_random_inputs,
+        on_random_inputs=proved.on_random_inputs,
         costs=Costs(cost, cost),
         pictures=Pictures(draw_folded(plan, reached), draw_left(plan, left, running)),
-        lost=lost_ranges(work, plan.parameters, settled.parameters),
+        lost=lost_ranges(work, plan.parameters, proved.parameters),
     )
 
 
@@ -161,29 +161,29 @@ def _told(model: Module, work: Module, settled: Settled) -> FoldResult:
 
 
 def _compared(
-    model: Module, work: Module, settled: Settled, example_inputs: Any, is_stored: bool
+    model: Module, work: Module, proved: ProvedPlan, example_inputs: Any, is_stored: bool
 ) -> tuple[Agreement, float | None]:
     """Fold ``work``, and compare it with what it was; and that with the model, where weights have been stored in it.
 
     Returns:
         the agreement in the model's own types, and the error in float64, None where it does not run in that.
     """
-    touched = _touched(work, settled.plan)
-    reference = Reference.of(work, example_inputs, touched)
+    touched = _touched(work, proved.plan)
+    reference = ReferenceOutputs.of(work, example_inputs, touched)
     if is_stored:
-        verify(reference, run(copy_to_try(model), example_inputs))
+        verify(reference, run(trial_copy(model), example_inputs))
     exact = None
-    if settled.in_float64 is not None:
+    if proved.in_float64 is not None:
         roundoff = max(spacing(tensor) / 2 for tensor in touched)
-        exact = verify_float64(*settled.in_float64, reference, roundoff)
-    Rewrite().apply(work, settled.plan, settled.parameters)
+        exact = verify_float64(*proved.in_float64, reference, roundoff)
+    Rewrite().apply(work, proved.plan, proved.parameters)
     return verify(reference, run(work, example_inputs)), None if exact is None else exact.error
 
 
-def _touched(model: Module, plan: Plan) -> list[Tensor]:
+def _touched(model: Module, plan: FoldPlan) -> list[Tensor]:
     """Return every tensor that goes into a new parameter, each once."""
     names = list(plan.parameters.changed)
-    for use in (*(step.use for step in plan.steps), *(item.use for item in plan.leftovers)):
+    for use in (*(step.use for step in plan.steps), *(item.use for item in plan.multiply_adds)):
         values = (use.calls[0].args[key] for key in ("running_mean", "running_var", "weight", "bias"))
         names += [value.names[0] for value in values if isinstance(value, Value)]
     tensors = (find_tensor(model, name) for name in dict.fromkeys(names))
@@ -193,16 +193,16 @@ def _touched(model: Module, plan: Plan) -> list[Tensor]:
 # -- the change ------------------------------------------------------------------------------------------------------
 
 
-def _change(target: Module, settled: Settled, stored: dict[str, Module]) -> tuple[Pairs, list[FoldedWeight]]:
+def _change(target: Module, proved: ProvedPlan, stored: dict[str, Module]) -> tuple[Pairs, list[FoldedWeight]]:
     """Fold a model for good; return what it had before, and the weights before and after."""
-    plan, parameters = settled.plan, settled.parameters
+    plan, parameters = proved.plan, proved.parameters
     going = [(target.get_submodule(step.module), step.stays) for step in plan.steps]
-    going += [(target.get_submodule(name), StandIn((layer,))) for name, layer in stored.items()]
-    going += [(target.get_submodule(item.module), item.stays(target)) for item in plan.leftovers]
-    pairs = Pairs.of(target, parameters, going, plan.parameters.borders).with_leftovers(target, plan.leftovers)
+    going += [(target.get_submodule(name), Replacement((layer,))) for name, layer in stored.items()]
+    going += [(target.get_submodule(item.module), item.stays(target)) for item in plan.multiply_adds]
+    pairs = Pairs.of(target, parameters, going, plan.parameters.borders).with_multiply_adds(target, plan.multiply_adds)
     old = dict(pairs.parameters)
     old |= {f"{name}.weight": layer._parameters["weight"] for name, layer in stored.items()}
-    weights = folded_weights(plan.parameters.hosts.values(), old, parameters)
+    weights = folded_weights(plan.parameters.absorbers.values(), old, parameters)
     with _all_or_nothing() as rewrite:
         rewrite.replace(target, stored)
         rewrite.apply(target, plan, parameters)
@@ -263,7 +263,7 @@ def fold_with_normalization(
     )
 
 
-def _require_normalization(plan: Plan) -> None:
+def _require_normalization(plan: FoldPlan) -> None:
     """Refuse, before anything is changed, a model that cannot take in the normalization of its input.
 
     Raises:

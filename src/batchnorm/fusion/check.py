@@ -22,7 +22,7 @@ from batchnorm.models.several import each
 from batchnorm.models.snapshot import untouched
 from batchnorm.nn.pending import deferring_always
 from batchnorm.nn.select import NormModule
-from batchnorm.verification.end_to_end import Reference
+from batchnorm.verification.end_to_end import ReferenceOutputs
 
 __all__ = ["mark", "mark_those_that_hold"]
 
@@ -115,7 +115,7 @@ class _Check:
             return None
         mark(self._norms, ())
         parameters = [p for p in self._model.parameters() if p.is_floating_point()]
-        bounds = Reference.of(self._model, inputs, parameters, run).bounds()
+        bounds = ReferenceOutputs.of(self._model, inputs, parameters, run).bounds()
         for output, gap, bound in zip(expected, gaps, bounds, strict=True):
             if not gap <= bound < float("inf"):
                 return (

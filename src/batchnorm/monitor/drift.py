@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from batchnorm.monitor.stream import LayerStream, Reference, SampleMoments
+from batchnorm.monitor.stream import LayerStream, ReferenceStatistics, SampleMoments
 from batchnorm.monitor.student import critical_t
 
 __all__ = ["MIN_SAMPLES", "REFERENCE_SAMPLES", "ChannelDrift", "LayerDrift", "Status", "judge"]
@@ -192,7 +192,7 @@ def _subsets(moments: SampleMoments) -> tuple[_Subsets, int]:
     return _Subsets(total, shift, between, (member @ (count * within)) / some), int(filled.sum())
 
 
-def _channels(subsets: _Subsets, reference: Reference) -> tuple[Tensor, Tensor]:
+def _channels(subsets: _Subsets, reference: ReferenceStatistics) -> tuple[Tensor, Tensor]:
     """Return d and r, one row a subset; NaN where samples are missing."""
     # Within + between: E[b] + Var[a] is the variance of one value, whatever the correlation inside a sample.
     ratio = (subsets.within + subsets.between) + reference.eps / reference.std.square()
@@ -250,7 +250,7 @@ def _squared_distance(shift: Tensor, ratio: Tensor) -> Tensor:
     return shift.square() + (ratio.clamp(min=0).sqrt() - 1).square()
 
 
-def _mean_squared_distances(subsets: _Subsets, reference: Reference) -> Tensor:
+def _mean_squared_distances(subsets: _Subsets, reference: ReferenceStatistics) -> Tensor:
     """Return D² of each subset.
 
     A channel that did not vary at all enters with its shift only: where values are rare (a one-hot feature, a sparse
@@ -262,7 +262,7 @@ def _mean_squared_distances(subsets: _Subsets, reference: Reference) -> Tensor:
     return _squared_distance(shift, ratio).nanmean(1)
 
 
-def _jackknife(subsets: _Subsets, reference: Reference, samples: int) -> tuple[float, float]:
+def _jackknife(subsets: _Subsets, reference: ReferenceStatistics, samples: int) -> tuple[float, float]:
     """Return D² without the noise's share, and its standard error."""
     distances = _mean_squared_distances(subsets, reference)
     whole, without = float(distances[0]), distances[1:]
@@ -272,7 +272,7 @@ def _jackknife(subsets: _Subsets, reference: Reference, samples: int) -> tuple[f
     return whole - bias - _reference_bias(reference, bias * samples / REFERENCE_SAMPLES), error
 
 
-def _reference_bias(reference: Reference, otherwise: float) -> float:
+def _reference_bias(reference: ReferenceStatistics, otherwise: float) -> float:
     """Return what the noise of the reference adds to D² on average: the mean over channels of Var[d] + Var[√r]."""
     if reference.mean_error is None or reference.variance_error is None:
         return otherwise

@@ -24,7 +24,7 @@ from batchnorm.monitor.forwards import Forward, Forwards, Running
 from batchnorm.monitor.places import Place, Step, Traces, activation_in, is_given, is_visible, reports_itself
 from batchnorm.monitor.saturation import Activation, ActivationStream, activation_of
 from batchnorm.monitor.signatures import Signature, signature_of
-from batchnorm.monitor.stream import LayerStream, Reference
+from batchnorm.monitor.stream import LayerStream, ReferenceStatistics
 from batchnorm.nn.operators import named_arguments
 from batchnorm.nn.select import NormModule
 
@@ -40,7 +40,9 @@ class Observations:
         every: of the calls of a model every so many-th is looked at.
     """
 
-    def __init__(self, references: Mapping[str, Reference], window: int | None = None, every: int = 1) -> None:
+    def __init__(
+        self, references: Mapping[str, ReferenceStatistics], window: int | None = None, every: int = 1
+    ) -> None:
         self.references = dict(references)
         self.window = window
         self.every = every
@@ -250,7 +252,7 @@ class Observer(Forwards):
         for running in forward.running:
             running.seen = running.seen or running.name == name
         if name not in self._into.references:
-            self._into.references[name] = Reference.of(mean, variance, eps)
+            self._into.references[name] = ReferenceStatistics.of(mean, variance, eps)
         self._add(forward, name, x, mask)
         innermost = forward.running[-1]
         if innermost.name != name or not is_given(x, innermost.args):

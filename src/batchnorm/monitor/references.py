@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.errors import NonFiniteError, ShapeError, StateError
 from batchnorm.models.float64 import float64_device
 from batchnorm.monitor.measure import INPUT_OF
-from batchnorm.monitor.stream import Reference
+from batchnorm.monitor.stream import ReferenceStatistics
 from batchnorm.nn.select import NormModule
 from batchnorm.statistics.population import LayerPopulation, Population
 
@@ -30,7 +30,7 @@ class Comparable:
         refused: what cannot be compared, by name, with the reason as a sentence.
     """
 
-    references: dict[str, Reference] = field(default_factory=dict)
+    references: dict[str, ReferenceStatistics] = field(default_factory=dict)
     places: dict[str, Module] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -47,7 +47,7 @@ def from_buffers(norms: Mapping[str, NormModule]) -> Comparable:
         if keeps_statistics(norm):
             assert norm.running_mean is not None
             assert norm.running_var is not None
-            found.references[name] = Reference.of(norm.running_mean, norm.running_var, norm.eps)
+            found.references[name] = ReferenceStatistics.of(norm.running_mean, norm.running_var, norm.eps)
     return found
 
 
@@ -133,7 +133,7 @@ def _no_norm(name: str, module: Module) -> str:
 _REMEDY = "batchnorm.monitor.measure(model, batches)."
 
 
-def _reference(name: str, layer: LayerPopulation, eps: float, device: torch.device) -> Reference:
+def _reference(name: str, layer: LayerPopulation, eps: float, device: torch.device) -> ReferenceStatistics:
     _require_statistics(name, layer)
     home = float64_device(device)
     finite = bool(torch.isfinite(layer.mean_error).all() and torch.isfinite(layer.variance_error).all())
@@ -141,7 +141,7 @@ def _reference(name: str, layer: LayerPopulation, eps: float, device: torch.devi
     def there(t: Tensor) -> Tensor:
         return t.detach().to(home, torch.float64)
 
-    return Reference(
+    return ReferenceStatistics(
         there(layer.moments.mean),
         there(layer.moments.variance(correction=1)),
         eps,

@@ -22,7 +22,7 @@ from batchnorm.monitor.positions import looked_at
 from batchnorm.monitor.samples import sample_statistics, samples_in
 from batchnorm.monitor.weights import Met, positions, weights_of
 
-__all__ = ["GROUPS", "PANES", "LayerStream", "Reference", "SampleMoments"]
+__all__ = ["GROUPS", "PANES", "LayerStream", "ReferenceStatistics", "SampleMoments"]
 
 GROUPS = 16
 """Sample i of a stream falls into group i mod 16, however the stream is cut into batches."""
@@ -35,7 +35,7 @@ _WAITING = 2**16
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceStatistics:
     """The statistics that a stream is compared with: float64, shape (C,).
 
     Attributes:
@@ -53,7 +53,7 @@ class Reference:
     variance_error: Tensor | None = None
 
     @classmethod
-    def of(cls, mean: Tensor, variance: Tensor, eps: float) -> Reference:
+    def of(cls, mean: Tensor, variance: Tensor, eps: float) -> ReferenceStatistics:
         """Return a copy of stored statistics, as they are now."""
         home = float64_device(mean.device)
         mean, variance = (t.detach().reshape(-1).to(home).to(torch.float64, copy=True) for t in (mean, variance))
@@ -168,7 +168,7 @@ class LayerStream:
         window: how many samples count, the last ones; None for all. They are forgotten a quarter at a time.
     """
 
-    def __init__(self, name: str, reference: Reference, window: int | None = None) -> None:
+    def __init__(self, name: str, reference: ReferenceStatistics, window: int | None = None) -> None:
         self.name = name
         self.reference = reference
         self.calls = 0

@@ -28,7 +28,7 @@ from batchnorm.nn.select import NormModule, listed, meant_by, named_norms, selec
 
 __all__ = [
     "AXES",
-    "Rule",
+    "Redirection",
     "norms_for",
     "original_of",
     "overlooked",
@@ -47,14 +47,14 @@ Rules of different axes do not know of each other; of several of one axis the in
 """
 
 
-class Rule(Protocol):
+class Redirection(Protocol):
     """What one block asks of the norms that it is opened for."""
 
     @property
     def axis(self) -> str:
         """One of ``AXES``."""
 
-    def require(self, others: Sequence[Rule]) -> None:
+    def require(self, others: Sequence[Redirection]) -> None:
         """Refuse to be opened within the rules of other blocks; :class:`StateError` says why."""
 
     def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
@@ -162,7 +162,7 @@ def _require_reachable(verb: str, name: str, module: Module) -> None:
 
 
 @contextmanager
-def redirected(rules: Mapping[NormModule, Rule]) -> Iterator[None]:
+def redirected(rules: Mapping[NormModule, Redirection]) -> Iterator[None]:
     """Let each norm follow its rule, in all threads, within the rules of the blocks around this one.
 
     Raises:
@@ -202,7 +202,7 @@ def overlooked(model: Module, axis: str) -> Iterator[None]:
             current.overlooked = tuple(rule for rule in current.overlooked if rule not in rules)
 
 
-def rule_of(norm: Module, axis: str) -> Rule | None:
+def rule_of(norm: Module, axis: str) -> Redirection | None:
     """Return the rule of that axis that a norm follows now."""
     current = norm.__dict__.get("forward")
     if not isinstance(current, _Redirect):
@@ -243,7 +243,7 @@ def original_of(tensor: Tensor) -> Tensor | None:
 _lock = threading.Lock()
 
 
-def _add(norm: NormModule, rule: Rule) -> None:
+def _add(norm: NormModule, rule: Redirection) -> None:
     with _lock:
         current = norm.__dict__.get("forward")
         if not isinstance(current, _Redirect):
@@ -253,7 +253,7 @@ def _add(norm: NormModule, rule: Rule) -> None:
         current.rules = (*current.rules, rule)
 
 
-def _remove(norm: NormModule, rule: Rule) -> None:
+def _remove(norm: NormModule, rule: Redirection) -> None:
     with _lock:
         current = norm.__dict__.get("forward")
         if not isinstance(current, _Redirect):
@@ -276,8 +276,8 @@ class _Redirect:
     def __init__(self, norm: NormModule, own: Callable[..., Any] | None = None) -> None:
         self.norm = norm
         self.own = own
-        self.rules: tuple[Rule, ...] = ()
-        self.overlooked: tuple[Rule, ...] = ()
+        self.rules: tuple[Redirection, ...] = ()
+        self.overlooked: tuple[Redirection, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         norm, rules = self.norm, self.rules

@@ -12,7 +12,7 @@ from torch.nn import Module
 from batchnorm.blocks import block
 from batchnorm.errors import ArgumentTypeError, StateError, UnknownNameError, closest
 from batchnorm.nn.frozen import state_of
-from batchnorm.nn.redirect import Rule, norms_for, redirected, require_arguments, rule_of, set_aside
+from batchnorm.nn.redirect import Redirection, norms_for, redirected, require_arguments, rule_of, set_aside
 from batchnorm.nn.select import NormModule
 
 __all__ = ["held_on_running", "no_update", "updates", "use"]
@@ -153,7 +153,7 @@ def held_on_running(norm: Module) -> bool:
 class _NoUpdate:
     axis: str = "update"
 
-    def require(self, others: Sequence[Rule]) -> None:
+    def require(self, others: Sequence[Redirection]) -> None:
         """Go with all others."""
 
     def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
@@ -167,7 +167,7 @@ class _Use:
     statistics: str
     axis: str = "statistics"
 
-    def require(self, others: Sequence[Rule]) -> None:
+    def require(self, others: Sequence[Redirection]) -> None:
         """Go with all others."""
 
     def holds_for(self, norm: NormModule) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from batchnorm.dataflow.graph import Call, Graph, Value
 from batchnorm.errors import StateError
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.placement.sites import Site
+from batchnorm.placement.sites import Placement
 
 __all__ = ["Insertion", "KeyChanges", "module_obstacle", "owner_of", "slots_of"]
 
@@ -92,7 +92,7 @@ class Insertion:
     _taken: tuple[Module, Tensor | None] | None = field(default=None, repr=False)
 
     @classmethod
-    def at(cls, model: Module, site: Site) -> Insertion:
+    def at(cls, model: Module, site: Placement) -> Insertion:
         """Describe the insertion at a site that has no obstacle."""
         name = owner_of(model, site.layer.args["weight"])
         assert name is not None

@@ -20,9 +20,9 @@ from batchnorm.models.several import Several
 from batchnorm.models.transaction import on_failure, transaction
 from batchnorm.nn.provenance import with_provenance
 from batchnorm.placement.insertion import Insertion, KeyChanges, module_obstacle, owner_of
-from batchnorm.placement.sites import Site, find_sites, obstacle
+from batchnorm.placement.sites import Placement, find_placements, obstacle
 from batchnorm.report import Document, Paragraph, Result, Section, Table
-from batchnorm.verification.same_dataflow import difference
+from batchnorm.verification.same_dataflow import dataflow_difference
 
 __all__ = ["LeftSite", "PlaceResult", "PlacedNorm", "place"]
 
@@ -119,7 +119,7 @@ def _warnings(model: Module, placed: Sequence[PlacedNorm], dropped: Sequence[str
     return found
 
 
-def _survey_all(model: Module, graph: Graph, runs: Several) -> tuple[list[tuple[Insertion, Site]], list[LeftSite]]:
+def _survey_all(model: Module, graph: Graph, runs: Several) -> tuple[list[tuple[Insertion, Placement]], list[LeftSite]]:
     """Return where norms can go in every run, and the sites of the example's where none can."""
     todo, left = _survey(model, graph.of_run(0))
     for number, label in enumerate(runs.labels[1:], 1):
@@ -133,11 +133,11 @@ def _survey_all(model: Module, graph: Graph, runs: Several) -> tuple[list[tuple[
     return todo, left
 
 
-def _survey(model: Module, graph: Graph) -> tuple[list[tuple[Insertion, Site]], list[LeftSite]]:
+def _survey(model: Module, graph: Graph) -> tuple[list[tuple[Insertion, Placement]], list[LeftSite]]:
     """Return where norms can go, and the sites where none can."""
-    todo: dict[str, tuple[Insertion, Site]] = {}
+    todo: dict[str, tuple[Insertion, Placement]] = {}
     left: dict[tuple[str, str], LeftSite] = {}
-    for site in find_sites(graph):
+    for site in find_placements(graph):
         reason = obstacle(site) or module_obstacle(model, graph, site.layer)
         if reason is None:
             insertion = Insertion.at(model, site)
@@ -148,7 +148,7 @@ def _survey(model: Module, graph: Graph) -> tuple[list[tuple[Insertion, Site]], 
     return list(todo.values()), list(left.values())
 
 
-def _left(model: Module, site: Site, reason: str) -> LeftSite:
+def _left(model: Module, site: Placement, reason: str) -> LeftSite:
     name = owner_of(model, site.layer.args["weight"])
     return LeftSite(site.layer.module if name is None else name, family(site.activation), reason)
 
@@ -226,7 +226,7 @@ class _Editor:
         try:
             for norm in modes:  # in eval mode a norm is the identity still, and takes a batch of one
                 norm.training = False
-            found = difference(self._before, trace(self._model, self._runs), norms, renamed, dropped)
+            found = dataflow_difference(self._before, trace(self._model, self._runs), norms, renamed, dropped)
         except BatchNormError as error:
             return f"With a norm there the model fails: {error}"
         finally:

@@ -25,13 +25,13 @@ from batchnorm.dataflow.operator_kinds import (
     family,
 )
 
-__all__ = ["Flow", "Site", "find_sites", "norm_calls", "obstacle"]
+__all__ = ["Flow", "Placement", "find_placements", "norm_calls", "obstacle"]
 
 Role = Literal["hidden", "gate", "gate branch", "output"]
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class Placement:
     """A layer and the activation that its output goes to, with no norm in between.
 
     Attributes:
@@ -73,7 +73,7 @@ def _from_state(graph: Graph) -> set[Value]:
     return found
 
 
-def find_sites(graph: Graph) -> Iterator[Site]:
+def find_placements(graph: Graph) -> Iterator[Placement]:
     """Yield every place where a layer's output goes to an activation without a norm on the way, in order."""
     flow = Flow(graph)
     for call in graph.calls:
@@ -81,7 +81,7 @@ def find_sites(graph: Graph) -> Iterator[Site]:
             yield from _sites_after(graph, flow, call)
 
 
-def _sites_after(graph: Graph, flow: Flow, layer: Call) -> Iterator[Site]:
+def _sites_after(graph: Graph, flow: Flow, layer: Call) -> Iterator[Placement]:
     value, others, summed = layer.output, list[str](), False
     while True:
         readers = graph.readers(value)
@@ -101,7 +101,7 @@ def _sites_after(graph: Graph, flow: Flow, layer: Call) -> Iterator[Site]:
     activation = activations[0]
     kind = activation_kind(activation)
     assert kind is not None
-    yield Site(
+    yield Placement(
         layer=layer,
         activation=activation,
         kind=kind,
@@ -113,7 +113,7 @@ def _sites_after(graph: Graph, flow: Flow, layer: Call) -> Iterator[Site]:
     )
 
 
-def obstacle(site: Site) -> str | None:
+def obstacle(site: Placement) -> str | None:
     """Return why no norm belongs between the site's layer and its activation, as a sentence; None if one does."""
     name = family(site.activation)
     if site.role == "gate":
@@ -174,7 +174,7 @@ class Flow:
         return any(value in self._reaches_norm for value in call.outputs)
 
     def role(self, activation: Call) -> Role:
-        """Return what an activation is for; see :class:`Site`."""
+        """Return what an activation is for; see :class:`Placement`."""
         (value,) = activation.outputs
         if activation_kind(activation) == "saturating" and self._is_gate(value):
             return "gate"

@@ -9,7 +9,7 @@ from itertools import takewhile
 
 from batchnorm.report.cells import end_of_name
 from batchnorm.report.document import Diagram, Node, Panel, Role
-from batchnorm.report.graph_layout import Layout, lay_out
+from batchnorm.report.graph_layout import GraphLayout, lay_out
 
 __all__ = ["inside", "mark", "to_svg"]
 
@@ -85,7 +85,7 @@ class _Drawing:
     """A panel with the place of everything: each layer's upper edge and height; what names are told inside of."""
 
     panel: Panel
-    layout: Layout
+    layout: GraphLayout
     tops: Sequence[float]
     heights: Sequence[float]
     outer: str

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-__all__ = ["Layout", "lay_out"]
+__all__ = ["GraphLayout", "lay_out"]
 
 _SWEEPS = 12
 
 
 @dataclass(frozen=True)
-class Layout:
+class GraphLayout:
     """Where everything is.
 
     Attributes:
@@ -33,7 +33,7 @@ class Layout:
     width: float
 
 
-def lay_out(widths: Sequence[float], edges: Sequence[tuple[int, int]], gap: float) -> Layout:
+def lay_out(widths: Sequence[float], edges: Sequence[tuple[int, int]], gap: float) -> GraphLayout:
     """Place nodes of the given widths; every edge leads from an earlier node to a later one.
 
     Example:
@@ -58,7 +58,7 @@ def lay_out(widths: Sequence[float], edges: Sequence[tuple[int, int]], gap: floa
     x = [place - left for place in x]
     right = max((place + size / 2 for place, size in zip(x, sizes, strict=True)), default=0.0)
     ways = [[(x[node], levels[node]) for node in chain] for chain in chains]
-    return Layout(x[: len(widths)], layer, ways, right)
+    return GraphLayout(x[: len(widths)], layer, ways, right)
 
 
 def _layers(count: int, edges: Sequence[tuple[int, int]]) -> list[int]:

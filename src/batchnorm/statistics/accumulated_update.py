@@ -15,7 +15,7 @@ from batchnorm.errors import StateError
 from batchnorm.functional.running_statistics import Counters, take_step
 from batchnorm.models.recomputation import recomputing
 from batchnorm.moments import Moments, expand_mask
-from batchnorm.nn.redirect import Rule, norms_for, redirected, require_arguments, set_aside
+from batchnorm.nn.redirect import Redirection, norms_for, redirected, require_arguments, set_aside
 from batchnorm.nn.select import NormModule
 from batchnorm.nn.statistics_in_use import updates
 from batchnorm.statistics.buffers import write_all
@@ -104,7 +104,7 @@ class _Accumulation:
         self._lock = threading.Lock()
         self._thread = threading.current_thread()
 
-    def require(self, others: Sequence[Rule]) -> None:
+    def require(self, others: Sequence[Redirection]) -> None:
         """Refuse a second block in another thread: each would take in a part of the other's micro-batches.
 
         Raises:

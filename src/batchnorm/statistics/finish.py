@@ -12,7 +12,7 @@ from batchnorm.statistics.buffers import write_all
 from batchnorm.statistics.outcome import Outcome
 from batchnorm.statistics.population import LayerPopulation, Population
 from batchnorm.statistics.ranks import Ranks
-from batchnorm.statistics.result import LayerStatistics, Plan, RecalibrateResult, Written
+from batchnorm.statistics.result import LayerStatistics, MeasurementPlan, RecalibrateResult, Written
 from batchnorm.statistics.sites import Left, NothingToMeasure, Site, Sites
 from batchnorm.statistics.tally import Tally
 from batchnorm.statistics.values import new_values
@@ -20,7 +20,9 @@ from batchnorm.statistics.values import new_values
 __all__ = ["finish"]
 
 
-def finish(plan: Plan, sites: Sites, outcome: Outcome, ranks: Ranks, borrowed: Borrowed) -> RecalibrateResult:
+def finish(
+    plan: MeasurementPlan, sites: Sites, outcome: Outcome, ranks: Ranks, borrowed: Borrowed
+) -> RecalibrateResult:
     """Write what was measured into the buffers, in all processes or in none, and report it."""
     tallies = outcome.tallies
     replies = ranks.agree((list(sites.left.values()), sites.unknown_calls))  # a functional norm is met where it runs

@@ -24,7 +24,7 @@ from batchnorm.statistics.finish import finish
 from batchnorm.statistics.memory import limit_of
 from batchnorm.statistics.parallel import measure_in_parallel
 from batchnorm.statistics.ranks import ranks_of
-from batchnorm.statistics.result import Plan, RecalibrateResult
+from batchnorm.statistics.result import MeasurementPlan, RecalibrateResult
 from batchnorm.statistics.sequential.measure import Sequential
 from batchnorm.statistics.sites import Sites
 from batchnorm.statistics.stream import length_of, require_stream
@@ -179,7 +179,7 @@ def recalibrate(
         return finish(plan, sites, outcome, ranks, borrowed)
 
 
-def plan_of(order: Any, estimator: Any, tolerance: Any) -> Plan:
+def plan_of(order: Any, estimator: Any, tolerance: Any) -> MeasurementPlan:
     """Return how a single process is to measure.
 
     Raises:
@@ -197,10 +197,10 @@ def plan_of(order: Any, estimator: Any, tolerance: Any) -> Plan:
             f"recalibrate: tolerance={tolerance}: expected a positive number, such as 0.01, the standard error in "
             "standard deviations that will do."
         )
-    return Plan(order, estimator, tolerance, 1)
+    return MeasurementPlan(order, estimator, tolerance, 1)
 
 
-def _compared(plan: Plan, memory: Any, limit: float, cache: Any) -> dict[str, Any]:
+def _compared(plan: MeasurementPlan, memory: Any, limit: float, cache: Any) -> dict[str, Any]:
     """Return the arguments that must be the same in all processes; the folder of a cache is each one's own."""
     about = {"order": plan.order, "estimator": plan.estimator, "tolerance": plan.tolerance}
     return {**about, "memory": None if memory is None else limit, "cache": None if cache is None else "a folder"}

@@ -21,7 +21,7 @@ from batchnorm.statistics.outcome import Outcome
 from batchnorm.statistics.population import Population
 from batchnorm.statistics.sites import Left
 
-__all__ = ["LayerStatistics", "Plan", "RecalibrateResult", "Written"]
+__all__ = ["LayerStatistics", "MeasurementPlan", "RecalibrateResult", "Written"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeasurementPlan:
     """How the statistics were asked for.
 
     Attributes:
@@ -132,7 +132,7 @@ class RecalibrateResult(Result):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: MeasurementPlan,
         outcome: Outcome,
         layers: Sequence[LayerStatistics],
         left: Sequence[Left],
@@ -152,7 +152,7 @@ class RecalibrateResult(Result):
         self._written: Sequence[Written] | None = written
 
     @classmethod
-    def of_nothing(cls, plan: Plan) -> RecalibrateResult:
+    def of_nothing(cls, plan: MeasurementPlan) -> RecalibrateResult:
         """Return the result for a model that has nothing to measure."""
         return cls(plan, Outcome({}, 0), (), (), (), Population({}))
 

@@ -18,7 +18,7 @@ from batchnorm.models.calling import Forward
 from batchnorm.models.preconditions import require_module
 from batchnorm.nn.select import named_norms
 from batchnorm.statistics.recalibrate import recalibrate
-from batchnorm.statistics.result import Plan, RecalibrateResult
+from batchnorm.statistics.result import MeasurementPlan, RecalibrateResult
 from batchnorm.statistics.sites import NothingToMeasure
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def update_bn(
             raise
     except EmptyStreamError as error:
         warnings.warn(f"update_bn: {error} The statistics are as they were.", stacklevel=2)
-    return RecalibrateResult.of_nothing(Plan(order, estimator, tolerance, processes=1))
+    return RecalibrateResult.of_nothing(MeasurementPlan(order, estimator, tolerance, processes=1))
 
 
 def _call(model: Module, batch: Any, device: int | str | torch.device | None, forward: Forward | None) -> Any:

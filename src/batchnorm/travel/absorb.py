@@ -8,7 +8,7 @@ from batchnorm.dataflow.graph import Call, Value
 from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.travel.maps import Map
-from batchnorm.travel.rules import Absorbed, Demands, Knowledge, backward, forward, place
+from batchnorm.travel.rules import Absorbed, Demands, Knowledge, backward, forward, location
 
 _CONVOLUTIONS = tuple(name for name in LINEAR_OPERATORS if name != "linear")
 
@@ -32,11 +32,13 @@ def linear_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> 
     _along(given[value], axis, value.shape, call, "input")
     bordered = not given[value].only_scales and _has_border(call)
     if bordered and not bool((given[value].scale != 0).all()):
-        raise Refusal(f"{place(call)} pads it with zeros, and the norm makes zero of nothing, where its scale is zero.")
+        raise Refusal(
+            f"{location(call)} pads it with zeros, and the norm makes zero of nothing, where its scale is zero."
+        )
     if bordered and not known.with_borders:
         raise Refusal(
-            f"{place(call)} pads it with zeros, which the norm would not have made of zeros (with borders=True it pads "
-            "with what makes them)."
+            f"{location(call)} pads it with zeros, which the norm would not have made of zeros (with borders=True it "
+            "pads with what makes them)."
         )
     return Absorbed("input", given[value], bordered)
 

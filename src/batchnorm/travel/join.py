@@ -11,7 +11,7 @@ from torch import Tensor
 from batchnorm.dataflow.graph import Call, Value
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.travel.maps import Map
-from batchnorm.travel.rules import Demands, Knowledge, backward, forward, number, place
+from batchnorm.travel.rules import Demands, Knowledge, backward, forward, location, number
 
 # -- concatenation ---------------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ def add_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Seq
         return [Map(map_.scale, factor * map_.shift + added - map_.scale * added)]
     maps = [_aligned(given.get(v) or Map.identity(len(v.shape)), call) for v in (first, other)]
     if not bool((maps[0].scale == maps[1].scale).all()):
-        raise Refusal(f"{place(call)} adds it to a tensor that is not scaled alike.")
+        raise Refusal(f"{location(call)} adds it to a tensor that is not scaled alike.")
     return [Map(maps[0].scale * torch.ones_like(maps[1].scale), maps[0].shift + alpha * maps[1].shift)]
 
 
@@ -132,11 +132,11 @@ def mul_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands
     if constant is not None:
         value, factor = constant
         if not map_.only_scales and not bool((torch.as_tensor(factor) != 0).all()):
-            raise Refusal(f"No shift can cross {place(call)} by zero.")
+            raise Refusal(f"No shift can cross {location(call)} by zero.")
         shift = map_.shift / factor if not map_.only_scales else map_.shift
         return [(value, Map(map_.scale, shift).fitting(value.shape))]
     if not map_.only_scales:
-        raise Refusal(f"No shift can cross {place(call)} by a computed tensor.")
+        raise Refusal(f"No shift can cross {location(call)} by a computed tensor.")
     first = call.args["self"]
     if tuple(first.shape) != tuple(call.output.shape):
         raise Refusal(f"{call.name} reads a smaller tensor first.")
@@ -156,7 +156,7 @@ def mul_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Seq
         raise Refusal("It divides another tensor.")
     maps = [_aligned(given.get(v) or Map.identity(len(v.shape)), call) for v in (first, other)]
     if not all(map_.only_scales for map_ in maps):
-        raise Refusal(f"No shift can cross {place(call)} by a computed tensor.")
+        raise Refusal(f"No shift can cross {location(call)} by a computed tensor.")
     scale = maps[0].scale * maps[1].scale
     return [Map(scale, torch.zeros_like(scale))]
 

@@ -8,7 +8,7 @@ from batchnorm.dataflow.graph import Call, Value
 from batchnorm.dataflow.operator_kinds import DROPOUTS, PASSING
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.travel.maps import Map
-from batchnorm.travel.rules import Demands, Knowledge, backward, forward, place
+from batchnorm.travel.rules import Demands, Knowledge, backward, forward, location
 
 _PASSING = (*PASSING, "to", "_to_copy", "type_as", *DROPOUTS)
 _HOMOGENEOUS = ("relu", "leaky_relu", "prelu")
@@ -32,7 +32,7 @@ def require_no_negative(call: Call, map_: Map) -> None:
     negative = int((map_.scale < 0).sum())
     if negative:
         count = f"{negative} of {map_.scale.numel()} {'is' if negative == 1 else 'are'}"
-        raise Refusal(f"No negative scale can cross {place(call)}, and {count} negative.")
+        raise Refusal(f"No negative scale can cross {location(call)}, and {count} negative.")
 
 
 @backward(*_PASSING)
@@ -52,9 +52,9 @@ def pass_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Se
 def _require_identity(call: Call) -> None:
     in_effect = call.args.get("train", call.args.get("training", False))
     if call.name.rstrip("_") in DROPOUTS and in_effect and call.args["p"] != 0:
-        raise Refusal(f"It reads the output of {place(call)}, which is on.")
+        raise Refusal(f"It reads the output of {location(call)}, which is on.")
     if operand(call).dtype != call.output.dtype:
-        raise Refusal(f"{place(call)} changes the type of the numbers.")
+        raise Refusal(f"{location(call)} changes the type of the numbers.")
 
 
 @backward(*_HOMOGENEOUS)
@@ -73,7 +73,7 @@ def homogeneous_forward(call: Call, given: Mapping[Value, Map], known: Knowledge
 
 def _require_positive_scale(call: Call, map_: Map) -> None:
     if not map_.only_scales:
-        raise Refusal(f"No shift can cross {place(call)}, whose slope changes at zero.")
+        raise Refusal(f"No shift can cross {location(call)}, whose slope changes at zero.")
     require_no_negative(call, map_)
 
 
@@ -95,5 +95,5 @@ def abs_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Seq
     """Return |s x| = |s| |x|."""
     map_ = given[operand(call)]
     if not map_.only_scales:
-        raise Refusal(f"No shift can cross {place(call)}.")
+        raise Refusal(f"No shift can cross {location(call)}.")
     return [Map(map_.scale.abs(), map_.shift)]

@@ -10,7 +10,7 @@ from batchnorm.dataflow.graph import Call, Value
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.travel.maps import Map
 from batchnorm.travel.pointwise import operand, require_no_negative
-from batchnorm.travel.rules import Demands, Knowledge, backward, forward, place
+from batchnorm.travel.rules import Demands, Knowledge, backward, forward, location
 
 _N = (1, 2, 3)
 _MEANS = (
@@ -43,7 +43,7 @@ def _through_mean(call: Call, map_: Map) -> Map:
     _require_same_everywhere(call, map_)
     padded = any(_list(call.args.get("padding", 0))) and call.args.get("count_include_pad", True)
     if (padded or call.args.get("divisor_override") is not None) and not map_.only_scales:
-        raise Refusal(f"{place(call)} counts the zeros that it pads with, so that no shift can cross it.")
+        raise Refusal(f"{location(call)} counts the zeros that it pads with, so that no shift can cross it.")
     return map_
 
 
@@ -65,7 +65,7 @@ def _through_maximum(call: Call, map_: Map) -> Map:
     require_no_negative(call, map_)
     # where places of the maxima are told, they must not change: not even by a scale of zero
     if len(call.outputs) > 1 and bool((map_.scale == 0).any()):
-        raise Refusal(f"No scale of zero can cross {place(call)}, which also tells where the maxima are.")
+        raise Refusal(f"No scale of zero can cross {location(call)}, which also tells where the maxima are.")
     return map_
 
 

@@ -11,7 +11,7 @@ from batchnorm.dataflow.graph import Call, Graph, Value
 from batchnorm.dataflow.refusal import Refusal, listed
 from batchnorm.travel import absorb, arrange, join, pointwise, pooling  # noqa: F401 - they register their rules
 from batchnorm.travel.maps import Map
-from batchnorm.travel.rules import Absorbed, Knowledge, go_backward, go_forward, place
+from batchnorm.travel.rules import Absorbed, Knowledge, go_backward, go_forward, location
 
 __all__ = ["Route", "Start", "carry_backward", "carry_forward"]
 
@@ -134,14 +134,14 @@ def _agreed(
         shared.append(Start(value, first.inverse(), operators))
     elif others:
         reader = wanted[0][0]
-        through = "" if reader in own else f", which it gets through {place(reader)},"
+        through = "" if reader in own else f", which it gets through {location(reader)},"
         raise Refusal(
-            f"The output of {place(_producer(value))}{through} is also read by {listed(others, _MOST_NAMED)}.",
+            f"The output of {location(_producer(value))}{through} is also read by {listed(others, _MOST_NAMED)}.",
             calls=operators,
         )
     if not all(first.same_as(map_) for _, map_ in wanted[1:]):
         raise Refusal(
-            f"Those who read the output of {place(_producer(value))} need it changed in different ways.",
+            f"Those who read the output of {location(_producer(value))} need it changed in different ways.",
             calls=[call for call, map_ in wanted if not first.same_as(map_)],
         )
     return first
@@ -206,7 +206,7 @@ def carry_forward(
         others = graph.others_than(value, {id(call) for call in graph.readers(value)})
         if others:
             crossed = value.producer is not None and value.producer not in own
-            what = f"The output of {place(_producer(value))}" if crossed else "Its output"
+            what = f"The output of {location(_producer(value))}" if crossed else "Its output"
             raise Refusal(f"{what} is read by {listed(others, _MOST_NAMED)}.")
         if not graph.readers(value):
             raise Refusal("Nobody reads it.")

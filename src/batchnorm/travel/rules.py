@@ -22,8 +22,8 @@ __all__ = [
     "forward",
     "go_backward",
     "go_forward",
+    "location",
     "number",
-    "place",
 ]
 
 Side: TypeAlias = Literal["input", "output"]
@@ -107,7 +107,7 @@ def go_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands 
     """
     rule = _BACKWARD.get(family(call)) if call.op.namespace == "aten" else None
     if rule is None:
-        raise Refusal(f"It reads the output of {place(call)}, which is no linear operator.", calls=[call])
+        raise Refusal(f"It reads the output of {location(call)}, which is no linear operator.", calls=[call])
     with Refusal.at(call):
         _require_no_empty_part(call)
         return rule(call, wanted, known)
@@ -121,7 +121,7 @@ def go_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Sequ
     """
     rule = _FORWARD.get(family(call)) if call.op.namespace == "aten" else None
     if rule is None:
-        raise Refusal(f"{place(call)} reads it, which is no linear operator.", calls=[call])
+        raise Refusal(f"{location(call)} reads it, which is no linear operator.", calls=[call])
     with Refusal.at(call):
         _require_no_empty_part(call)
         return rule(call, given, known)
@@ -136,10 +136,10 @@ def _require_no_empty_part(call: Call) -> None:
     read = list(call.tensor_args())
     own = any(value.kind == "state" and 0 in value.shape for value in read)  # no channels: so it is at all sizes
     if not own and len({0 in value.shape for value in (*read, *call.outputs)}) > 1:
-        raise Refusal(f"{place(call)} meets a part that is empty here, and need not be at other sizes.")
+        raise Refusal(f"{location(call)} meets a part that is empty here, and need not be at other sizes.")
 
 
-def place(call: Call) -> str:
+def location(call: Call) -> str:
     """Return an operator and where it runs, for a sentence."""
     return f"{call.name} in {call.module}" if call.module else call.name
 

@@ -37,7 +37,7 @@ from batchnorm.errors import VerificationError
 from batchnorm.files.tensor_memory import without_repeats
 from batchnorm.models.outputs import NamedTensor, difference, scale_of
 
-__all__ = ["Agreement", "Reference", "Run", "spacing", "verify", "verify_float64"]
+__all__ = ["Agreement", "ReferenceOutputs", "Runner", "spacing", "verify", "verify_float64"]
 
 NUDGES = 4
 _MARGIN = 8.0
@@ -46,7 +46,7 @@ _FLOAT64_SLACK = 2.0**9
 _FLOAT64_ROUNDOFF = torch.finfo(torch.float64).eps / 2
 
 
-Run: TypeAlias = Callable[[Module, Any], list[NamedTensor]]
+Runner: TypeAlias = Callable[[Module, Any], list[NamedTensor]]
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceOutputs:
     """The original's outputs, and how far one rounding of the touched parameters moves each of them."""
 
     outputs: list[NamedTensor]
     moved: list[float]
 
     @classmethod
-    def of(cls, model: Module, example_inputs: Any, touched: Sequence[Tensor], run: Run = run) -> Reference:
+    def of(cls, model: Module, example_inputs: Any, touched: Sequence[Tensor], run: Runner = run) -> ReferenceOutputs:
         """Run ``model`` as it is, then with the touched tensors nudged; they are put back."""
         outputs = run(model, example_inputs)
         moved = [0.0] * len(outputs)
@@ -140,7 +140,7 @@ def _nudged(tensors: Sequence[Tensor], generator: torch.Generator) -> Iterator[N
                 tensor.copy_(value)
 
 
-def verify(reference: Reference, outputs: list[NamedTensor]) -> Agreement:
+def verify(reference: ReferenceOutputs, outputs: list[NamedTensor]) -> Agreement:
     """Compare a rewritten model's outputs with the reference.
 
     Raises:
@@ -150,7 +150,7 @@ def verify(reference: Reference, outputs: list[NamedTensor]) -> Agreement:
 
 
 def verify_float64(
-    before: list[NamedTensor], after: list[NamedTensor], reference: Reference, roundoff: float
+    before: list[NamedTensor], after: list[NamedTensor], reference: ReferenceOutputs, roundoff: float
 ) -> Agreement | None:
     """Compare what a float64 copy of the original returns with what it returns after the same rewrite.
 

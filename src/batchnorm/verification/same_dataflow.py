@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_flatten
 from batchnorm.dataflow.graph import Call, Graph, Value
 from batchnorm.dataflow.operator_kinds import BATCH_NORMS, family
 
-__all__ = ["difference"]
+__all__ = ["dataflow_difference"]
 
 
-def difference(
+def dataflow_difference(
     before: Graph, after: Graph, inserted: Collection[str], renamed: Mapping[str, str], dropped: Collection[str]
 ) -> str | None:
     """Return how ``after`` differs from ``before`` beyond the inserted norms, as a phrase; None if it does not.

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from batchnorm.errors import BatchError
 from batchnorm.statistics import recalibrate
-from batchnorm.statistics.sequential.disk_cache import Shelf
+from batchnorm.statistics.sequential.disk_cache import DiskCache
 
 
 class Doubled(nn.Module):
@@ -54,13 +54,13 @@ def test_the_users_own_tensors_have_their_memory_after_a_failure(tmp_path: Path)
 
 
 def test_a_file_that_somebody_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = Shelf.put
+    put = DiskCache.put
 
-    def put_and_lose(self: Shelf, run: Any) -> None:
+    def put_and_lose(self: DiskCache, run: Any) -> None:
         put(self, run)
         self._files[run].unlink()
 
-    monkeypatch.setattr(Shelf, "put", put_and_lose)
+    monkeypatch.setattr(DiskCache, "put", put_and_lose)
     with pytest.raises(BatchError, match=r"cache=.*No such file.*The model is as it was"):
         recalibrate(network(), images(4, 4, 4), memory=0, cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -82,13 +82,13 @@ def test_what_a_norm_returned_counts_as_the_batchs_memory(tmp_path: Path, monkey
             kept = self.norm1(x)
             return kept + self.norm2(kept.sum((2, 3), keepdim=True))
 
-    put, sizes = Shelf.put, []
+    put, sizes = DiskCache.put, []
 
-    def measuring(self: Shelf, run: Any) -> None:
+    def measuring(self: DiskCache, run: Any) -> None:
         sizes.append(run.storages.nbytes())
         put(self, run)
 
-    monkeypatch.setattr(Shelf, "put", measuring)
+    monkeypatch.setattr(DiskCache, "put", measuring)
     batches = images(4, 4)
     recalibrate(Residual(), batches, memory=0, cache=tmp_path)
     assert max(sizes) >= batches[0].nbytes

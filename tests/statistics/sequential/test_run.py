@@ -84,8 +84,8 @@ def test_an_interrupt_while_a_batch_waits_for_a_lock_ends_it(monkeypatch: pytest
         self._replies.put(answer)  # it goes on, and waits for the lock, while the interrupt comes here
         raise KeyboardInterrupt
 
-    real = sweep.Run.go
-    monkeypatch.setattr(sweep.Run, "go", go)
+    real = sweep.ModelRun.go
+    monkeypatch.setattr(sweep.ModelRun, "go", go)
     with pytest.raises(KeyboardInterrupt):
         recalibrate(model, images(4, 4))
     assert set(threading.enumerate()) <= threads

@@ -11,7 +11,7 @@ from batchnorm.checks.rule import Finding, Fix, Rule
 from batchnorm.dataflow.graph import Graph
 from batchnorm.dataflow.operator_kinds import family
 from batchnorm.placement.insertion import Insertion, module_obstacle
-from batchnorm.placement.sites import find_sites, obstacle
+from batchnorm.placement.sites import find_placements, obstacle
 
 __all__ = ["NoNormBeforeSaturation"]
 
@@ -63,7 +63,7 @@ class NoNormBeforeSaturation(Rule):
 
     def find(self, model: Module, graph: Graph) -> Iterator[Finding]:
         """Yield the layers whose output saturates without a norm."""
-        for site in find_sites(graph):
+        for site in find_placements(graph):
             meant = site.kind == "saturating" and site.role == "hidden" and not site.summed
             if not (meant and site.norms_in_stack):
                 continue

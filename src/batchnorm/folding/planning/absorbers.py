@@ -13,13 +13,13 @@ from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
 from batchnorm.dataflow.refusal import Refusal, listed
 from batchnorm.models.hooks import hooks_of
 
-__all__ = ["Host", "find_host"]
+__all__ = ["Absorber", "find_absorber"]
 
 _KINDS = {"embedding": "embedding", "batch_norm": "norm"}
 
 
 @dataclass(frozen=True, eq=False)
-class Host:
+class Absorber:
     """A module that absorbs a map.
 
     Attributes:
@@ -49,7 +49,7 @@ class Host:
         return None if self.bias is None else f"{self.name}.{self.bias}".removeprefix(".")
 
 
-def find_host(model: Module, graph: Graph, calls: tuple[Call, ...], *, needs_bias: bool) -> Host:
+def find_absorber(model: Module, graph: Graph, calls: tuple[Call, ...], *, needs_bias: bool) -> Absorber:
     """Return the module whose parameters the calls read, all of them.
 
     Raises:
@@ -69,7 +69,7 @@ def find_host(model: Module, graph: Graph, calls: tuple[Call, ...], *, needs_bia
     if any(c.name != call.name or c.args.get("groups", 1) != groups for c in calls):
         raise Refusal(f"The calls of {name} are not all the same operator.")
     kind = LINEAR_OPERATORS[call.name].kind if call.name in LINEAR_OPERATORS else _KINDS[call.name]
-    return Host(name, kind, slot, bias, int(groups), calls)
+    return Absorber(name, kind, slot, bias, int(groups), calls)
 
 
 def _require_real(weight: Value, call: Call) -> None:

@@ -18,16 +18,16 @@ from batchnorm.dataflow.norms import NormUse, norm_uses, require_no_alternative,
 from batchnorm.dataflow.operator_kinds import fusible_activation
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.folding.planning.merged_parameters import find_tensor
-from batchnorm.folding.planning.multiply_add import Leftover, _rounded
-from batchnorm.folding.planning.plan import Plan
+from batchnorm.folding.planning.multiply_add import MultiplyAdd, _rounded
+from batchnorm.folding.planning.plan import FoldPlan
 from batchnorm.folding.planning.removable_norm import check_norm
 from batchnorm.folding.planning.splits import norm_map
 from batchnorm.models.hooks import hooks_of
 
-__all__ = ["failing", "find_leftovers"]
+__all__ = ["failing", "find_multiply_adds"]
 
 
-def find_leftovers(model: Module, plan: Plan, kept: Collection[str]) -> list[Leftover]:
+def find_multiply_adds(model: Module, plan: FoldPlan, kept: Collection[str]) -> list[MultiplyAdd]:
     """Return the norms among those that a plan leaves which can become multiply-adds.
 
     Args:
@@ -50,7 +50,7 @@ def find_leftovers(model: Module, plan: Plan, kept: Collection[str]) -> list[Lef
     return _with_activations_of_their_own(plan.graph, found)
 
 
-def _leftover(model: Module, plan: Plan, use: NormUse) -> Leftover:
+def _leftover(model: Module, plan: FoldPlan, use: NormUse) -> MultiplyAdd:
     state, stays = check_norm(plan.graph, use)
     map_ = norm_map(plan.parameters, state)
     like = find_tensor(model, state.running_mean)
@@ -58,7 +58,7 @@ def _leftover(model: Module, plan: Plan, use: NormUse) -> Leftover:
     if not all(bool(torch.isfinite(_rounded(v, like)).all()) for v in (map_.scale, map_.shift)):
         raise Refusal("Its scale or shift is not finite.")
     name = use.calls[0].module
-    item = Leftover(use, name, state, map_.scale.reshape(-1), map_.shift.reshape(-1), None, None, None)
+    item = MultiplyAdd(use, name, state, map_.scale.reshape(-1), map_.shift.reshape(-1), None, None, None)
     norm = model.get_submodule(name)
     parts = [p for p in stays.parts if not (isinstance(p, str) and type(norm.get_submodule(p)) is Identity)]
     if len(parts) > 1:
@@ -101,7 +101,7 @@ def _run_of(graph: Graph, reader: Call) -> ModuleCall | None:
     return None
 
 
-def _with_activations_of_their_own(graph: Graph, found: Sequence[Leftover]) -> list[Leftover]:
+def _with_activations_of_their_own(graph: Graph, found: Sequence[MultiplyAdd]) -> list[MultiplyAdd]:
     """Return the same, without activations that also run elsewhere: those go on running where they stand."""
     fused = [call for item in found if item.moved is not None for call in item.use.calls]
     ends = {id(graph.only_reader(call.output)) for call in fused}
@@ -118,7 +118,7 @@ def _with_activations_of_their_own(graph: Graph, found: Sequence[Leftover]) -> l
     ]
 
 
-def failing(items: Sequence[Leftover], fails: Callable[[Sequence[Leftover]], bool]) -> list[Leftover]:
+def failing(items: Sequence[MultiplyAdd], fails: Callable[[Sequence[MultiplyAdd]], bool]) -> list[MultiplyAdd]:
     """Return those with which something fails, found by halves; all of them if none of the halves alone fails."""
     if len(items) == 1:
         return list(items)

@@ -13,7 +13,7 @@ from batchnorm.dataflow.graph import Call, Graph, Value
 from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS, Affine
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.errors import StateError
-from batchnorm.folding.planning.absorbers import Host, find_host
+from batchnorm.folding.planning.absorbers import Absorber, find_absorber
 from batchnorm.nn.bordered import bordered
 from batchnorm.travel.maps import Map
 from batchnorm.travel.route import Route
@@ -43,7 +43,7 @@ class Parameters:
 
     Attributes:
         changed: new values of parameters, by their qualified name; float64.
-        hosts: those that absorbed something, by name, in the order in which they first did.
+        absorbers: those that absorbed something, by name, in the order in which they first did.
         borders: what convolutions pad with instead of zeros, by their name; float64, (C,).
         with_borders: whether they may.
     """
@@ -51,7 +51,7 @@ class Parameters:
     model: Module
     graph: Graph
     changed: dict[str, Tensor]
-    hosts: dict[str, Host]
+    absorbers: dict[str, Absorber]
     borders: dict[str, Tensor] = field(default_factory=dict)
     with_borders: bool = False
 
@@ -62,7 +62,7 @@ class Parameters:
 
     def copy(self) -> Parameters:
         """Return them as they are now, to try something with."""
-        return replace(self, changed=dict(self.changed), hosts=dict(self.hosts), borders=dict(self.borders))
+        return replace(self, changed=dict(self.changed), absorbers=dict(self.absorbers), borders=dict(self.borders))
 
     def named(self, name: str) -> Tensor | None:
         """Return a parameter or buffer as it is now, None for an empty place."""
@@ -85,7 +85,7 @@ class Parameters:
             raise Refusal(f"{value.names[0]} is not finite.")
         return tensor.cpu()
 
-    def absorb(self, route: Route) -> list[Host]:
+    def absorb(self, route: Route) -> list[Absorber]:
         """Let the operators at the ends of a way absorb what is carried there; returns who they are.
 
         Raises:
@@ -97,7 +97,7 @@ class Parameters:
             if not isinstance(weight, Value):
                 raise Refusal(f"{call.name} in {call.module or 'the model'} has no weight that could absorb it.")
             by_weight.setdefault(weight, []).append((call, absorbed))
-        hosts = []
+        absorbers = []
         for group in by_weight.values():
             group.sort(key=lambda end: end[0].index)
             first = group[0][1]
@@ -106,90 +106,90 @@ class Parameters:
                 module = group[0][0].module or "the model"
                 raise Refusal(f"The calls of {module} would have to absorb different maps.", calls=others)
             with Refusal.at(*(call for call, _ in group)):
-                hosts.append(self._absorb_into(tuple(call for call, _ in group), first.side, first.map))
+                absorbers.append(self._absorb_into(tuple(call for call, _ in group), first.side, first.map))
                 if any(absorbed.bordered for _, absorbed in group):
-                    self._pad_with(hosts[-1], group[0][0], first.map)
-        return hosts
+                    self._pad_with(absorbers[-1], group[0][0], first.map)
+        return absorbers
 
-    def _pad_with(self, host: Host, call: Call, map_: Map) -> None:
+    def _pad_with(self, absorber: Absorber, call: Call, map_: Map) -> None:
         """Let a convolution pad with what the map makes of it what was padded with before."""
         try:
-            bordered(self.model.get_submodule(host.name), torch.zeros(call.args["input"].shape[1]))
+            bordered(self.model.get_submodule(absorber.name), torch.zeros(call.args["input"].shape[1]))
         except StateError as error:
-            raise Refusal(f"{host.name or 'The model'}: {error}") from error
+            raise Refusal(f"{absorber.name or 'The model'}: {error}") from error
         scale, shift = map_.along(1, call.args["input"].shape[1])
-        before = self.borders.get(host.name, torch.zeros_like(shift))
-        self.borders[host.name] = (before - shift) / scale
+        before = self.borders.get(absorber.name, torch.zeros_like(shift))
+        self.borders[absorber.name] = (before - shift) / scale
 
-    def absorb_beside(self, calls: Sequence[Call], map_: Map) -> Host:
+    def absorb_beside(self, calls: Sequence[Call], map_: Map) -> Absorber:
         """Let a linear operator add a map of what it reads to what it computes.
 
         Raises:
             Refusal: it cannot.
         """
         with Refusal.at(*calls):
-            host = find_host(self.model, self.graph, tuple(calls), needs_bias=True)
+            absorber = find_absorber(self.model, self.graph, tuple(calls), needs_bias=True)
         shape = calls[0].output.shape
         operator = LINEAR_OPERATORS[calls[0].name]
         axis = operator.channel_axis(len(shape))
         affine = Affine(*map_.along(axis, shape[axis]))
-        merged, bias = operator.absorb_beside(affine, self._weight(host), self._bias(host))
-        assert host.bias_name is not None
-        self.hosts[host.name] = host
-        self.changed |= {host.weight_name: merged, host.bias_name: bias}
-        return host
+        merged, bias = operator.absorb_beside(affine, self._weight(absorber), self._bias(absorber))
+        assert absorber.bias_name is not None
+        self.absorbers[absorber.name] = absorber
+        self.changed |= {absorber.weight_name: merged, absorber.bias_name: bias}
+        return absorber
 
-    def _absorb_into(self, calls: Sequence[Call], side: Side, map_: Map) -> Host:
+    def _absorb_into(self, calls: Sequence[Call], side: Side, map_: Map) -> Absorber:
         call = calls[0]
         # a norm before which it stands gives it a bias in any case: the names in a state dict hang on no values
         needs_bias = call.name != "embedding" and (side == "output" or not map_.only_scales)
-        host = find_host(self.model, self.graph, tuple(calls), needs_bias=needs_bias)
-        known = self.hosts.get(host.name)
-        if host.bias is None and known is not None:  # it was given a bias before
-            host = replace(host, bias=known.bias)
-        self.hosts[host.name] = host
+        absorber = find_absorber(self.model, self.graph, tuple(calls), needs_bias=needs_bias)
+        known = self.absorbers.get(absorber.name)
+        if absorber.bias is None and known is not None:  # it was given a bias before
+            absorber = replace(absorber, bias=known.bias)
+        self.absorbers[absorber.name] = absorber
         if call.name == "batch_norm":
-            self._into_norm(host, call, side, map_)
+            self._into_norm(absorber, call, side, map_)
         elif call.name == "embedding":
             scale, shift = map_.along(-1, call.output.shape[-1])
-            weight = self._weight(host)
-            self.changed[host.weight_name] = scale * weight + shift
+            weight = self._weight(absorber)
+            self.changed[absorber.weight_name] = scale * weight + shift
         else:
-            self._into_linear(host, call, side, map_)
-        return host
+            self._into_linear(absorber, call, side, map_)
+        return absorber
 
-    def _into_linear(self, host: Host, call: Call, side: Side, map_: Map) -> None:
+    def _into_linear(self, absorber: Absorber, call: Call, side: Side, map_: Map) -> None:
         operator = LINEAR_OPERATORS[call.name]
         shape = call.output.shape if side == "output" else call.args["input"].shape
         axis = operator.channel_axis(len(shape))
         affine = Affine(*map_.along(axis, shape[axis]))
-        weight, bias = self._weight(host), self._bias(host)
+        weight, bias = self._weight(absorber), self._bias(absorber)
         absorb = operator.absorb if side == "output" else operator.absorb_inner
-        merged, new_bias = absorb(affine, weight, bias, host.groups)
-        self.changed[host.weight_name] = merged
-        if host.bias_name is not None and new_bias is not None:
-            self.changed[host.bias_name] = new_bias
+        merged, new_bias = absorb(affine, weight, bias, absorber.groups)
+        self.changed[absorber.weight_name] = merged
+        if absorber.bias_name is not None and new_bias is not None:
+            self.changed[absorber.bias_name] = new_bias
 
-    def _into_norm(self, host: Host, call: Call, side: Side, map_: Map) -> None:
+    def _into_norm(self, absorber: Absorber, call: Call, side: Side, map_: Map) -> None:
         axis, shape = 1, call.output.shape
         scale, shift = map_.along(axis, shape[axis])
-        gamma, beta = self._weight(host), self._bias(host)
+        gamma, beta = self._weight(absorber), self._bias(absorber)
         assert beta is not None
-        assert host.bias_name is not None
+        assert absorber.bias_name is not None
         mean, var = (self.tensor(call.args[key]) for key in ("running_mean", "running_var"))
-        self.changed[host.weight_name] = scale * gamma
+        self.changed[absorber.weight_name] = scale * gamma
         if side == "output":
-            self.changed[host.bias_name] = scale * beta + shift
+            self.changed[absorber.bias_name] = scale * beta + shift
         else:
             # γ(s x + t − μ)/σ + β, with γ s in place of γ
             deviation = torch.sqrt(var + call.args["eps"])
-            self.changed[host.bias_name] = beta + gamma * (shift - mean + scale * mean) / deviation
+            self.changed[absorber.bias_name] = beta + gamma * (shift - mean + scale * mean) / deviation
 
-    def _weight(self, host: Host) -> Tensor:
-        weight = self.named(host.weight_name)
+    def _weight(self, absorber: Absorber) -> Tensor:
+        weight = self.named(absorber.weight_name)
         assert weight is not None
         return weight.cpu()
 
-    def _bias(self, host: Host) -> Tensor | None:
-        bias = None if host.bias_name is None else self.named(host.bias_name)
+    def _bias(self, absorber: Absorber) -> Tensor | None:
+        bias = None if absorber.bias_name is None else self.named(absorber.bias_name)
         return None if bias is None else bias.cpu()

@@ -11,14 +11,14 @@ from torch.nn import Module, Parameter
 from batchnorm.dataflow.norms import NormUse
 from batchnorm.folding.planning.merged_parameters import find_tensor
 from batchnorm.folding.planning.removable_norm import NormState
-from batchnorm.folding.planning.replacement import StandIn
+from batchnorm.folding.planning.replacement import Replacement
 from batchnorm.nn.scale_shift import ScaleShift
 
-__all__ = ["Leftover"]
+__all__ = ["MultiplyAdd"]
 
 
 @dataclass(frozen=True, eq=False)
-class Leftover:
+class MultiplyAdd:
     """A norm that becomes a multiply-add.
 
     Attributes:
@@ -65,12 +65,12 @@ class Leftover:
         built.training = norm.training
         return built
 
-    def stays(self, model: Module) -> StandIn:
+    def stays(self, model: Module) -> Replacement:
         """Return what stands in the norm's place in ``model``; an activation that moves there is not in it."""
         built = self.build(model)
         built.activation = None
         own = self.activation if self.moved is None else None
-        return StandIn((built,) if own is None else (built, own))
+        return Replacement((built,) if own is None else (built, own))
 
 
 def _rounded(values: Tensor, like: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from batchnorm.dataflow.refusal import Refusal
 from batchnorm.folding.planning.merged_parameters import Parameters
 from batchnorm.folding.planning.shared_memory import norm_input
 from batchnorm.travel.maps import Map
-from batchnorm.travel.rules import number, place
+from batchnorm.travel.rules import location, number
 
 __all__ = ["Beside", "find_beside"]
 
@@ -88,13 +88,13 @@ class _Meeting:
 
 def _joined(meetings: Sequence[_Meeting], use: NormUse, map_: Map) -> Beside:
     if len(meetings) < len(use.calls):
-        raise Refusal(f"{place(meetings[0].operator)} is not beside all of its calls.")
+        raise Refusal(f"{location(meetings[0].operator)} is not beside all of its calls.")
     maps = [_missing(meeting, map_) for meeting in meetings]
     if not all(maps[0].same_as(other) for other in maps[1:]):
         raise Refusal("Beside its calls, different maps would have to be taken in.")
     operators = tuple(meeting.operator for meeting in meetings)
     if len(set(operators)) < len(operators):
-        raise Refusal(f"{place(operators[0])} is beside several of its calls.")
+        raise Refusal(f"{location(operators[0])} is beside several of its calls.")
     crossed = frozenset[Value]().union(*(meeting.crossed for meeting in meetings))
     return Beside(operators, tuple(meeting.sum for meeting in meetings), maps[0], crossed)
 
@@ -109,7 +109,7 @@ def _missing(meeting: _Meeting, map_: Map) -> Map:
     (f, _), (g, _) = (m.along(axis, shape[axis]) for m in (meeting.of_norm, meeting.of_operator))
     missing = f * (scale - 1), f * shift
     if bool(((g == 0) & ((missing[0] != 0) | (missing[1] != 0))).any()):
-        raise Refusal(f"What {place(meeting.operator)} returns is multiplied by zero before the sum.")
+        raise Refusal(f"What {location(meeting.operator)} returns is multiplied by zero before the sum.")
     safe = torch.where(g == 0, 1.0, g)
     return Map.per_channel(missing[0] / safe, missing[1] / safe, len(shape), axis)
 
@@ -118,7 +118,7 @@ def _require_own_element(call: Call) -> None:
     """Require an operator that has, for every element it computes, a tap that reads the same element."""
     read, output = call.args["input"], call.output
     if tuple(read.shape) != tuple(output.shape):
-        raise Refusal(f"{place(call)} returns another shape than it reads.")
+        raise Refusal(f"{location(call)} returns another shape than it reads.")
     if call.name == "linear":
         return
     kernel = call.args["weight"].shape[2:]
@@ -127,7 +127,7 @@ def _require_own_element(call: Call) -> None:
         padding = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
     middle = all(2 * p == d * (k - 1) for p, d, k in zip(padding, dilation, kernel, strict=True))
     if not middle or any(s != 1 for s in stride) or any(k % 2 == 0 for k in kernel):
-        raise Refusal(f"No tap of {place(call)} reads the very element that it computes.")
+        raise Refusal(f"No tap of {location(call)} reads the very element that it computes.")
 
 
 _SETTINGS = (("stride", 1), ("dilation", 1), ("padding", 0))

@@ -11,21 +11,21 @@ from torch.nn import Module
 from batchnorm.dataflow.graph import Call, Graph, Value
 from batchnorm.dataflow.norms import NormUse, norm_uses, require_no_alternative, unreached_norms
 from batchnorm.dataflow.refusal import Refusal
-from batchnorm.folding.planning.absorbers import Host
+from batchnorm.folding.planning.absorbers import Absorber
 from batchnorm.folding.planning.merged_parameters import Parameters
 from batchnorm.folding.planning.outcome import LeftNorm
 from batchnorm.folding.planning.parallel import find_beside
 from batchnorm.folding.planning.removable_norm import NormState, check_norm
-from batchnorm.folding.planning.replacement import StandIn
+from batchnorm.folding.planning.replacement import Replacement
 from batchnorm.folding.planning.shared_memory import norm_input, require_not_written_into
 from batchnorm.folding.planning.splits import attempts, norm_map
 from batchnorm.travel.maps import Map
 from batchnorm.travel.route import Route, carry_backward, carry_forward
 
 if TYPE_CHECKING:
-    from batchnorm.folding.planning.multiply_add import Leftover
+    from batchnorm.folding.planning.multiply_add import MultiplyAdd
 
-__all__ = ["Plan", "Step", "make_plan"]
+__all__ = ["FoldPlan", "Step", "make_plan"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,19 +40,19 @@ class Step:
         before: the part of its map that those before it absorb; None if they absorb nothing.
         after: the part that those after it absorb.
         crossed: the values between it and them, which change.
-        led_back: names of those who take in the inverse, because they read a value that changes.
+        inverse_absorbers: names of those who take in the inverse, because they read a value that changes.
         beside: what one of them adds that reads what the norm reads, where an identity stays in a sum with it.
         sums: those sums, whose values do not change.
     """
 
     use: NormUse
     module: str
-    stays: StandIn
-    into: tuple[Host, ...]
+    stays: Replacement
+    into: tuple[Absorber, ...]
     before: Map | None
     after: Map | None
     crossed: frozenset[Value]
-    led_back: frozenset[str] = frozenset()
+    inverse_absorbers: frozenset[str] = frozenset()
     beside: Map | None = None
     sums: tuple[Call, ...] = ()
 
@@ -66,7 +66,7 @@ class Step:
         calls = tuple(call for call in self.use.calls if call.run == run)
         if not calls:
             return self
-        into = (replace(host, calls=tuple(c for c in host.calls if c.run == run)) for host in self.into)
+        into = (replace(absorber, calls=tuple(c for c in absorber.calls if c.run == run)) for absorber in self.into)
         crossed = frozenset(v for v in self.crossed if v.producer is not None and v.producer.run == run)
         return replace(
             self,
@@ -78,7 +78,7 @@ class Step:
 
 
 @dataclass(eq=False)
-class Plan:
+class FoldPlan:
     """What is to be done with a model.
 
     Attributes:
@@ -91,7 +91,7 @@ class Plan:
         obstacles: the operators that stand in the way of norms that stay, by the norm's name.
         sharing: whether a map may cross values that others read, who take in its inverse.
         beside: whether operators may take in what norms do beside them.
-        leftovers: those of the norms left that become multiply-adds.
+        multiply_adds: those of the norms left that become multiply-adds.
     """
 
     graph: Graph
@@ -103,14 +103,14 @@ class Plan:
     obstacles: dict[str, tuple[Call, ...]] = field(default_factory=dict)
     sharing: bool = True
     beside: bool = True
-    leftovers: list[Leftover] = field(default_factory=list)
+    multiply_adds: list[MultiplyAdd] = field(default_factory=list)
 
     @property
     def changes(self) -> bool:
         """Whether there is anything to be done."""
-        return bool(self.steps or self.leftovers)
+        return bool(self.steps or self.multiply_adds)
 
-    def of_run(self, run: int) -> Plan:
+    def of_run(self, run: int) -> FoldPlan:
         """Return the same with what one of several runs shows; of a norm that it does not reach, what all show."""
         return replace(
             self,
@@ -135,7 +135,7 @@ def make_plan(
     with_borders: bool = False,
     sharing: bool = True,
     beside: bool = True,
-) -> Plan:
+) -> FoldPlan:
     """Find out which norms can go, and where.
 
     Each is tried in the order of execution, in the ways of :mod:`batchnorm.folding.planning.splits`; norms that go make
@@ -154,7 +154,7 @@ def make_plan(
     uses = norm_uses(model, graph)
     unreached = unreached_norms(model, uses)
     order = {name: i for i, name in reversed(list(enumerate([*(use.name for use in uses), *unreached])))}
-    plan = Plan(graph, [], [], Parameters.of(model, graph), order, with_borders, sharing=sharing, beside=beside)
+    plan = FoldPlan(graph, [], [], Parameters.of(model, graph), order, with_borders, sharing=sharing, beside=beside)
     waiting = [use for use in uses if use.name not in banned]
     reasons: dict[str, LeftNorm] = {}
     stages = [_step, *[_step_beside] * beside, *[_step_sharing] * sharing]
@@ -180,11 +180,11 @@ def make_plan(
     return plan
 
 
-def _step_sharing(model: Module, graph: Graph, use: NormUse, plan: Plan) -> Step:
+def _step_sharing(model: Module, graph: Graph, use: NormUse, plan: FoldPlan) -> Step:
     return _step(model, graph, use, plan, sharing=True)
 
 
-def _step(model: Module, graph: Graph, use: NormUse, plan: Plan, sharing: bool = False) -> Step:
+def _step(model: Module, graph: Graph, use: NormUse, plan: FoldPlan, sharing: bool = False) -> Step:
     state, stays = check_norm(graph, use)
     map_ = norm_map(plan.parameters, state)
     if sharing:
@@ -202,11 +202,13 @@ def _step(model: Module, graph: Graph, use: NormUse, plan: Plan, sharing: bool =
                 refusals.setdefault(str(refusal), refusal)
             continue
         plan.parameters = parameters
-        return Step(use, use.calls[0].module, stays, ends.hosts, before, after, ends.crossed, ends.led_back)
+        return Step(
+            use, use.calls[0].module, stays, ends.absorbers, before, after, ends.crossed, ends.inverse_absorbers
+        )
     raise _refused(refusals.pop("back"), refusals.pop("on"), list(refusals.values()))
 
 
-def _step_beside(model: Module, graph: Graph, use: NormUse, plan: Plan) -> Step:
+def _step_beside(model: Module, graph: Graph, use: NormUse, plan: FoldPlan) -> Step:
     state, stays = check_norm(graph, use)
     gone = plan.gone
     refusal = Refusal("")
@@ -215,14 +217,14 @@ def _step_beside(model: Module, graph: Graph, use: NormUse, plan: Plan) -> Step:
             if isinstance(found, Refusal):
                 raise found
             parameters = plan.parameters.copy()
-            host = parameters.absorb_beside(found.calls, found.map)
+            absorber = parameters.absorb_beside(found.calls, found.map)
             require_not_written_into(graph, use, gone)
         except Refusal as why:
             refusal = refusal if str(refusal) else _Beside(str(why), calls=why.calls)
             continue
         plan.parameters = parameters
         module = use.calls[0].module
-        return Step(use, module, stays, (host,), None, None, found.crossed, beside=found.map, sums=found.sums)
+        return Step(use, module, stays, (absorber,), None, None, found.crossed, beside=found.map, sums=found.sums)
     raise refusal
 
 
@@ -230,7 +232,7 @@ class _Beside(Refusal):
     """Why what stands beside a norm cannot take it in."""
 
 
-def _add_to(reasons: dict[str, LeftNorm], name: str, plan: Plan, refusal: Refusal) -> None:
+def _add_to(reasons: dict[str, LeftNorm], name: str, plan: FoldPlan, refusal: Refusal) -> None:
     """Tell of a norm that stays also why what stands beside it cannot take it in."""
     known = reasons[name]
     if isinstance(refusal, _Beside) and _ALSO not in known.reason:
@@ -252,7 +254,7 @@ def _refused(back: Refusal, on: Refusal, cut: Sequence[Refusal]) -> Refusal:
     return Refusal(reason, calls=list(dict.fromkeys(call for refusal in told for call in refusal.calls)))
 
 
-def _require_recoverable(plan: Plan, use: NormUse, state: NormState) -> None:
+def _require_recoverable(plan: FoldPlan, use: NormUse, state: NormState) -> None:
     """Refuse a norm whose input others cannot tell from its output to all but a few digits: γ is small beside β.
 
     That holds if its input has the statistics that the norm has. So it must not be what another norm read that has
@@ -272,9 +274,9 @@ _RECOVERABLE = 8.0  # |β| ≤ 8 |γ|: three bits are lost
 class _Ends(NamedTuple):
     """Who absorbs a map, what it crosses, and the names of those who take in its inverse."""
 
-    hosts: tuple[Host, ...]
+    absorbers: tuple[Absorber, ...]
     crossed: frozenset[Value]
-    led_back: frozenset[str]
+    inverse_absorbers: frozenset[str]
 
 
 def _go(
@@ -283,21 +285,21 @@ def _go(
     before: Map | None,
     after: Map | None,
     parameters: Parameters,
-    plan: Plan,
+    plan: FoldPlan,
     sharing: bool,
 ) -> _Ends:
     gone, back = plan.gone, Route()
-    hosts: dict[str, Host] = {}
+    absorbers: dict[str, Absorber] = {}
     crossed: set[Value] = set()
-    led_back: set[str] = set()
+    inverse_absorbers: set[str] = set()
 
-    def take(route: Route, ends: Iterable[Value]) -> list[Host]:
+    def take(route: Route, ends: Iterable[Value]) -> list[Absorber]:
         # cut in two, it would have to be crossed by the one part and by the other
         if before is not None and after is not None and any(value in route.crossed for value in ends):
             raise Refusal("It follows itself.")
         found = parameters.absorb(route)
         # one that absorbs something on both sides is there twice, the second time with its bias
-        hosts.update((host.name, host) for host in found)
+        absorbers.update((absorber.name, absorber) for absorber in found)
         crossed.update(route.crossed)
         return found
 
@@ -311,10 +313,10 @@ def _go(
         if back.shared and forth.crossed & back.crossed:
             raise Refusal("It follows itself.")
         found = take(forth, map(norm_input, use.calls))
-        led_back |= {host.name for host in found if after is None}
+        inverse_absorbers |= {absorber.name for absorber in found if after is None}
     require_not_written_into(graph, use, gone)
-    in_order = sorted(hosts.values(), key=lambda host: host.calls[0].index)
-    return _Ends(tuple(in_order), frozenset(crossed), frozenset(led_back))
+    in_order = sorted(absorbers.values(), key=lambda absorber: absorber.calls[0].index)
+    return _Ends(tuple(in_order), frozenset(crossed), frozenset(inverse_absorbers))
 
 
 def _shaped(map_: Map, call: Call) -> Map:

@@ -10,7 +10,7 @@ from torch.nn import Module
 from batchnorm.dataflow.graph import Graph
 from batchnorm.dataflow.norms import _STATE, NormUse
 from batchnorm.dataflow.refusal import Refusal
-from batchnorm.folding.planning.replacement import StandIn, find_stand_in
+from batchnorm.folding.planning.replacement import Replacement, find_replacement
 from batchnorm.models.hooks import hooks_of
 
 __all__ = ["NormState", "check_norm"]
@@ -27,7 +27,7 @@ class NormState:
     eps: float
 
 
-def check_norm(graph: Graph, use: NormUse) -> tuple[NormState, StandIn]:
+def check_norm(graph: Graph, use: NormUse) -> tuple[NormState, Replacement]:
     """Return the state of a norm that can be taken away once others have absorbed it, and what stays of its module.
 
     What counts is what the module's run did, not its class: this operator, and perhaps activations after it.
@@ -41,7 +41,7 @@ def check_norm(graph: Graph, use: NormUse) -> tuple[NormState, StandIn]:
     if isinstance(use.owner, ScriptModule):
         raise Refusal("It is part of a scripted module, which cannot be edited.")
     name = next((run.name for run in graph.module_calls if run.module is use.owner), use.calls[0].module)
-    stays = find_stand_in(graph, use.owner, name, use.calls)
+    stays = find_replacement(graph, use.owner, name, use.calls)
     _require_no_hooks(use.owner)
     state = _state_of(use)
     _require_no_other_readers(graph, use)

@@ -14,7 +14,7 @@ from batchnorm.dataflow.operator_kinds import family
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.nn.scale_shift import ScaleShift
 
-__all__ = ["StandIn", "find_stand_in"]
+__all__ = ["Replacement", "find_replacement"]
 
 _ACTIVATIONS: Mapping[str, Callable[[Mapping[str, Any]], Module]] = {
     "elu": lambda args: nn.ELU(args["alpha"]),
@@ -34,7 +34,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Mapping[str, Any]], Module]] = {
 
 
 @dataclass(frozen=True)
-class StandIn:
+class Replacement:
     """What a norm's module is replaced with.
 
     Attributes:
@@ -57,7 +57,7 @@ class StandIn:
         return whole
 
 
-def find_stand_in(graph: Graph, owner: Module, name: str, calls: tuple[Call, ...]) -> StandIn:
+def find_replacement(graph: Graph, owner: Module, name: str, calls: tuple[Call, ...]) -> Replacement:
     """Return what has to stay of a norm's module: the same in all its runs.
 
     Args:
@@ -81,7 +81,7 @@ def find_stand_in(graph: Graph, owner: Module, name: str, calls: tuple[Call, ...
         raise Refusal("Some runs of its module do not normalize.")
     if any(_signature(parts) != _signature(found[0]) for parts in found[1:]):
         raise Refusal("Its module does not do the same in all its runs.")
-    return StandIn(found[0])
+    return Replacement(found[0])
 
 
 def _signature(parts: tuple[str | Module, ...]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from batchnorm.dataflow.graph import Call, Graph, Value
 from batchnorm.dataflow.norms import NormUse
 from batchnorm.dataflow.refusal import Refusal
-from batchnorm.travel.rules import place
+from batchnorm.travel.rules import location
 
 __all__ = ["norm_input", "require_not_written_into"]
 
@@ -40,7 +40,7 @@ def require_not_written_into(graph: Graph, use: NormUse, gone: Collection[Call])
             others = graph.others_than(value, {id(reader)})  # another call of the norm hands the same memory on
             if others or value.producer is None:
                 who = others[0] if others else "the caller of the model, whose input it is"
-                raise Refusal(f"{place(writers[0])} would write into what is also read by {who}.", calls=writers[:1])
+                raise Refusal(f"{location(writers[0])} would write into what is also read by {who}.", calls=writers[:1])
 
 
 def _same_memory(call: Call, gone: Collection[Call]) -> Iterator[tuple[Value, Call]]:

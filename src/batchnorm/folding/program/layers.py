@@ -23,13 +23,13 @@ from batchnorm.dataflow.refusal import Refusal
 from batchnorm.folding.program.constants import Constants
 from batchnorm.nn.operators import named_arguments
 
-__all__ = ["Site", "find_sites"]
+__all__ = ["LayerNode", "find_layer_nodes"]
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class LayerNode:
     """A node that is a layer.
 
     Attributes:
@@ -55,13 +55,13 @@ class Site:
         return node
 
 
-def find_sites(graph: Graph, constants: Constants) -> list[Site]:
+def find_layer_nodes(graph: Graph, constants: Constants) -> list[LayerNode]:
     """Return the layers of a graph, in order."""
     sites = (_site(node, constants) for node in graph.nodes if node.op == "call_function")
     return [site for site in sites if site is not None]
 
 
-def _site(node: Node, constants: Constants) -> Site | None:
+def _site(node: Node, constants: Constants) -> LayerNode | None:
     found = _arguments(node)
     if found is None:
         return None
@@ -80,7 +80,7 @@ def _site(node: Node, constants: Constants) -> Site | None:
         layer = plain_layer(name, {**args, **tensors})
     except Refusal:
         return None
-    return Site(node, result, name, args, key, layer)
+    return LayerNode(node, result, name, args, key, layer)
 
 
 def _held(value: Any, constants: Constants) -> Tensor | None:

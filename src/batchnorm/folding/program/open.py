@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from batchnorm.dataflow.trace import trace
 from batchnorm.folding.program.constants import Constants, attribute
-from batchnorm.folding.program.layers import Site, find_sites
+from batchnorm.folding.program.layers import LayerNode, find_layer_nodes
 from batchnorm.folding.program.numbers import numbers_as_tensors
 from batchnorm.folding.program.state import put
 from batchnorm.models.copying import copy_model
@@ -32,7 +32,7 @@ class Opened:
     """
 
     model: GraphModule
-    sites: Mapping[str, Site]
+    sites: Mapping[str, LayerNode]
     modules: Mapping[str, str]
 
 
@@ -48,7 +48,7 @@ def open_program(program: GraphModule, example_inputs: Any) -> Opened:
         StateError: it cannot be copied.
     """
     work = copy_program(program)
-    sites = find_sites(work.graph, Constants(work, _written_states(program, example_inputs)))
+    sites = find_layer_nodes(work.graph, Constants(work, _written_states(program, example_inputs)))
     calls = _call_modules(work.graph, sites)
     # what checks shapes and types would not let it run in float64
     erase_unread(work.graph, [node for node in work.graph.nodes if _is_check(work, node)])
@@ -100,9 +100,9 @@ def _written_states(program: GraphModule, example_inputs: Any) -> set[str]:
     return {name for value in values for name in value.names}
 
 
-def _call_modules(graph: Graph, sites: Iterable[Site]) -> dict[Site, Node]:
+def _call_modules(graph: Graph, sites: Iterable[LayerNode]) -> dict[LayerNode, Node]:
     """Let a module be called in place of each function; which one is not known yet."""
-    calls: dict[Site, Node] = {}
+    calls: dict[LayerNode, Node] = {}
     now: dict[Node, Node] = {}
     for site in sites:
         with graph.inserting_before(site.node):
@@ -142,7 +142,7 @@ class Names:
     def __init__(self, taken: Iterable[str]) -> None:
         self._taken = set(taken)
 
-    def of_site(self, site: Site) -> str:
+    def of_site(self, site: LayerNode) -> str:
         """Return the name of the module that holds a layer's state, if it holds nothing else; or the node's."""
         for key in ("running_mean", "weight", "bias"):
             state = site.args.get(key)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import Identity, Module
 
-from batchnorm.folding.program.layers import Site
+from batchnorm.folding.program.layers import LayerNode
 from batchnorm.folding.program.open import Names, Opened, erase_unread, overlap
 from batchnorm.folding.program.state import State, memory_of, put
 from batchnorm.folding.program.write_layer import emit_layer
@@ -33,7 +33,7 @@ class _Change:
     """
 
     name: str
-    site: Site
+    site: LayerNode
     layer: Module
     node: Node
 
@@ -81,7 +81,7 @@ def _stand_in(state: State, old: Node, read: Node, name: str) -> Node:
     return node
 
 
-def _state_name(site: Site, key: str) -> str:
+def _state_name(site: LayerNode, key: str) -> str:
     """Return the name of the state that an argument is, an empty one where it is computed."""
     node = site.args.get(key)
     return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else ""

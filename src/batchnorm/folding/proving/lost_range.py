@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
-from batchnorm.folding.planning.absorbers import Host
+from batchnorm.folding.planning.absorbers import Absorber
 from batchnorm.folding.planning.merged_parameters import Parameters, find_tensor
 
 if TYPE_CHECKING:
@@ -95,23 +95,23 @@ def lost_ranges(model: Module, parameters: Parameters, rounded: Mapping[str, Par
         rounded: what is stored of that.
     """
     found = []
-    for host in parameters.hosts.values():
-        name = host.weight_name
+    for absorber in parameters.absorbers.values():
+        name = absorber.weight_name
         if name not in rounded:  # of a norm that took in another one, and is a multiply-add now
             continue
         merged, stored, old = parameters.changed[name].cpu(), rounded[name].detach(), find_tensor(model, name)
         small = (merged.abs() < torch.finfo(stored.dtype).smallest_normal) & (merged != 0)
-        if host.kind != "embedding" and old is not None and bool(small.any()):
-            before, wide, after = (_by_channel(host, t.detach().cpu().double()) for t in (old, merged, stored))
+        if absorber.kind != "embedding" and old is not None and bool(small.any()):
+            before, wide, after = (_by_channel(absorber, t.detach().cpu().double()) for t in (old, merged, stored))
             if lost := _lost_channels(before, wide, after, torch.finfo(stored.dtype)):
                 dtype = str(stored.dtype).removeprefix("torch.")
                 found.append(LostRange(name, dtype, len(wide), tuple(lost)))
     return found
 
 
-def _by_channel(host: Host, weight: Tensor) -> Tensor:
-    operator = LINEAR_OPERATORS.get(host.calls[0].name)
-    return weight.reshape(-1, 1) if operator is None else operator.by_channel(weight, host.groups)
+def _by_channel(absorber: Absorber, weight: Tensor) -> Tensor:
+    operator = LINEAR_OPERATORS.get(absorber.calls[0].name)
+    return weight.reshape(-1, 1) if operator is None else operator.by_channel(weight, absorber.groups)
 
 
 def _lost_channels(before: Tensor, merged: Tensor, stored: Tensor, finfo: torch.finfo) -> list[LostChannel]:
@@ -138,7 +138,7 @@ def norms_that_shrink(steps: Sequence[Step], losses: Sequence[LostRange]) -> dic
     """Return, for each weight that loses range, the norm that shrinks it most, with the reason to leave it."""
     guilty = {}
     for loss in losses:
-        into = [step for step in steps if any(host.weight_name == loss.parameter for host in step.into)]
+        into = [step for step in steps if any(absorber.weight_name == loss.parameter for absorber in step.into)]
         guilty[min(into, key=_smallest_scale).name] = f"Folded, {loss}"
     return guilty
 

@@ -16,17 +16,17 @@ from batchnorm.dataflow.sizes import Runs
 from batchnorm.dataflow.threads import threads_for_float64
 from batchnorm.dataflow.trace import trace
 from batchnorm.errors import InputError, VerificationError
-from batchnorm.folding.planning.find_multiply_adds import failing, find_leftovers
-from batchnorm.folding.planning.multiply_add import Leftover
+from batchnorm.folding.planning.find_multiply_adds import failing, find_multiply_adds
+from batchnorm.folding.planning.multiply_add import MultiplyAdd
 from batchnorm.folding.planning.outcome import LeftNorm
-from batchnorm.folding.planning.plan import Plan, describe_source, make_plan
+from batchnorm.folding.planning.plan import FoldPlan, describe_source, make_plan
 from batchnorm.folding.proving.lost_range import lost_ranges, norms_that_shrink
 from batchnorm.folding.proving.value_proof import Proof
 from batchnorm.folding.writing.rewrite import Rewrite, round_parameters
 from batchnorm.models.copying import copy_model
 from batchnorm.models.outputs import NamedTensor, named_tensors
 
-__all__ = ["Options", "Settled", "copy_to_try", "settle"]
+__all__ = ["Options", "ProvedPlan", "prove_plan", "trial_copy"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Options:
 
 
 @dataclass(frozen=True, eq=False)
-class Settled:
+class ProvedPlan:
     """A plan that holds.
 
     Attributes:
@@ -53,7 +53,7 @@ class Settled:
             None where it does not run in float64, or there was nothing to compare.
     """
 
-    plan: Plan
+    plan: FoldPlan
     parameters: dict[str, Parameter]
     on_random_inputs: bool | None
     in_float64: Outputs | None = None
@@ -66,7 +66,7 @@ class Outputs(NamedTuple):
     after: list[NamedTensor]
 
 
-def copy_to_try(model: Module) -> Module:
+def trial_copy(model: Module) -> Module:
     """Return a copy of a model.
 
     Raises:
@@ -76,7 +76,7 @@ def copy_to_try(model: Module) -> Module:
     return copy_model("fold", model, remedy)
 
 
-def settle(model: Module, graph: Graph, runs: Runs, options: Options) -> Settled:
+def prove_plan(model: Module, graph: Graph, runs: Runs, options: Options) -> ProvedPlan:
     """Return what can be done with ``model``, all of it proved, and its new parameters; it is not changed.
 
     Args:
@@ -92,7 +92,7 @@ def settle(model: Module, graph: Graph, runs: Runs, options: Options) -> Settled
             model, graph, banned, with_borders=options.borders, sharing=options.sharing, beside=options.beside
         )
         if options.fuse:
-            plan.leftovers = find_leftovers(model, plan, kept)
+            plan.multiply_adds = find_multiply_adds(model, plan, kept)
         parameters, problems = _rounded(model, plan, options.keep_range)
         outputs = None
         if plan.changes and not problems:
@@ -104,13 +104,13 @@ def settle(model: Module, graph: Graph, runs: Runs, options: Options) -> Settled
             _tell_what_others_show(model, plan, runs, banned)
             sources = {use.name: describe_source(graph, use) for use in norm_uses(model, graph)}
             plan.left += [LeftNorm(name, sources.get(name), reason) for name, reason in banned.items()]
-            return Settled(plan, parameters, runs.on_random_inputs if plan.changes else None, outputs)
-        leftovers = {item.name for item in plan.leftovers}
-        kept |= {name: reason for name, reason in problems.items() if name in leftovers}
-        banned |= {name: reason for name, reason in problems.items() if name not in leftovers}
+            return ProvedPlan(plan, parameters, runs.on_random_inputs if plan.changes else None, outputs)
+        multiply_adds = {item.name for item in plan.multiply_adds}
+        kept |= {name: reason for name, reason in problems.items() if name in multiply_adds}
+        banned |= {name: reason for name, reason in problems.items() if name not in multiply_adds}
 
 
-def _tell_what_others_show(model: Module, plan: Plan, runs: Runs, banned: Collection[str]) -> None:
+def _tell_what_others_show(model: Module, plan: FoldPlan, runs: Runs, banned: Collection[str]) -> None:
     """Let norms that stay have the reason that the example alone shows; if it shows none, say which runs do."""
     if not plan.left or len(runs.all.inputs) == 1:
         return
@@ -131,21 +131,21 @@ def _tell_what_others_show(model: Module, plan: Plan, runs: Runs, banned: Collec
     plan.left[:] = told
 
 
-def _rounded(model: Module, plan: Plan, keep_range: bool) -> tuple[dict[str, Parameter], dict[str, str]]:
+def _rounded(model: Module, plan: FoldPlan, keep_range: bool) -> tuple[dict[str, Parameter], dict[str, str]]:
     """Return the new parameters, and the norms that must stay because one does not fit into its type."""
-    replaced = {item.module for item in plan.leftovers}
+    replaced = {item.module for item in plan.multiply_adds}
     try:
         rounded = round_parameters(model, plan.parameters)
         lost = lost_ranges(model, plan.parameters, rounded) if keep_range else []
     except Refusal as refusal:
-        guilty = [step.name for step in plan.steps if any(host.name == refusal.module for host in step.into)]
+        guilty = [step.name for step in plan.steps if any(absorber.name == refusal.module for absorber in step.into)]
         return {}, dict.fromkeys(guilty or [step.name for step in plan.steps], str(refusal))
     parameters = {name: new for name, new in rounded.items() if name.rpartition(".")[0] not in replaced}
     return parameters, norms_that_shrink(plan.steps, lost)
 
 
 def _problems(
-    model: Module, plan: Plan, runs: Runs, banned: Collection[str], *, warm: bool
+    model: Module, plan: FoldPlan, runs: Runs, banned: Collection[str], *, warm: bool
 ) -> tuple[dict[str, str], Outputs | None]:
     """Return the norms that must stay, after a look at every value of all runs in float64; and what was returned.
 
@@ -156,13 +156,13 @@ def _problems(
         banned: the norms that stay anyway.
         warm: whether to run it first, so that it has what it keeps from its first call.
     """
-    wide, inputs, is_wide = copy_to_try(model).double(), as_float64(runs.all), True
+    wide, inputs, is_wide = trial_copy(model).double(), as_float64(runs.all), True
     try:
         if warm:
             run(wide, as_float64(runs.warming))
         proof, before = _first_run(wide, plan, inputs, runs)
     except InputError:  # a model that does not run in float64 is looked at in its own types
-        wide, inputs, is_wide = copy_to_try(model), runs.all, False
+        wide, inputs, is_wide = trial_copy(model), runs.all, False
         if warm:
             run(wide, runs.warming)
         proof, before = _first_run(wide, plan, inputs, runs)
@@ -176,7 +176,7 @@ def _problems(
     return proof.problems(), Outputs(before, returned.tensors()) if is_wide else None
 
 
-def _first_run(wide: Module, plan: Plan, inputs: Any, runs: Runs) -> tuple[Proof, list[NamedTensor]]:
+def _first_run(wide: Module, plan: FoldPlan, inputs: Any, runs: Runs) -> tuple[Proof, list[NamedTensor]]:
     proof, returned = Proof(plan), _Returned(runs)
     trace(wide, inputs, observer=proof.before, returned=returned)
     return proof, returned.tensors()
@@ -201,18 +201,18 @@ class _Returned:
         return of_runs(self._outputs, self._runs.of_user)
 
 
-def _culprits(model: Module, plan: Plan, example_inputs: Any, banned: Collection[str]) -> list[str]:
+def _culprits(model: Module, plan: FoldPlan, example_inputs: Any, banned: Collection[str]) -> list[str]:
     """Return what makes the model stop."""
-    if not plan.leftovers:
+    if not plan.multiply_adds:
         return _guilty_steps(model, plan, example_inputs, banned)
 
-    def stops(items: Sequence[Leftover]) -> bool:
-        return _stops(model, replace(plan, leftovers=list(items)), example_inputs)
+    def stops(items: Sequence[MultiplyAdd]) -> bool:
+        return _stops(model, replace(plan, multiply_adds=list(items)), example_inputs)
 
-    return [item.name for item in failing(plan.leftovers, stops)]
+    return [item.name for item in failing(plan.multiply_adds, stops)]
 
 
-def _guilty_steps(model: Module, plan: Plan, example_inputs: Any, banned: Collection[str]) -> list[str]:
+def _guilty_steps(model: Module, plan: FoldPlan, example_inputs: Any, banned: Collection[str]) -> list[str]:
     """Return the norms without which the model raises, found by halves."""
     names = [step.name for step in plan.steps]
     if len(names) == 1:
@@ -233,9 +233,9 @@ def _guilty_steps(model: Module, plan: Plan, example_inputs: Any, banned: Collec
     return found
 
 
-def _stops(model: Module, plan: Plan, example_inputs: Any) -> bool:
+def _stops(model: Module, plan: FoldPlan, example_inputs: Any) -> bool:
     """Whether the model fails once it is folded by a plan."""
-    copied = copy_to_try(model)
+    copied = trial_copy(model)
     Rewrite().apply(copied, plan, round_parameters(copied, plan.parameters))
     try:
         run(copied, example_inputs)

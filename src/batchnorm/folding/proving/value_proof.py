@@ -29,10 +29,10 @@ from batchnorm.dataflow.graph import Call, Value
 from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
 from batchnorm.dataflow.norms import is_norm
 from batchnorm.dataflow.operator_kinds import family
-from batchnorm.folding.planning.multiply_add import Leftover
-from batchnorm.folding.planning.plan import Plan, Step
+from batchnorm.folding.planning.multiply_add import MultiplyAdd
+from batchnorm.folding.planning.plan import FoldPlan, Step
 from batchnorm.models.outputs import magnitude, scale_of
-from batchnorm.travel.rules import place
+from batchnorm.travel.rules import location
 
 __all__ = ["Proof"]
 
@@ -48,7 +48,7 @@ class _Kept:
 
     tensor: Tensor
     magnitude: float
-    step: Step | Leftover | None
+    step: Step | MultiplyAdd | None
 
 
 @dataclass(eq=False)
@@ -59,7 +59,7 @@ class Proof:
         plan: what was done between the runs.
     """
 
-    plan: Plan
+    plan: FoldPlan
     # by the index of the call that returns it in the second run, and its place among the outputs
     _kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)
     _place: int = 0
@@ -72,17 +72,17 @@ class Proof:
         self._crossed = {value for step in self.plan.steps for value in step.crossed}
         self._watched = self._watch(gone)
         changed = self.plan.parameters.changed
-        self._hosts = {
-            call.index: (step, host)
+        self._absorbers = {
+            call.index: (step, absorber)
             for step in self.plan.steps
-            for host in step.into
-            if host.bias_name in changed
-            for call in host.calls
+            for absorber in step.into
+            if absorber.bias_name in changed
+            for call in absorber.calls
         }
 
-    def _watch(self, gone: set[Call]) -> dict[int, tuple[tuple[int, int], Step | Leftover | None]]:
+    def _watch(self, gone: set[Call]) -> dict[int, tuple[tuple[int, int], Step | MultiplyAdd | None]]:
         """Return which calls' outputs are kept in the first run: for which output of the second, and whose they are."""
-        watched: dict[int, tuple[tuple[int, int], Step | Leftover | None]] = {}
+        watched: dict[int, tuple[tuple[int, int], Step | MultiplyAdd | None]] = {}
         for step in self.plan.steps:
             for call in step.use.calls:
                 value = call.args["input"]
@@ -95,11 +95,11 @@ class Proof:
             for call in step.sums:
                 if call.output not in self._crossed:
                     watched.setdefault(call.index, ((call.index, 0), step))
-            for host in step.into:
-                for call in host.calls:
+            for absorber in step.into:
+                for call in absorber.calls:
                     if call.output not in self._crossed and call not in gone:
                         watched.setdefault(call.index, ((call.index, 0), step))
-        for item in self.plan.leftovers:
+        for item in self.plan.multiply_adds:
             for call in item.use.calls:
                 if call.output not in self._crossed:
                     watched[call.index] = ((call.index, 0), item)
@@ -131,9 +131,9 @@ class Proof:
             self._lose_at(call, expected)
             return
         self._place += 1
-        step, host = self._hosts.get(expected.index, (None, None))
-        if step is not None and host is not None and not _is_state(call, "bias", host.bias_name):
-            self._problems[step.name] = f"The forward of {host.name} does not use its parameter {host.bias!r}."
+        step, absorber = self._absorbers.get(expected.index, (None, None))
+        if step is not None and absorber is not None and not _is_state(call, "bias", absorber.bias_name):
+            self._problems[step.name] = f"The forward of {absorber.name} does not use its parameter {absorber.bias!r}."
         for number, tensor in enumerate(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
             kept = self._kept.pop((expected.index, number), None)
             if kept is not None and not self._problems:
@@ -143,7 +143,7 @@ class Proof:
         error = _error(kept.tensor, tensor)
         if not error <= _bound(kept.tensor.dtype) * max(kept.magnitude, scale_of(tensor)):
             name = "" if kept.step is None else kept.step.name
-            self._problems[name] = f"Folded, {place(call)} errs by {error:.3g}, more than float64 explains."
+            self._problems[name] = f"Folded, {location(call)} errs by {error:.3g}, more than float64 explains."
 
     def _lose_at(self, call: Call, expected: Call | None) -> None:
         """Note that the model does something else than before."""
@@ -153,7 +153,7 @@ class Proof:
             last = max(steps, key=lambda step: max(c.index for c in step.use.calls if c.index < end), default=None)
             if last is not None:
                 self._problems[last.name] = "The model still calls the norm, by a reference of its own."
-        self._lost = f"Folded, the model takes another way at {place(call)}."
+        self._lost = f"Folded, the model takes another way at {location(call)}."
 
     def problems(self) -> dict[str, str]:
         """Return the norms that must stay, with the reason: the first in the order of execution, or all if unknown.
@@ -164,7 +164,7 @@ class Proof:
             return self._problems
         if not self._lost and self._place < len(self._calls):
             self._lost = "Folded, the model runs fewer operators than before."
-        suspects = self.plan.leftovers or self.plan.steps
+        suspects = self.plan.multiply_adds or self.plan.steps
         return dict.fromkeys((suspect.name for suspect in suspects), self._lost) if self._lost else {}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from batchnorm.dataflow.graph import Call
 from batchnorm.folding.planning.merged_parameters import find_tensor
 from batchnorm.folding.planning.outcome import FoldedNorm, LeftNorm
-from batchnorm.folding.planning.plan import Plan, Step
+from batchnorm.folding.planning.plan import FoldPlan, Step
 from batchnorm.folding.report.neighbourhood import around, nearest, sources, ways_to
 from batchnorm.folding.report.sentences import crossed_calls
 from batchnorm.report import Diagram, Diagrams, Panel
@@ -34,13 +34,13 @@ class _Drawn:
     pattern: object
 
 
-def draw_folded(plan: Plan, told: Sequence[FoldedNorm]) -> Diagrams:
+def draw_folded(plan: FoldPlan, told: Sequence[FoldedNorm]) -> Diagrams:
     """Return what is around each norm that goes, before and after. The plan's model is not folded yet."""
     steps = {step.name: step for step in plan.steps}
     return _grouped([_folded(plan, steps[item.norm], item) for item in told], _ROLES_OF_FOLDED)
 
 
-def draw_left(plan: Plan, left: Sequence[LeftNorm], calls: dict[str, Call]) -> Diagrams:
+def draw_left(plan: FoldPlan, left: Sequence[LeftNorm], calls: dict[str, Call]) -> Diagrams:
     """Return what is around each norm that stays, up to the operators that stand in its way.
 
     Args:
@@ -71,29 +71,31 @@ def renamed(diagrams: Diagrams, rename: Callable[[str], str]) -> Diagrams:
     )
 
 
-def _folded(plan: Plan, step: Step, told: FoldedNorm) -> _Drawn:
-    hosts = {call: host for host in step.into for call in host.calls}
+def _folded(plan: FoldPlan, step: Step, told: FoldedNorm) -> _Drawn:
+    absorbers = {call: absorber for absorber in step.into for call in absorber.calls}
     crossed = crossed_calls(step, plan)
-    roles: dict[Call, Role] = {**dict.fromkeys(crossed, "crossed"), **dict.fromkeys(hosts, "changed")}
+    roles: dict[Call, Role] = {**dict.fromkeys(crossed, "crossed"), **dict.fromkeys(absorbers, "changed")}
     between = [call for call in plan.gone if not step.crossed.isdisjoint(call.outputs)]
     roles |= dict.fromkeys([*between, *step.use.calls], "gone")
     core = nearest(plan.graph, step.use.calls[0], set(roles), _MOST_CALLS)
-    view = around(plan.graph, core, plan.gone, hosts)
-    changed = {call: _changed_name(call, host.name, host.bias_name, plan) for call, host in hosts.items()}
+    view = around(plan.graph, core, plan.gone, absorbers)
+    changed = {
+        call: _changed_name(call, absorber.name, absorber.bias_name, plan) for call, absorber in absorbers.items()
+    }
     before = view.panel("before", roles)
     after = view.without(plan.gone).panel("after", roles, changed)
     return _drawn(told.norm, _chain(before), [before, after], told.sentence)
 
 
-def _changed_name(call: Call, host: str, bias: str | None, plan: Plan) -> str:
+def _changed_name(call: Call, absorber: str, bias: str | None, plan: FoldPlan) -> str:
     name = call.name
-    if host in plan.parameters.borders:
+    if absorber in plan.parameters.borders:
         name += ", padded with −t/s"
     new = bias in plan.parameters.changed and find_tensor(plan.parameters.model, bias) is None
     return f"{name} + bias" if new else name
 
 
-def _left(plan: Plan, norm: Call, left: LeftNorm) -> _Drawn:
+def _left(plan: FoldPlan, norm: Call, left: LeftNorm) -> _Drawn:
     obstacles = plan.obstacles.get(left.norm, ())
     core = ways_to(plan.graph, norm, obstacles, _MOST_OBSTACLES)
     roles: dict[Call, Role] = dict.fromkeys(core, "plain")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS, LinearOperator
-from batchnorm.folding.planning.absorbers import Host
+from batchnorm.folding.planning.absorbers import Absorber
 from batchnorm.report import Paragraph, Plot, Section, Series, Table
 from batchnorm.report.result import finite_or_none
 
@@ -153,20 +153,22 @@ class FoldedWeight:
 
 
 def folded_weights(
-    hosts: Iterable[Host], before: Mapping[str, Tensor | None], after: Mapping[str, Tensor]
+    absorbers: Iterable[Absorber], before: Mapping[str, Tensor | None], after: Mapping[str, Tensor]
 ) -> list[FoldedWeight]:
     """Return the weights that int8 is for: of linear operators, neither of embeddings nor of norms, and not empty.
 
     Args:
-        hosts: those that absorbed something.
+        absorbers: those that absorbed something.
         before: parameters as they were, by name.
         after: as they are.
     """
     found = []
-    for host in hosts:
-        old, operator = before.get(host.weight_name), LINEAR_OPERATORS.get(host.calls[0].name)
+    for absorber in absorbers:
+        old, operator = before.get(absorber.weight_name), LINEAR_OPERATORS.get(absorber.calls[0].name)
         if operator is not None and old is not None and old.numel():
-            found.append(FoldedWeight(host.weight_name, operator, host.groups, old, after[host.weight_name]))
+            found.append(
+                FoldedWeight(absorber.weight_name, operator, absorber.groups, old, after[absorber.weight_name])
+            )
     return found
 
 

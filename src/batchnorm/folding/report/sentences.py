@@ -12,36 +12,36 @@ from batchnorm.dataflow.graph import Call
 from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
 from batchnorm.dataflow.operator_kinds import family
 from batchnorm.dataflow.refusal import listed
-from batchnorm.folding.planning.absorbers import Host
+from batchnorm.folding.planning.absorbers import Absorber
 from batchnorm.folding.planning.merged_parameters import find_tensor
 from batchnorm.folding.planning.outcome import FoldedNorm
-from batchnorm.folding.planning.plan import Plan, Step
+from batchnorm.folding.planning.plan import FoldPlan, Step
 
 __all__ = ["crossed_calls", "tell"]
 
 _MOST_NAMED = 4
 
 
-def tell(plan: Plan) -> list[FoldedNorm]:
+def tell(plan: FoldPlan) -> list[FoldedNorm]:
     """Return what becomes of the norms that go, in the order of execution. The plan's model is not folded yet."""
     told: dict[str, FoldedNorm] = {}
     seen: set[str] = set()
     for step in plan.steps:  # in the order in which they were absorbed: the first to need a bias, or a border, made it
-        new = {key for host in step.into for key in _made_for(host, step, plan)} - seen
+        new = {key for absorber in step.into for key in _made_for(absorber, step, plan)} - seen
         seen |= new
         told[step.name] = _told_of(step, plan, new)
     return [told[name] for name in sorted(told, key=plan.order.__getitem__)]
 
 
-def _made_for(host: Host, step: Step, plan: Plan) -> list[str]:
+def _made_for(absorber: Absorber, step: Step, plan: FoldPlan) -> list[str]:
     """Return what a host did not have before: a bias, and a border, by its name."""
-    name = host.bias_name
+    name = absorber.bias_name
     bias = name is not None and name in plan.parameters.changed and find_tensor(plan.parameters.model, name) is None
-    border = host.name in plan.parameters.borders and host in _after(step) and not _only_scales(step)
-    return [f"bias of {host.name}"] * bias + [f"border of {host.name}"] * border
+    border = absorber.name in plan.parameters.borders and absorber in _after(step) and not _only_scales(step)
+    return [f"bias of {absorber.name}"] * bias + [f"border of {absorber.name}"] * border
 
 
-def _told_of(step: Step, plan: Plan, new: Collection[str]) -> FoldedNorm:
+def _told_of(step: Step, plan: FoldPlan, new: Collection[str]) -> FoldedNorm:
     """Return what becomes of one norm.
 
     Args:
@@ -49,12 +49,12 @@ def _told_of(step: Step, plan: Plan, new: Collection[str]) -> FoldedNorm:
         plan: all that is done.
         new: biases and borders that layers have because of it.
     """
-    bordered = [host for host in step.into if f"border of {host.name}" in new]
-    biased = [call for host in step.into if f"bias of {host.name}" in new for call in host.calls]
-    kinds = dict.fromkeys(host.kind for host in step.into)
+    bordered = [absorber for absorber in step.into if f"border of {absorber.name}" in new]
+    biased = [call for absorber in step.into if f"bias of {absorber.name}" in new for call in absorber.calls]
+    kinds = dict.fromkeys(absorber.kind for absorber in step.into)
     return FoldedNorm(
         step.name,
-        ", ".join(host.name for host in step.into),
+        ", ".join(absorber.name for absorber in step.into),
         ", ".join(kinds),
         _way(step),
         _sentence(step, plan, bordered),
@@ -62,7 +62,7 @@ def _told_of(step: Step, plan: Plan, new: Collection[str]) -> FoldedNorm:
         Saving.of(
             step.use.calls,
             [call for call in biased if call.name in LINEAR_OPERATORS],
-            [call for host in bordered for call in host.calls],
+            [call for absorber in bordered for call in absorber.calls],
         ),
     )
 
@@ -73,14 +73,14 @@ def _way(step: Step) -> Literal["back", "on", "both", "beside"]:
     return "back" if step.after is None else "on" if step.before is None else "both"
 
 
-def crossed_calls(step: Step, plan: Plan) -> list[Call]:
+def crossed_calls(step: Step, plan: FoldPlan) -> list[Call]:
     """Return the operators between a norm and those who absorb it, in order: those that stay."""
-    ends = {*step.use.calls, *(call for host in step.into for call in host.calls)} | plan.gone
+    ends = {*step.use.calls, *(call for absorber in step.into for call in absorber.calls)} | plan.gone
     calls = {value.producer for value in step.crossed if value.producer is not None} - ends
     return sorted(calls, key=lambda call: call.index)
 
 
-def _sentence(step: Step, plan: Plan, bordered: Sequence[Host]) -> str:
+def _sentence(step: Step, plan: FoldPlan, bordered: Sequence[Absorber]) -> str:
     crossed = crossed_calls(step, plan)
     if step.beside is not None:
         across = list(dict.fromkeys(family(call) for call in crossed))
@@ -99,13 +99,13 @@ def _sentence(step: Step, plan: Plan, bordered: Sequence[Host]) -> str:
     else:
         first, second = _halves(step)
         sentence = f"It is cut in two: {first} goes back {back}; {second} goes on {on}."
-    inverse = [host for host in step.into if host.name in step.led_back]
+    inverse = [absorber for absorber in step.into if absorber.name in step.inverse_absorbers]
     if inverse:
         named = _named(inverse)
         says = "takes the inverse in: it reads" if len(inverse) == 1 else "take the inverse in: they read"
         sentence += f" {named[0].upper()}{named[1:]} {says} what that changes."
     if bordered:
-        names = listed([host.name for host in bordered], _MOST_NAMED)
+        names = listed([absorber.name for absorber in bordered], _MOST_NAMED)
         sentence += f" {names} {'pads' if len(bordered) == 1 else 'pad'} with −t/s now, of which the norm made zero."
     staying = _staying(plan.parameters.model, step)
     if staying:
@@ -124,15 +124,15 @@ def _halves(step: Step) -> tuple[str, str]:
     return "sign(s)·x + t/|s|", "the scale |s|"
 
 
-def _into(hosts: Sequence[Host], crossed: Sequence[Call]) -> str:
+def _into(absorbers: Sequence[Absorber], crossed: Sequence[Call]) -> str:
     across = list(dict.fromkeys(family(call) for call in crossed))
-    return f"into {_named(hosts)}" + (f", across {listed(across, _MOST_NAMED)}" if across else "")
+    return f"into {_named(absorbers)}" + (f", across {listed(across, _MOST_NAMED)}" if across else "")
 
 
-def _named(hosts: Sequence[Host]) -> str:
+def _named(absorbers: Sequence[Absorber]) -> str:
     by_kind: dict[str, list[str]] = {}
-    for host in hosts:
-        by_kind.setdefault(_KINDS.get(host.kind, host.kind), []).append(host.name or "of the model itself")
+    for absorber in absorbers:
+        by_kind.setdefault(_KINDS.get(absorber.kind, absorber.kind), []).append(absorber.name or "of the model itself")
     groups = [f"the {kind}{'s' * (len(names) > 1)} {listed(names, _MOST_NAMED)}" for kind, names in by_kind.items()]
     return ", and ".join(groups)
 
@@ -140,16 +140,18 @@ def _named(hosts: Sequence[Host]) -> str:
 _KINDS = {"linear": "linear layer"}
 
 
-def _before(step: Step) -> list[Host]:
+def _before(step: Step) -> list[Absorber]:
     start = step.use.calls[0].index
     whole = step.after is None
-    own = [host for host in step.into if host.name not in step.led_back]
-    return [host for host in own if whole or (step.before is not None and host.calls[0].index < start)]
+    own = [absorber for absorber in step.into if absorber.name not in step.inverse_absorbers]
+    return [absorber for absorber in own if whole or (step.before is not None and absorber.calls[0].index < start)]
 
 
-def _after(step: Step) -> list[Host]:
+def _after(step: Step) -> list[Absorber]:
     before = _before(step)
-    return [host for host in step.into if host not in before and host.name not in step.led_back]
+    return [
+        absorber for absorber in step.into if absorber not in before and absorber.name not in step.inverse_absorbers
+    ]
 
 
 def _only_scales(step: Step) -> bool:

@@ -18,13 +18,13 @@ from batchnorm.files.tensor_file import read_tensors, write_tensors
 from batchnorm.files.tensor_memory import bytes_of
 from batchnorm.folding.planning.merged_parameters import find_tensor
 from batchnorm.folding.planning.own_weights import ties
-from batchnorm.folding.planning.replacement import StandIn
+from batchnorm.folding.planning.replacement import Replacement
 from batchnorm.folding.writing.record_data import read_about
 from batchnorm.folding.writing.replacement_data import from_data, to_data
 from batchnorm.models.copying import copy_model
 
 if TYPE_CHECKING:
-    from batchnorm.folding.planning.multiply_add import Leftover
+    from batchnorm.folding.planning.multiply_add import MultiplyAdd
 
 __all__ = ["Pairs", "digest"]
 
@@ -57,7 +57,7 @@ class Pairs:
     norms: Mapping[str, Module]
     digests: Mapping[str, str]
     bordered: tuple[str, ...]
-    stays: Mapping[str, StandIn]
+    stays: Mapping[str, Replacement]
     added: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, str] = field(default_factory=dict)
     moved: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Pairs:
         cls,
         model: Module,
         parameters: Mapping[str, Parameter],
-        norms: Iterable[tuple[Module, StandIn]],
+        norms: Iterable[tuple[Module, Replacement]],
         bordered: Iterable[str],
     ) -> Pairs:
         """Return what is about to be replaced in a model.
@@ -101,15 +101,15 @@ class Pairs:
             },
         )
 
-    def with_leftovers(self, model: Module, leftovers: Iterable[Leftover]) -> Pairs:
+    def with_multiply_adds(self, model: Module, multiply_adds: Iterable[MultiplyAdd]) -> Pairs:
         """Return the same, and what is about to be replaced with multiply-adds.
 
         Args:
             model: the model, not folded yet.
-            leftovers: of its norms, those that are to become one.
+            multiply_adds: of its norms, those that are to become one.
         """
         digests, moved = dict(self.digests), dict(self.moved)
-        for item in leftovers:
+        for item in multiply_adds:
             built = item.build(model)
             digests |= {f"{item.module}.{name}": digest(new) for name, new in built.named_parameters(recurse=False)}
             if item.moved is not None:
@@ -218,7 +218,7 @@ def _is_within(name: str, places: Collection[str]) -> bool:
     return any(".".join(parts[:n]) in places for n in range(1, len(parts)))
 
 
-def _is_of(stays: StandIn | None, name: str) -> bool:
+def _is_of(stays: Replacement | None, name: str) -> bool:
     """Whether a parameter of that name is one of what stands in for a module."""
     parts = () if stays is None else stays.parts
     return any(isinstance(part, Module) and name.rpartition(".")[2] in part._parameters for part in parts)

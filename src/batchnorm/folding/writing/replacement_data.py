@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import Module
 
 from batchnorm.errors import StateError
-from batchnorm.folding.planning.replacement import StandIn
+from batchnorm.folding.planning.replacement import Replacement
 from batchnorm.nn.scale_shift import ScaleShift
 
 __all__ = ["Part", "from_data", "to_data"]
@@ -38,7 +38,7 @@ _SETTINGS: Mapping[str, Sequence[str]] = {
 }
 
 
-def to_data(stays: StandIn) -> list[Part]:
+def to_data(stays: Replacement) -> list[Part]:
     """Return the parts as strings and numbers.
 
     >>> to_data(StandIn(("drop", nn.LeakyReLU(0.2))))
@@ -47,13 +47,13 @@ def to_data(stays: StandIn) -> list[Part]:
     return [part if isinstance(part, str) else _described(part) for part in stays.parts]
 
 
-def from_data(parts: Sequence[Part]) -> StandIn:
+def from_data(parts: Sequence[Part]) -> Replacement:
     """Return what :func:`to_data` described.
 
     Raises:
         StateError: it is an activation that only another version of this library writes.
     """
-    return StandIn(tuple(part if isinstance(part, str) else _built(part) for part in parts))
+    return Replacement(tuple(part if isinstance(part, str) else _built(part) for part in parts))
 
 
 def _described(module: Module) -> Part:

@@ -12,7 +12,7 @@ from torch.nn import Identity, Module, Parameter
 
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.folding.planning.merged_parameters import Parameters, find_tensor
-from batchnorm.folding.planning.plan import Plan
+from batchnorm.folding.planning.plan import FoldPlan
 from batchnorm.nn.bordered import bordered
 
 __all__ = ["Rewrite", "round_parameters"]
@@ -30,8 +30,8 @@ def round_parameters(model: Module, parameters: Parameters) -> dict[str, Paramet
 def _rounded(model: Module, name: str, value: Tensor, parameters: Parameters) -> Parameter:
     old = find_tensor(model, name)
     if old is None:  # a bias where there was none: of its weight's kind
-        host = next(host for host in parameters.hosts.values() if host.bias_name == name)
-        like = find_tensor(model, host.weight_name)
+        absorber = next(absorber for absorber in parameters.absorbers.values() if absorber.bias_name == name)
+        like = find_tensor(model, absorber.weight_name)
         assert like is not None
     else:
         like = old
@@ -71,7 +71,7 @@ class Rewrite:
     def __init__(self) -> None:
         self._undo: list[tuple[dict[str, Any], str, Any]] = []
 
-    def apply(self, model: Module, plan: Plan, parameters: dict[str, Parameter]) -> None:
+    def apply(self, model: Module, plan: FoldPlan, parameters: dict[str, Parameter]) -> None:
         """Set the new parameters; replace norms that go or become multiply-adds, and convolutions that get a border."""
         for name, parameter in parameters.items():
             place, _, slot = name.rpartition(".")
@@ -79,7 +79,7 @@ class Rewrite:
         stand_ins = {step.module: step.stays.build(model.get_submodule(step.module)) for step in plan.steps}
         for name, border in plan.parameters.borders.items():
             stand_ins[name] = bordered(model.get_submodule(name), border)
-        for item in plan.leftovers:
+        for item in plan.multiply_adds:
             stand_ins[item.module] = item.build(model)
             if item.moved is not None:
                 stand_ins[item.moved] = Identity().train(model.get_submodule(item.moved).training)

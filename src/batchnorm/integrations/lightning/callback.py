@@ -27,7 +27,7 @@ from batchnorm.models.preconditions import lazy_names
 from batchnorm.statistics.memory import limit_of
 from batchnorm.statistics.recalibrate import plan_of, recalibrate
 from batchnorm.statistics.result import RecalibrateResult
-from batchnorm.statistics.sequential.disk_cache import Shelf
+from batchnorm.statistics.sequential.disk_cache import DiskCache
 from batchnorm.statistics.sites import Sites
 from batchnorm.statistics.stream import part_of, require_stream
 
@@ -153,7 +153,7 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
         group_of(trainer)
         limit_of(self.memory, pl_module)
         if self.cache is not None:
-            with Shelf(self.cache):
+            with DiskCache(self.cache):
                 pass
         # one that another callback calls is not in the list, and its place is that one's affair
         mine = next((i for i, each in enumerate(trainer.callbacks) if each is self), len(trainer.callbacks))

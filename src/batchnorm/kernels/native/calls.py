@@ -109,7 +109,7 @@ class Running(NamedTuple):
     refused: Tensor | None = None
 
 
-class Plan(NamedTuple):
+class CallPlan(NamedTuple):
     """What all calls on inputs of one size, layout, dtype and activation have in common.
 
     Attributes:
@@ -134,7 +134,7 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=4096)
 def _plan(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, activation: str | None, planes: bool = False
-) -> Plan | None:
+) -> CallPlan | None:
     """Return the plan, None if the input has to be copied first; ``planes``: not as narrow ones."""
     assert library is not None
     like_it = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
@@ -145,7 +145,7 @@ def _plan(
     lies_so = like_it.is_contiguous() or layout_of(new) == layout
     if planes and layout.kind == NARROW:
         layout = layout._replace(kind=PLANES)
-    return Plan(
+    return CallPlan(
         layout,
         library.Plan(layout.kind, DTYPES[dtype], *layout[1:], *_told(activation)),
         steps(like_it, layout),
@@ -181,7 +181,7 @@ def invertible(activation: str | None) -> bool:
     return activation is None or (slope is not None and slope >= _LEAST_SLOPE)
 
 
-def _planned(x: Tensor, activation: str | None, planes: bool = False) -> tuple[Tensor, Plan]:
+def _planned(x: Tensor, activation: str | None, planes: bool = False) -> tuple[Tensor, CallPlan]:
     """Return ``x``, or a contiguous copy of it, and its plan."""
     plan = _plan(x.shape, x.stride(), x.dtype, activation, planes)
     if plan is None:
@@ -208,7 +208,7 @@ def _address(tensor: _Optional) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _fresh(x: Tensor, plan: Plan) -> tuple[Tensor, View]:
+def _fresh(x: Tensor, plan: CallPlan) -> tuple[Tensor, View]:
     """Return an uninitialized tensor that lies as ``x`` does, on large pages where that saves page faults."""
     if plan.fresh is None:
         y = empty(x, plan.layout)
@@ -359,7 +359,7 @@ def _shifted(residual: Tensor, x: Tensor) -> bool:
 
 
 def _recoverable(
-    plan: Plan, x: Tensor, residual: _Optional, activation: str | None, at_weight: int, at_bias: int
+    plan: CallPlan, x: Tensor, residual: _Optional, activation: str | None, at_weight: int, at_bias: int
 ) -> tuple[bool, _Optional, _Optional]:
     """Return whether y may take the place of x, and what must be kept of x for that."""
     if residual is not None or not invertible(activation):
@@ -395,7 +395,7 @@ def unpack_bits(bits: Tensor, x: Tensor) -> Tensor:
 class _Prepared(NamedTuple):
     """The tensors of a backward pass as the kernels can read them, which must outlive the call, and their addresses."""
 
-    plan: Plan
+    plan: CallPlan
     tensors: tuple[_Optional, ...]
     dy: Tensor
     of_dy: View

@@ -18,12 +18,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.errors import BatchError
-from batchnorm.statistics.sequential.run import Run
+from batchnorm.statistics.sequential.run import ModelRun
 
-__all__ = ["Shelf"]
+__all__ = ["DiskCache"]
 
 
-class Shelf:
+class DiskCache:
     """Takes the memory of waiting runs to files in a folder of its own, and back.
 
     The tensors of a run stay what they are, without memory, until :meth:`bring` is called. What cannot give its memory
@@ -39,11 +39,11 @@ class Shelf:
             self._folder.mkdir(mode=0o700)
         except OSError as error:
             raise _refused(folder, error) from error
-        self._files: dict[Run, Path] = {}
-        self._away: dict[Run, list[tuple[torch.UntypedStorage, int]]] = {}  # with their sizes
-        self._owner: dict[int, Run] = {}
+        self._files: dict[ModelRun, Path] = {}
+        self._away: dict[ModelRun, list[tuple[torch.UntypedStorage, int]]] = {}  # with their sizes
+        self._owner: dict[int, ModelRun] = {}
 
-    def __enter__(self) -> Shelf:
+    def __enter__(self) -> DiskCache:
         """Begin."""
         return self
 
@@ -56,7 +56,7 @@ class Shelf:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._removed_at_last.detach()
 
-    def put(self, run: Run) -> None:
+    def put(self, run: ModelRun) -> None:
         """Take the memory of a run to disk.
 
         Raises:
@@ -77,7 +77,7 @@ class Shelf:
             self._owner[storage._cdata] = run
             storage.resize_(0)
 
-    def bring(self, run: Run) -> None:
+    def bring(self, run: ModelRun) -> None:
         """Give a run its memory back, if it is on the shelf.
 
         Raises:
@@ -97,7 +97,7 @@ class Shelf:
         del self._away[run], self._files[run]
         path.unlink(missing_ok=True)
 
-    def drop(self, run: Run) -> None:
+    def drop(self, run: ModelRun) -> None:
         """Forget a run that has been left; what the model or the user holds too gets its memory back."""
         storages, path = self._away.pop(run, None), self._files.pop(run, None)
         if storages is None or path is None:

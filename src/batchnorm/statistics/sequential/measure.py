@@ -21,16 +21,16 @@ from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.failures import explained
 from batchnorm.statistics.outcome import Outcome
 from batchnorm.statistics.ranks import Ranks
-from batchnorm.statistics.sequential.disk_cache import Shelf
+from batchnorm.statistics.sequential.disk_cache import DiskCache
 from batchnorm.statistics.sequential.fixed_point import Settling, distance
 from batchnorm.statistics.sequential.groups import Groups
 from batchnorm.statistics.sequential.order import order_of
 from batchnorm.statistics.sequential.parked_runs import Waiting
-from batchnorm.statistics.sequential.replayable_batches import Inputs, tensors_of
+from batchnorm.statistics.sequential.replayable_batches import ReplayableBatches, tensors_of
 from batchnorm.statistics.sequential.resident import Resident
-from batchnorm.statistics.sequential.run import Run, Stuck
-from batchnorm.statistics.sequential.sweep import Disturbed, RunFailed, Sweep, Traveller
-from batchnorm.statistics.sequential.thread_context import Ambient
+from batchnorm.statistics.sequential.run import ModelRun, Stuck
+from batchnorm.statistics.sequential.sweep import BatchInFlight, Disturbed, RunFailed, Sweep
+from batchnorm.statistics.sequential.thread_context import ThreadContext
 from batchnorm.statistics.sites import Address, Site, Sites
 from batchnorm.statistics.stream import empty_stream
 from batchnorm.statistics.tally import Tally, merge_spreads
@@ -81,7 +81,7 @@ class Sequential:
         self._ranks = ranks
         self._limit = limit
         self._cache = cache
-        self._ambient = Ambient()
+        self._ambient = ThreadContext()
         # elsewhere the bytes of the tensors are counted
         on_cpu = all(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers()))
         self._resident = Resident() if on_cpu else None
@@ -97,7 +97,7 @@ class Sequential:
         Raises:
             BatchNormError: see :func:`batchnorm.statistics.recalibrate.recalibrate`.
         """
-        inputs = Inputs(stream, self._limit, allow_empty=self._ranks.size > 1)
+        inputs = ReplayableBatches(stream, self._limit, allow_empty=self._ranks.size > 1)
         number = None if tolerance is None else _FIRST
         while True:
             sweep = self._settle(inputs, number, advance)
@@ -113,7 +113,7 @@ class Sequential:
 
     # -- sweeps --------------------------------------------------------------------------------------------------------
 
-    def _settle(self, inputs: Inputs, number: int | None, advance: Callable[[], None]) -> Sweep:
+    def _settle(self, inputs: ReplayableBatches, number: int | None, advance: Callable[[], None]) -> Sweep:
         """Sweep until no norm was measured too early, and none that is called several times moves any more."""
         pinned: dict[Site, Statistics] = {}
         order: list[Address] = []
@@ -165,7 +165,7 @@ class Sequential:
 
     def _sweep(
         self,
-        inputs: Inputs,
+        inputs: ReplayableBatches,
         number: int | None,
         pinned: dict[Site, Statistics],
         order: Sequence[Address],
@@ -196,7 +196,7 @@ class Sequential:
 
     def _sweep_once(
         self,
-        inputs: Inputs,
+        inputs: ReplayableBatches,
         number: int | None,
         pinned: dict[Site, Statistics],
         order: Sequence[Address],
@@ -205,12 +205,12 @@ class Sequential:
         with ExitStack() as stack:
             shelf = None
             if self._cache is not None and not self._apart:
-                shelf = stack.enter_context(Shelf(self._cache))
+                shelf = stack.enter_context(DiskCache(self._cache))
             waiting = Waiting(
                 lambda: 0 if self._apart else self._limit - inputs.nbytes, self._fits, shelf, apart=self._apart
             )
 
-            def start(index: int, batch: Any) -> Run:
+            def start(index: int, batch: Any) -> ModelRun:
                 return self._start(index, batch, shelf, held=inputs.held)
 
             groups = Groups(self._call, self._limit, joins=self._joins and not self._apart)
@@ -238,14 +238,14 @@ class Sequential:
                 raise
             return sweep
 
-    def _explained(self, index: int, error: Exception, inputs: Inputs) -> BatchNormError:
+    def _explained(self, index: int, error: Exception, inputs: ReplayableBatches) -> BatchNormError:
         return explained("recalibrate", error, self._model, index, inputs.one(index), self._call)
 
-    def _start(self, index: int, batch: Any, shelf: Shelf | None, *, held: bool = True) -> Run:
+    def _start(self, index: int, batch: Any, shelf: DiskCache | None, *, held: bool = True) -> ModelRun:
         others = [*self._tensors, *tensors_of(batch)]
         before = None if shelf is None else shelf.require
         call = partial(self._call, self._model, batch)
-        run = Run(call, self._sites, self._ambient, others, seed=index, before_work=before)
+        run = ModelRun(call, self._sites, self._ambient, others, seed=index, before_work=before)
         if not held:  # the run alone keeps the batch
             run.storages.hold(tensors_of(batch))
         return run
@@ -255,7 +255,9 @@ class Sequential:
 
     # -- what may go wrong unseen --------------------------------------------------------------------------------------
 
-    def _fails_alone(self, sweep: Sweep, inputs: Inputs, index: int, shelf: Shelf | None) -> Exception | None:
+    def _fails_alone(
+        self, sweep: Sweep, inputs: ReplayableBatches, index: int, shelf: DiskCache | None
+    ) -> Exception | None:
         """Return how a batch fails, run once more by itself, if it does: then no other batch is to blame."""
         run = self._start(index, inputs.one(index), shelf)
         try:
@@ -268,7 +270,7 @@ class Sequential:
         finally:
             run.abandon()
 
-    def _undisturbed(self, sweep: Sweep, inputs: Inputs) -> bool:
+    def _undisturbed(self, sweep: Sweep, inputs: ReplayableBatches) -> bool:
         """Return whether some batches, run once more by themselves, bring to each norm what they brought before."""
         if len(sweep.travellers) < 2:
             return True
@@ -276,7 +278,7 @@ class Sequential:
         batches = inputs.again(witnesses)
         return all(self._repeats(index, batch, witnesses[index], sweep) for index, batch in batches)
 
-    def _repeats(self, index: int, batch: Any, traveller: Traveller, sweep: Sweep) -> bool:
+    def _repeats(self, index: int, batch: Any, traveller: BatchInFlight, sweep: Sweep) -> bool:
         run = self._start(index, batch, None)
         try:
             run.start()
@@ -288,7 +290,7 @@ class Sequential:
             run.abandon()
 
 
-def _goes_through(run: Run, sweep: Sweep) -> None:
+def _goes_through(run: ModelRun, sweep: Sweep) -> None:
     """Let a run go to the first norm where it would have to wait.
 
     Raises:
@@ -302,7 +304,7 @@ def _goes_through(run: Run, sweep: Sweep) -> None:
         arrival = run.go(arrival.call.run_on(*sweep.normalizes_by(arrival.site)))
 
 
-def _first(inputs: Inputs, number: int | None) -> Iterator[tuple[int, Any]]:
+def _first(inputs: ReplayableBatches, number: int | None) -> Iterator[tuple[int, Any]]:
     """Yield so many batches with their indices, those that were met before and new ones; None for all."""
     known = len(inputs) if number is None else min(number, len(inputs))
     yield from inputs.again(range(known))
@@ -315,7 +317,7 @@ def _first(inputs: Inputs, number: int | None) -> Iterator[tuple[int, Any]]:
             index += 1
 
 
-def _witnesses(sweep: Sweep) -> dict[int, Traveller]:
+def _witnesses(sweep: Sweep) -> dict[int, BatchInFlight]:
     """Return the batches that are run again, by their rising indices: the first of all, and some of those joined.
 
     Those are one of each group, for a batch that is unlike all others may change its neighbours alone; where groups are
@@ -329,7 +331,7 @@ def _witnesses(sweep: Sweep) -> dict[int, Traveller]:
     return dict(sorted((index, t) for t in dict.fromkeys(chosen) for index in t.brought))
 
 
-def _repeats(run: Run, index: int, traveller: Traveller, sweep: Sweep) -> bool:
+def _repeats(run: ModelRun, index: int, traveller: BatchInFlight, sweep: Sweep) -> bool:
     """Return whether the run of a batch brings to the norms what it brought before."""
     arrival = run.go()
     for site, before in zip(traveller.way, traveller.brought[index], strict=True):

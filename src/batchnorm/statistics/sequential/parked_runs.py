@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from batchnorm.statistics.sequential.disk_cache import Shelf
-from batchnorm.statistics.sequential.run import Run
+from batchnorm.statistics.sequential.disk_cache import DiskCache
+from batchnorm.statistics.sequential.run import ModelRun
 
 __all__ = ["MOST_RUNS", "Waiting"]
 
@@ -24,20 +24,20 @@ class Waiting:
     """
 
     def __init__(
-        self, room: Callable[[], float], fits: Callable[[], bool], shelf: Shelf | None, *, apart: bool = False
+        self, room: Callable[[], float], fits: Callable[[], bool], shelf: DiskCache | None, *, apart: bool = False
     ) -> None:
         self.most_runs = 0 if apart else MOST_RUNS
         self._room = room
         self._fits = fits
         self._shelf = shelf
-        self._nbytes: dict[Run, int] = {}  # of those in memory; 0 for those on the shelf
+        self._nbytes: dict[ModelRun, int] = {}  # of those in memory; 0 for those on the shelf
         self._total = 0
 
     def __len__(self) -> int:
         """Return how many runs wait, wherever their memory is."""
         return len(self._nbytes)
 
-    def keep(self, run: Run) -> bool:
+    def keep(self, run: ModelRun) -> bool:
         """Take in a run that waits; False if it had to be left, for lack of memory."""
         nbytes = run.storages.nbytes()
         if len(self._nbytes) < self.most_runs:
@@ -52,7 +52,7 @@ class Waiting:
         run.abandon()
         return False
 
-    def wake(self, run: Run) -> None:
+    def wake(self, run: ModelRun) -> None:
         """Give a run that goes on its memory back."""
         self._total -= self._nbytes.pop(run)
         if self._shelf is not None:
@@ -63,7 +63,7 @@ class Waiting:
         """Whether what waits in memory has to become less, because something else has grown."""
         return self._total > 0 and (self._total > self._room() or not self._fits())
 
-    def shrink(self, run: Run) -> bool:
+    def shrink(self, run: ModelRun) -> bool:
         """Take the memory of a run that waits; False if it had to be left."""
         if self._shelf is None:
             self.leave(run)
@@ -74,7 +74,7 @@ class Waiting:
             self._nbytes[run] = 0
         return True
 
-    def leave(self, run: Run) -> None:
+    def leave(self, run: ModelRun) -> None:
         """Give up a run that waits."""
         run.abandon()  # first: an interrupt may come between
         if self._shelf is not None:

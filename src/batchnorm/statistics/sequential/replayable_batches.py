@@ -15,7 +15,7 @@ from batchnorm.errors import StateError
 from batchnorm.files.tensor_memory import bytes_of
 from batchnorm.statistics.stream import length_of, numbered
 
-__all__ = ["Inputs", "tensors_of"]
+__all__ = ["ReplayableBatches", "tensors_of"]
 
 
 _OVERHEAD = 4096
@@ -24,7 +24,7 @@ _MOST_UNHELD = 10_000
 """A stream that is not held and tells no length is taken for endless after so many batches."""
 
 
-class Inputs:
+class ReplayableBatches:
     """Holds the batches as long as they fit; beyond that walks through the stream again, and sees that it is the same.
 
     Args:

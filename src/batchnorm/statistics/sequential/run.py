@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.models.calling import below_autograd, compiled_modules_eager
 from batchnorm.statistics.operators import NormCall, run_with_functions
-from batchnorm.statistics.sequential.run_memory import Storages
-from batchnorm.statistics.sequential.thread_context import Ambient
+from batchnorm.statistics.sequential.run_memory import RunMemory
+from batchnorm.statistics.sequential.thread_context import ThreadContext
 from batchnorm.statistics.sites import Site, Sites
 
-__all__ = ["Arrival", "Run", "Stuck"]
+__all__ = ["Arrival", "ModelRun", "Stuck"]
 
 
 _LOOKING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
@@ -74,7 +74,7 @@ class Stuck(Exception):  # noqa: N818
     """The model has called no operator for so long that it may be waiting for another batch, which holds a lock."""
 
 
-class Run:
+class ModelRun:
     """A forward pass in a thread of its own, which runs only while :meth:`go` waits for it.
 
     So there is never more than one at work, and a model meets nothing that it would not meet in a loop over the
@@ -100,12 +100,12 @@ class Run:
         self,
         call: Callable[[], Any],
         sites: Sites,
-        ambient: Ambient,
+        ambient: ThreadContext,
         others: Sequence[Tensor],
         seed: int,
         before_work: Callable[[Any], None] | None = None,
     ) -> None:
-        self.storages = Storages(others)
+        self.storages = RunMemory(others)
         self._call: Callable[[], Any] | None = call
         self._before_work = before_work
         self._sites = sites
@@ -257,7 +257,7 @@ class _Stops(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: ModelRun) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._run = run
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Storages"]
+__all__ = ["RunMemory"]
 
 
-class Storages:
+class RunMemory:
     """The storages that operators have made for one batch; it keeps none of them alive."""
 
     def __init__(self, others: Iterable[Tensor]) -> None:

@@ -19,13 +19,13 @@ from batchnorm.statistics.ranks import Ranks
 from batchnorm.statistics.sequential.fixed_point import distances
 from batchnorm.statistics.sequential.groups import Group, joined
 from batchnorm.statistics.sequential.parked_runs import Waiting
-from batchnorm.statistics.sequential.replayable_batches import Inputs
-from batchnorm.statistics.sequential.run import Arrival, Run, Stuck
+from batchnorm.statistics.sequential.replayable_batches import ReplayableBatches
+from batchnorm.statistics.sequential.run import Arrival, ModelRun, Stuck
 from batchnorm.statistics.sites import Address, Site, Sites
 from batchnorm.statistics.tally import Tally, merge_tallies
 from batchnorm.statistics.values import Statistics, statistics_of
 
-__all__ = ["Disturbed", "RunFailed", "Sweep", "Traveller", "Unjoinable"]
+__all__ = ["BatchInFlight", "Disturbed", "RunFailed", "Sweep", "Unjoinable"]
 
 _PATIENCE = 60.0
 """After so many seconds without an operator a batch is taken to wait for a lock that another one holds."""
@@ -38,7 +38,7 @@ _WITNESSES = 8
 class RunFailed(Exception):  # noqa: N818
     """The model failed on a batch, or on several that were joined, or what it made of it cannot be measured."""
 
-    def __init__(self, traveller: Traveller, error: Exception) -> None:
+    def __init__(self, traveller: BatchInFlight, error: Exception) -> None:
         super().__init__(traveller.index, error)
         self.index = traveller.index
         self.joined = traveller.number > 1
@@ -54,7 +54,7 @@ class Unjoinable(Exception):  # noqa: N818
 
 
 @dataclass(eq=False)
-class Traveller:
+class BatchInFlight:
     """One batch, or several small ones that follow each other and were joined.
 
     Attributes:
@@ -73,7 +73,7 @@ class Traveller:
     way: list[Site] = field(default_factory=list)
     brought: dict[int, list[Moments]] = field(default_factory=dict)
     at: Site | None = None
-    run: Run | None = None
+    run: ModelRun | None = None
     arrival: Arrival | None = None
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class Sweep:
 
     def __init__(
         self,
-        start: Callable[[int, Any], Run],
+        start: Callable[[int, Any], ModelRun],
         sites: Sites,
         estimator: type[Estimator],
         ranks: Ranks,
@@ -147,15 +147,15 @@ class Sweep:
         self._waiting = waiting
         self._apart = apart
         self._copied = copied
-        self._active: Run | None = None
+        self._active: ModelRun | None = None
         self.failure: RunFailed | None = None
         self.pinned = pinned
         self._rank_of = {address: i for i, address in enumerate(order)}
-        self.travellers: list[Traveller] = []
+        self.travellers: list[BatchInFlight] = []
 
     def begin(self, group: Group) -> None:
         """Send the next batches, joined, as far as they go."""
-        traveller = Traveller(group[0][0], len(group))
+        traveller = BatchInFlight(group[0][0], len(group))
         if traveller.number > 1 and not self.joined:
             traveller.remember(_WITNESSES)
         self.travellers.append(traveller)
@@ -169,11 +169,11 @@ class Sweep:
         return sum(t.number for t in self.travellers)
 
     @property
-    def joined(self) -> list[Traveller]:
+    def joined(self) -> list[BatchInFlight]:
         """Those of more than one batch."""
         return [t for t in self.travellers if t.number > 1]
 
-    def finish(self, inputs: Inputs, advance: Callable[[], None]) -> None:
+    def finish(self, inputs: ReplayableBatches, advance: Callable[[], None]) -> None:
         """Make one norm after another final, until every batch has left the model; in all processes together.
 
         Raises:
@@ -244,7 +244,7 @@ class Sweep:
 
     # -- the way of a batch --------------------------------------------------------------------------------------------
 
-    def _send_on(self, site: Site, inputs: Inputs) -> None:
+    def _send_on(self, site: Site, inputs: ReplayableBatches) -> None:
         here = [t for t in self.travellers if t.at is site]
         for traveller in here:
             if traveller.arrival is not None and self.failure is None:
@@ -261,7 +261,7 @@ class Sweep:
                 self._set_out(traveller, whole)
                 del whole
 
-    def _set_out(self, traveller: Traveller, batch: Any) -> None:
+    def _set_out(self, traveller: BatchInFlight, batch: Any) -> None:
         run = self._begin_run(traveller.index, batch)
         del batch
         self._travel(traveller, run)
@@ -274,7 +274,7 @@ class Sweep:
             if traveller.run is not None and not self._waiting.shrink(traveller.run):
                 traveller.run = traveller.arrival = None
 
-    def _begin_run(self, index: int, batch: Any) -> Run:
+    def _begin_run(self, index: int, batch: Any) -> ModelRun:
         while True:
             # known before its thread is: whatever interrupts us leaves it
             run = self._active = self._start(index, batch)
@@ -292,14 +292,14 @@ class Sweep:
                     traveller.run = traveller.arrival = None
                 self._waiting.most_runs = len(waiting) // 2
 
-    def _go_on(self, traveller: Traveller) -> None:
+    def _go_on(self, traveller: BatchInFlight) -> None:
         run = self._active = traveller.run
         assert run is not None
         traveller.run = None
         self._waiting.wake(run)
         self._travel(traveller, run)
 
-    def _travel(self, traveller: Traveller, run: Run) -> None:
+    def _travel(self, traveller: BatchInFlight, run: ModelRun) -> None:
         """Let a run go on until it has to wait; a failure is set aside where it may be the fault of other batches."""
         traveller.at = None
         try:
@@ -321,7 +321,7 @@ class Sweep:
                 traveller.run, traveller.arrival = run, arrival
         self._active = None
 
-    def _to_next_wait(self, traveller: Traveller, run: Run) -> Arrival | None:
+    def _to_next_wait(self, traveller: BatchInFlight, run: ModelRun) -> Arrival | None:
         arrival, traveller.arrival = traveller.arrival, None
         answer = None if arrival is None else self._pass(run, arrival)
         patience = _PATIENCE if self._waiting else None
@@ -334,7 +334,7 @@ class Sweep:
         _require_joinable(traveller, run)
         return None
 
-    def _count(self, traveller: Traveller, arrival: Arrival) -> None:
+    def _count(self, traveller: BatchInFlight, arrival: Arrival) -> None:
         """Add what the batch brings to the norm's tally, unless it did so in an earlier run."""
         site, call = arrival.site, arrival.call
         if arrival.visit <= traveller.counted[site]:
@@ -349,7 +349,7 @@ class Sweep:
         if site in self.final and site not in self.pinned:
             self.late.add(site)
 
-    def _count_one(self, traveller: Traveller, arrival: Arrival) -> None:
+    def _count_one(self, traveller: BatchInFlight, arrival: Arrival) -> None:
         site, call = arrival.site, arrival.call
         met = moments_of(call.input, call.mask)
         require_channels(site, met)
@@ -360,7 +360,7 @@ class Sweep:
         for brought in traveller.brought.values():
             brought.append(met)
 
-    def _count_joined(self, traveller: Traveller, arrival: Arrival) -> None:
+    def _count_joined(self, traveller: BatchInFlight, arrival: Arrival) -> None:
         site, call = arrival.site, arrival.call
         if call.mask is not None or len(call.input) % traveller.number or not call.input.numel():
             raise Unjoinable
@@ -379,14 +379,14 @@ class Sweep:
             tally = self.tallies[site] = Tally(self._estimator(channels, call.input.device), call.eps)
         return tally
 
-    def _pass(self, run: Run, arrival: Arrival) -> Tensor:
+    def _pass(self, run: ModelRun, arrival: Arrival) -> Tensor:
         self._waiting.require(arrival.call.given)
         answer: Tensor = arrival.call.run_on(*self.normalizes_by(arrival.site))
         run.storages.note(answer)
         return answer
 
 
-def _require_joinable(traveller: Traveller, run: Run) -> None:
+def _require_joinable(traveller: BatchInFlight, run: ModelRun) -> None:
     """Refuse joined batches whose way through the model may depend on their values.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
-__all__ = ["Ambient"]
+__all__ = ["ThreadContext"]
 
 
 def _autocast() -> list[tuple[str, bool, torch.dtype]]:
@@ -21,7 +21,7 @@ def _autocast() -> list[tuple[str, bool, torch.dtype]]:
 
 
 @dataclass(frozen=True)
-class Ambient:
+class ThreadContext:
     """The surroundings of the thread that made it: context variables, autocast, function modes (the default device).
 
     Dispatch modes are not among them: operators are run by the thread that made it.
