@@ -127,7 +127,8 @@ def _negative(bench: Bench, images: Tensor) -> Tensor:
 
 def _with_frozen(bench: Bench, feed: Feed | None = None) -> Recipe:
     """Return how a network learns while its norms are frozen: deep ones diverge at 0.05, for nothing scales them."""
-    return Recipe(epochs=12, learning_rate=0.005 if bench.architecture in TIMM else 0.05, feed=feed)
+    deep = bench.architecture in (*TIMM, "mobilenet")
+    return Recipe(epochs=12, learning_rate=0.005 if deep else 0.05, feed=feed)
 
 
 def _tuned(bench: Bench, metric: Metric | None) -> Planted:
