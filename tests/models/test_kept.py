@@ -64,7 +64,17 @@ class Own:
     """An object of which nothing is known."""
 
 
-@pytest.mark.parametrize("extra", [Own(), torch.ones(2), [torch.ones(2)], {"a": Own()}, iter([1]), nn.ReLU()], ids=repr)
+OTHERS = {
+    "own class": Own(),
+    "tensor": torch.ones(2),
+    "list of tensors": [torch.ones(2)],
+    "dict of an own class": {"a": Own()},
+    "iterator": iter([1]),
+    "module": nn.ReLU(),
+}
+
+
+@pytest.mark.parametrize("extra", OTHERS.values(), ids=OTHERS.keys())
 def test_of_other_objects_nothing_is_known(extra):
     net = Net(extra=(extra,))
     kept = Kept(net)

@@ -11,5 +11,5 @@ from benchmarks.fold.patterns.pattern import PATTERNS, Pattern
 
 __all__ = ["PATTERNS", "Pattern"]
 
-for family in ("absorbers", "kinds", "calls", "around", "joins", "onward"):
+for family in ("hosts", "kinds", "calls", "around", "joins", "onward"):
     import_module(f"{__name__}.{family}")

@@ -19,16 +19,11 @@ def _identity(x: Tensor) -> Tensor:
 
 
 def _before(
-    name: str,
-    absorber: Any,
-    between: Any = _identity,
-    least: int = 0,
-    tune: Any = _identity,
-    norm: Any = nn.BatchNorm2d,
+    name: str, host: Any, between: Any = _identity, least: int = 0, tune: Any = _identity, norm: Any = nn.BatchNorm2d
 ) -> None:
     @pattern(FAMILY, name, IMAGES, least)
     def make() -> nn.Module:
-        return tune(lively(Wired(lambda m, x: m.absorber(between(m.bn(x))), bn=norm(4), absorber=absorber())))
+        return tune(lively(Wired(lambda m, x: m.host(between(m.bn(x))), bn=norm(4), host=host())))
 
 
 def _conv(**options: Any) -> Any:
