@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import signal
 import threading
 
 import pytest
@@ -712,3 +714,53 @@ def test_autocast_and_half_precision():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(torch.relu(fused(x) + r), torch.relu(plain(x) + r))
         assert torch.equal(torch.relu(fused(x.float()) + r), torch.relu(plain(x.float()) + r))
+
+
+# -- threads and processes ---------------------------------------------------------------------------------------------
+
+
+def test_an_output_that_several_threads_read_takes_one_step():
+    """They are let go together, many times: each of the threads finds the output waiting."""
+    _, fused = pair()
+    x = torch.randn(16, 3, 64, 64)
+    for _ in range(20):
+        y = fused(x)
+        turn = threading.Barrier(4, timeout=200)
+
+        def read(y=y, turn=turn):
+            turn.wait()
+            y * 2
+
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert fused.num_batches_tracked == 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_does_not_wait_for_a_thread_that_it_does_not_have():
+    _, fused = pair()
+    x, _ = inputs(grad=False)
+    torch.relu(fused(x))
+    steps = pending_module._steps_of(fused)
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        with steps._turn, pending_module._steps_lock:
+            held.set()
+            go_on.wait(200)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(200)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(100)  # a child that waits for ever is ended by it, and that is not status 0
+        torch.relu(fused(x))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    go_on.set()
+    thread.join()
+    assert status == 0

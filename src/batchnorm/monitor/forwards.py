@@ -238,15 +238,16 @@ class Forwards(ABC):
         return forward
 
     def _end(self, forward: Forward, complete: bool = False) -> None:
-        self._local.forward = None
-        looked_at, forward.looked_at = forward.looked_at, False
-        mode, forward.mode = forward.mode, None
-        if looked_at:
+        # what says that there is something to end is taken away last: after an interrupt in here it is ended again
+        if forward.looked_at:
             self.ended(forward, complete)
-        if mode is not None:
-            _take_off(mode)
+        forward.looked_at = False
+        if forward.mode is not None:
+            _take_off(forward.mode)
+        forward.mode = None
         with self._lock:
             self._threads.discard(threading.get_ident())
+        self._local.forward = None
 
     def _take_hooks_off(self) -> None:
         with self._lock:

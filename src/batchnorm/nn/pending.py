@@ -16,6 +16,7 @@ tensor without memory, and an error rather than wrong numbers.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 import weakref
@@ -154,6 +155,7 @@ class _Source:
         self.output: Tensor | None = None
         self._output_version = 0
         self._computed = False
+        self._turn = RLock()  # several threads may read one output: it takes one step
         self._steps = _steps_of(layer) if layer.training and not self.recomputed else None
         self._owes = False
         self.thread = get_ident()
@@ -204,6 +206,10 @@ class _Source:
         Raises:
             StateError: one of the tensors has been written into since the layer was called.
         """
+        with self._turn:
+            return self._compute(activation, residual)
+
+    def _compute(self, activation: str | None, residual: Tensor | None) -> Tensor:
         layer, self._owes = self.layer, False
         # once the batch has been added to the running statistics they decide nothing any more
         done = self._computed or (self._steps is not None and self._steps.others_moved(self))
@@ -224,10 +230,11 @@ class _Source:
 
     def finish(self) -> Tensor:
         """Return the norm's own output, the same tensor each time unless somebody has written into it."""
-        if self.output is None or self.output._version != self._output_version:
-            self.output = self.compute(None, None)
-            self._output_version = self.output._version
-        return self.output
+        with self._turn:
+            if self.output is None or self.output._version != self._output_version:
+                self.output = self.compute(None, None)
+                self._output_version = self.output._version
+            return self.output
 
     def _require_memory(self) -> None:
         """Refuse tensors whose memory was taken away meanwhile, as reversible blocks and sharding do.
@@ -302,6 +309,18 @@ class _Steps:
 
 _steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _steps_lock = RLock()  # two threads must not make a pair of statistics two records
+
+
+def _renew_locks() -> None:
+    """Give a forked process locks of its own: threads that held the old ones are not in it."""
+    global _steps_lock
+    _steps_lock = RLock()
+    for steps in list(_steps.values()):
+        steps._turn = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _steps_of(layer: _Layer) -> _Steps | None:

@@ -194,6 +194,11 @@ def _compare(before: list[NamedTensor], after: list[NamedTensor], bounds: Sequen
         compared += gap.compared
         if old.is_float and gap.largest >= worst.error:
             worst = Agreement(gap.largest, bound)
+    if not before:
+        raise VerificationError(
+            f"The model returns no tensor on the example inputs{where}, so that nothing can be verified. Let its forward "
+            "return what it computes. The original is unchanged."
+        )
     if not compared:
         raise VerificationError(
             f"The model returns no finite number on the example inputs{where}, so that nothing can be verified. Give "
