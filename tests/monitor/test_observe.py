@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -595,3 +596,29 @@ def test_every_spelling_of_relu_is_seen(function, context) -> None:
         model(torch.randn(16, 3, generator=torch.Generator().manual_seed(0)))
     (use,) = w.result().saturation
     assert use.dead == (1,)
+
+
+@pytest.mark.parametrize("where", ["_take_off", "ended", "detach"])
+def test_an_interrupt_while_a_call_ends_leaves_nothing_on(where: str) -> None:
+    model, left = trained(Block()), [1]
+    before = [len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)]
+
+    def interrupt(frame, event, argument):
+        if event == "call" and frame.f_code.co_name == where and left:
+            left.clear()
+            raise KeyboardInterrupt
+
+    def watched() -> None:
+        traced = sys.gettrace()
+        with watch(model):
+            sys.settrace(interrupt)
+            try:
+                model(images())
+            finally:
+                sys.settrace(traced)
+
+    with pytest.raises(KeyboardInterrupt):
+        watched()
+    assert not left
+    assert _get_current_dispatch_mode_stack() == []
+    assert [len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)] == before

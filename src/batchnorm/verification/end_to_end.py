@@ -196,8 +196,8 @@ def _compare(before: list[NamedTensor], after: list[NamedTensor], bounds: Sequen
             worst = Agreement(gap.largest, bound)
     if not before:
         raise VerificationError(
-            f"The model returns no tensor on the example inputs{where}, so that nothing can be verified. Let its forward "
-            "return what it computes. The original is unchanged."
+            f"The model returns no tensor on the example inputs{where}, so that nothing can be verified. Let its "
+            "forward return what it computes. The original is unchanged."
         )
     if not compared:
         raise VerificationError(
