@@ -338,3 +338,22 @@ def test_an_input_normalization_before_a_pad_to_a_multiple_is_refused():
     net = lively(Net(lambda n, x: n.out(n.conv(F.pad(x, (0, -x.shape[-1] % 32, 0, -x.shape[-2] % 32))))))
     with pytest.raises(StateError, match="the normalization of the input cannot be folded"):
         fold(net, rand(2, 3, 32, 32).abs(), input_mean=[0.4, 0.5, 0.6], input_std=0.25)
+
+
+class Draws(nn.Module):
+    """Adds what stands before the norm in a part of its calls, by the draw of torch's generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.bn.running_mean.fill_(0.3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) + (y if torch.rand(()) < 0.5 else 0)
+
+
+def test_runs_draw_different_random_numbers() -> None:
+    torch.manual_seed(0)
+    result = fold(Draws().eval(), torch.randn(2, 3, 8, 8))
+    assert not result.folded

@@ -13,23 +13,29 @@ from torch.utils._pytree import tree_map
 from batchnorm.dataflow.example_error import example_error
 from batchnorm.models.calling import call_on_example, compiled_modules_eager, fresh_inputs
 from batchnorm.models.outputs import NamedTensor, named_tensors
-from batchnorm.models.several import Several
+from batchnorm.models.several import Several, draw_for
 from batchnorm.models.snapshot import untouched
 
 __all__ = ["as_float64", "of_runs", "run"]
 
 
-def run(model: Module, example_inputs: Any) -> list[NamedTensor]:
+def run(model: Module, example_inputs: Any, number: int = 0) -> list[NamedTensor]:
     """Return the tensors that the model gives for the inputs; model, inputs and random generators stay as they are.
 
     For several inputs (:class:`batchnorm.models.several.Several`) they are those of all runs.
+
+    Args:
+        model: the model.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; or several of these.
+        number: of the run, which decides what the model draws (see :func:`draw_for`).
 
     Raises:
         InputError: the model fails on the inputs.
     """
     if isinstance(example_inputs, Several):
-        return of_runs([run(model, inputs) for inputs in example_inputs], example_inputs)
+        return of_runs([run(model, inputs, i) for i, inputs in enumerate(example_inputs)], example_inputs)
     with untouched(model), torch.no_grad(), compiled_modules_eager:
+        draw_for(number)
         try:
             return named_tensors(call_on_example(model, fresh_inputs(example_inputs)))
         except Exception as error:

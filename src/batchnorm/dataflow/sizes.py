@@ -175,7 +175,7 @@ class _Search:
         reached = self.reached.another()
         try:
             with reached.watching():
-                run(self.model, inputs)
+                run(self.model, inputs, len(self.found) + 1)
         except InputError:
             if not self.is_as_it_was():  # it stopped half way
                 self.model = self.copied()

@@ -34,7 +34,7 @@ from batchnorm.dataflow.graph import Call, Graph, ModuleCall, Value
 from batchnorm.errors import BatchNormError
 from batchnorm.functional.validation import HALF
 from batchnorm.models.calling import below_autograd, call_on_example, fresh_inputs
-from batchnorm.models.several import each
+from batchnorm.models.several import draw_for, each
 from batchnorm.models.snapshot import untouched
 from batchnorm.models.transaction import on_failure
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -70,8 +70,9 @@ def trace(
         InputError: the model fails on the inputs.
     """
     tracer = _Tracer(model, observer)
-    for inputs in each(example_inputs):
+    for number, inputs in enumerate(each(example_inputs)):
         with untouched(model):
+            draw_for(number)
             outputs = tracer.follow(model, fresh_inputs(inputs))
             if returned is not None:
                 returned(outputs)

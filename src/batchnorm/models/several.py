@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Several", "each", "first"]
+import torch
+
+__all__ = ["Several", "draw_for", "each", "first"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,15 @@ class Several:
     def map(self, change: Callable[[Any], Any]) -> Several:
         """Return the same with other inputs, made of those of each run."""
         return Several(tuple(change(inputs) for inputs in self.inputs), self.labels)
+
+
+def draw_for(number: int) -> None:
+    """Let a run draw other random numbers than the runs before it: what depends on them is no constant of the model.
+
+    Run 0, on the example inputs, draws what it would have drawn anyway. Whoever calls this puts the generators back.
+    """
+    if number:
+        torch.manual_seed(number)
 
 
 def each(example_inputs: Any) -> tuple[Any, ...]:

@@ -34,7 +34,11 @@ def on_snapshot(before_taking: OnBuffers, before_restoring: OnBuffers) -> None:
 
 
 class Snapshot:
-    """The train/eval mode of every module and the value of every buffer, as they are now.
+    """The train/eval mode of every module, its attributes and the value of every buffer, as they are now.
+
+    An attribute often says what is in a buffer: for how long a sequence a table was made, whether a reference has been
+    taken. So those of modules whose class is neither torch's nor this library's are put back with the buffers; what a
+    list or another object in an attribute holds is not.
 
     Buffers are restored into the tensors they live in, so that whoever shares them sees the old values again; a buffer
     or parameter that was replaced, added or removed in between is put back, taken out, or returned to its name. The
@@ -52,6 +56,7 @@ class Snapshot:
         self._slots: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (slots, dict(slots)) for m in plain for slots in (m._parameters, m._buffers)
         ]
+        self._attributes = [(m, _attributes_of(m)) for m in plain if not type(m).__module__.startswith(_NOT_THE_USERS)]
         self._values: list[tuple[Tensor, Tensor]] = []
         tensors = self._buffers + (list(model.parameters()) if parameters else [])
         for tensor in tensors:
@@ -71,11 +76,23 @@ class Snapshot:
         for slots, tensors in self._slots:
             slots.clear()
             slots.update(tensors)
+        for module, attributes in self._attributes:
+            for name in _attributes_of(module).keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
         with torch.no_grad():
             for tensor, value in self._values:
                 # a write, even of the same value, would fail a backward pass that is still to come
                 if not _same_bits(tensor, value):
                     tensor.copy_(value)
+
+
+_NOT_THE_USERS = ("torch.", "batchnorm.")
+_OF_MODULE = torch.nn.Module().__dict__.keys()  # parameters, submodules, hooks, the mode
+
+
+def _attributes_of(module: Module) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if name not in _OF_MODULE}
 
 
 class Structure:
