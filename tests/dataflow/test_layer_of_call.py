@@ -30,7 +30,7 @@ CALLS = [
 @pytest.mark.parametrize(("op", "args"), CALLS)
 def test_every_layer(op, args):
     name = op._schema.name.split("::")[1]
-    named = named_arguments(op._schema, args, {})
+    named = named_arguments(op, args, {})
     layer = plain_layer(name, named)
     read = named["indices" if name == "embedding" else "input"]
     torch.testing.assert_close(layer(read), op(*args), rtol=0, atol=0)

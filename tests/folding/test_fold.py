@@ -219,19 +219,34 @@ def test_model_that_keeps_activations_with_a_history_is_copied():
     assert fold(net, X).folded
 
 
+class Counter(nn.Module):
+    """Adds something else at each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.count = make(), [0]
+
+    def forward(self, x):
+        self.count[0] += 1
+        return self.net(x)["logits"] + 1000.0 ** self.count[0]
+
+
 def test_output_that_is_not_determined_by_the_inputs_is_refused():
-    class Counter(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.count = make(), 0
-
-        def forward(self, x):
-            self.count += 1
-            return self.net(x)["logits"] + 1000.0**self.count
-
-    net = Counter().eval()
     with pytest.raises(VerificationError, match="not determined by its inputs"):
-        fold(net, X)
+        fold(Counter().eval(), X)
+
+
+def test_a_count_in_an_attribute_goes_on_where_it_stood():
+    class Plain(Counter):
+        def forward(self, x):
+            self.count = [self.count[0] + 1]
+            return self.net(x)["logits"] + self.count[0]
+
+    net = Plain().eval()
+    net(X)
+    folded = fold(net, X).model
+    assert net.count == folded.count == [1]
+    torch.testing.assert_close(folded(X), net(X), rtol=1e-4, atol=1e-4)
 
 
 def test_output_without_a_finite_number_is_refused():
