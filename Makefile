@@ -92,7 +92,7 @@ contracts: $(VENV)/.dev.stamp ## import-linter: imports run downward only
 docs: $(VENV)/.dev.stamp ## the manual, warnings as errors
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
 
-check: lint types contracts docs test ## everything a change must pass; CI runs test-all and native-test in place of test
+check: lint types contracts docs test ## everything a change must pass; CI runs native-test, too
 
 clean: ## remove what the commands above made
 	rm -rf $(VENV) build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
