@@ -112,18 +112,25 @@ _HOMES = {
 # Subpackages that documentation and messages name, imported when they are first asked for, likewise.
 _SUBPACKAGES = (
     "checks",
+    "dataflow",
     "demo",
     "diagnosis",
     "errors",
+    "files",
+    "folding",
     "functional",
-    "graph",
+    "fusion",
     "integrations",
     "kernels",
+    "models",
     "moments",
     "monitor",
     "nn",
+    "placement",
     "report",
     "statistics",
+    "travel",
+    "verification",
 )
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -111,7 +111,7 @@ COMMANDS = {
     "diagnose": ["diagnose", "-m", "net:build", "-d", "net:batches", "--html", "p.html"],
     "recalibrate": ["recalibrate", "-m", "net:build", "-d", "net:batches", "--html", "p.html",
                     "--population", "q.safetensors"],
-    "merge": ["merge", "-m", "net:build", "-w", "w.pt", "-w", "w.pt", "--html", "p.html"],
+    "merge": ["merge", "-m", "net:build", "-w", "w.pt", "-w", "w2.pt", "--html", "p.html"],
     "fold": ["fold", "-m", "net:build", "-i", "2,3,12,12", "-o", "o.pt", "--pairs", "p.safetensors",
              "--html", "p.html"],
     "watch": ["watch", "-m", "net:build", "-d", "net:batches", "--html", "p.html"],
@@ -121,7 +121,9 @@ COMMANDS = {
 @pytest.fixture
 def hostile(here: Path) -> Path:
     (here / "net.py").write_text(NET, encoding="utf-8")
-    torch.save(load_model("net:build").state_dict(), here / "w.pt")
+    state = load_model("net:build").state_dict()
+    torch.save(state, here / "w.pt")
+    torch.save({name: value + 1 for name, value in state.items()}, here / "w2.pt")
     return here
 
 

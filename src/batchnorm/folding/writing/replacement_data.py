@@ -41,7 +41,7 @@ _SETTINGS: Mapping[str, Sequence[str]] = {
 def to_data(stays: Replacement) -> list[Part]:
     """Return the parts as strings and numbers.
 
-    >>> to_data(StandIn(("drop", nn.LeakyReLU(0.2))))
+    >>> to_data(Replacement(("drop", nn.LeakyReLU(0.2))))
     ['drop', {'class': 'LeakyReLU', 'negative_slope': 0.2}]
     """
     return [part if isinstance(part, str) else _described(part) for part in stays.parts]
