@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from batchnorm.diagnosis.distance import kl, layer_distance, squared_distance, typical
 from batchnorm.diagnosis.norm_record import Basis, Meeting, Statistics
 from batchnorm.diagnosis.passes import Pass, Passes
 from batchnorm.diagnosis.population import population_of
+from batchnorm.models.snapshot import set_eval
 from batchnorm.report.result import finite_or_none
 from batchnorm.statistics.sites import BATCHES, Site
 
@@ -214,9 +214,9 @@ def measure(passes: Passes) -> Gaps:
     """
     model = passes.model
     if model.training:  # it is being trained, and will be deployed as eval() leaves it
-        _set_eval(model)
+        set_eval(model)
     deployed = passes.run(Basis("stored"), tolerant=True)
-    _set_eval(model)
+    set_eval(model)
     training = passes.run(Basis("batch"))
     population = population_of(passes, training)
     settled = passes.run(Basis("batch", population), tolerant=True)
@@ -250,12 +250,6 @@ def _change(before: Statistics, meeting: Meeting) -> float:
     if not bool(meeting.estimator.pooled.isfinite().all()):
         return math.inf
     return layer_distance(before, meeting.statistics, meeting.eps)
-
-
-def _set_eval(model: Module) -> None:
-    for module in model.modules():
-        if getattr(module, "training", False):
-            module.training = False
 
 
 def _size(meeting: Meeting) -> float:

@@ -77,9 +77,7 @@ class Snapshot:
             slots.clear()
             slots.update(tensors)
         for module, attributes in self._attributes:
-            for name in _attributes_of(module).keys() - attributes.keys():
-                del module.__dict__[name]
-            module.__dict__.update(attributes)
+            _put_back(module, attributes, _attributes_of(module))
         with torch.no_grad():
             for tensor, value in self._values:
                 # a write, even of the same value, would fail a backward pass that is still to come
@@ -93,6 +91,13 @@ _OF_MODULE = torch.nn.Module().__dict__.keys()  # parameters, submodules, hooks,
 
 def _attributes_of(module: Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in _OF_MODULE}
+
+
+def _put_back(module: Module, attributes: dict[str, Any], now: dict[str, Any]) -> None:
+    """Give a module the attributes that it had, and take away those among ``now`` that it had not."""
+    for added in now.keys() - attributes.keys():
+        del module.__dict__[added]
+    module.__dict__.update(attributes)
 
 
 class Structure:
@@ -110,9 +115,7 @@ class Structure:
         """Put all of it back, as often as need be."""
         for module, cls, attributes in self._modules:
             module.__class__ = cls
-            for added in module.__dict__.keys() - attributes.keys():
-                del module.__dict__[added]
-            module.__dict__.update(attributes)
+            _put_back(module, attributes, module.__dict__)
         for slots, tensors in self._slots:
             slots.clear()
             slots.update(tensors)  # type: ignore[arg-type]

@@ -221,15 +221,14 @@ def _fresh(x: Tensor, plan: CallPlan) -> tuple[Tensor, View]:
     return y, (address, *plan.fresh)
 
 
-def moments(x: Tensor, eps: float = 0.0, *, planes: bool = False) -> Tensor:
+def moments(x: Tensor, eps: float = 0.0) -> Tensor:
     """Return mean, M2 and rstd of every channel, float64, (3, C).
 
     Args:
         x: the input.
         eps: of rstd.
-        planes: not as narrow ones, which are for several samples: of a single one they cost several times as much.
     """
-    x, plan = _planned(x, None, planes)
+    x, plan = _planned(x, None)
     statistics = torch.empty_like(plan.statistics)
     plan.kernels.moments((x.data_ptr(), *plan.strides), (0, 0, statistics.data_ptr(), torch.get_num_threads()), eps)
     return statistics
