@@ -17,7 +17,8 @@
 :func:`watch`                      is this still the data that the model was trained on?
 =================================  ====================================================================================
 
-Every verb returns one result object: it prints as a table, ``to_dict()`` gives plain data, ``to_html(path)`` a page.
+``recalibrate``, ``merge``, ``freeze``, ``diagnose``, ``fold``, ``convert``, ``check``, ``place`` and ``watch`` return
+one result object: it prints as a table, ``to_dict()`` gives plain data, ``to_html(path)`` a page.
 """
 
 from importlib import import_module

@@ -72,8 +72,9 @@ def diagnose(
 ) -> int:
     """Find out why eval mode is bad: the guilty layer, the cause, the cure.
 
-    The model is run on some 32 batches: in eval mode, on batch statistics, on
-    population statistics, and once for each cure that can be tried. It comes in
+    The model is run on the first batches, until there are both 32 of them and
+    1024 samples: in eval mode, on batch statistics, on population statistics,
+    once for each cure that can be tried, and in a few experiments. It comes in
     the modes in which the function leaves it. Nothing is written. Exits with 1
     when something is wrong; a note is no fault.
     """

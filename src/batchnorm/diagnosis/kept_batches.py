@@ -14,7 +14,7 @@ from batchnorm.statistics.stream import numbered, require_stream
 __all__ = ["MOST_BATCHES", "batch_size", "first_tensor", "float_inputs", "hold", "rows", "split", "with_input"]
 
 MOST_BATCHES = 32
-"""Of a longer stream only so many batches are taken, or as many as hold 1024 samples: more would tell little more."""
+"""A longer stream ends when both so many batches and 1024 samples are kept: more would tell little more."""
 
 _ENOUGH = 1024
 

@@ -47,7 +47,7 @@ def test_memory_is_what_is_held_at_once_beyond_the_inputs() -> None:
 
 def test_both_are_run_in_turn_and_often_enough() -> None:
     before, after = Noisy(), Noisy()
-    grad_modes: dict[nn.Module, list[bool]] = {before: [], after: []}  # of each call; the models themselves keep nothing
+    grad_modes: dict[nn.Module, list[bool]] = {before: [], after: []}  # of each call; the models keep nothing
     for model, modes in grad_modes.items():
         model.register_forward_hook(lambda *_, modes=modes: modes.append(torch.is_grad_enabled()))
     measured = measure(before, after, X, seconds=0.01)

@@ -104,7 +104,7 @@ def _kept(layer: LayerGap, constant: Tensor) -> Tensor:
 
 
 def constant_channels(layer: LayerGap) -> Tensor:
-    """Return which channels hardly vary beside the one that varies most; none where not one does."""
+    """Return which channels have a variance of at most 10⁻⁶ of the layer's largest; none where no channel varies."""
     variance = layer.measured[1]
     varying = variance[variance > 0]
     if not varying.numel():

@@ -80,7 +80,7 @@ class EpsMismatch(Cause):
             if len(layers) == 1
             else f"for name in {names_of(layers)!r}: model.get_submodule(name).eps = {eps:g}"
             if len(layers) <= _MOST_NAMES
-            else f"[setattr(m, 'eps', {eps:g}) for m in model.modules() if hasattr(m, 'running_var')]"
+            else f"[setattr(m, 'eps', {eps:g}) for m in model.modules() if getattr(m, 'running_var', None) is not None]"
         )
         yield Suspicion(names_of(layers), evidence, cure, Basis("stored", eps=_eps(layers, eps)))
 
