@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
+from typing import Any
+
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+import batchnorm
 from batchnorm import __version__
 from batchnorm.checks import RULES
 from batchnorm.checks.rule import Rule
@@ -77,7 +83,38 @@ class AccuracyTable(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+class PublicNames(SphinxDirective):
+    """Every public name of a module, with a link to where it is described and the first sentence of that.
+
+    A name that no page describes is a warning, and so an error.
+    """
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        module = import_module(self.arguments[0])
+        items = [self._item(module.__name__, name, getattr(module, name)) for name in sorted(module.__all__)]
+        return [nodes.definition_list("", *(item for item in items if item is not None))]
+
+    def _item(self, home: str, name: str, value: Any) -> nodes.Node | None:
+        # a function that two modules offer is described, and listed, in one
+        other = batchnorm.functional if home == "batchnorm" else batchnorm
+        if inspect.ismodule(value) or (home != "batchnorm.functional" and name in other.__all__):
+            return None
+        target = f"{value.__module__}.{value.__qualname__}" if inspect.isclass(value) else f"{home}.{name}"
+        link = addnodes.pending_xref(
+            "", refdomain="py", reftype="obj", reftarget=target, refexplicit=True, refwarn=True, refdoc=self.env.docname
+        )
+        link += nodes.literal("", name)
+        first = (inspect.getdoc(value) or "").partition("\n\n")[0].replace("\n", " ")
+        text, _ = self.state.inline_text(first, self.lineno)
+        return nodes.definition_list_item(
+            "", nodes.term("", "", link), nodes.definition("", nodes.paragraph("", "", *text))
+        )
+
+
 def setup(app: Sphinx) -> None:
     app.add_directive("accuracy-table", AccuracyTable)
     app.add_directive("cause-pages", CausePages)
+    app.add_directive("public-names", PublicNames)
     app.add_directive("rule-pages", RulePages)

@@ -23,7 +23,6 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedDtypeError",
     "VerificationError",
-    "closest",
 ]
 
 
