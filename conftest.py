@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,28 +20,6 @@ settings.register_profile(
 )
 settings.register_profile("all", settings.get_profile("test"), max_examples=60)  # pytest --hypothesis-profile all
 settings.load_profile("test")
-
-
-_frozen = {"tests": False, "compiler": False}
-
-
-def _freeze(what: str) -> None:
-    """Spare the garbage collector a million objects that stay: folding a model calls it for every trace."""
-    if not _frozen[what]:
-        _frozen[what] = True
-        gc.collect()
-        gc.freeze()
-
-
-def pytest_collection_finish() -> None:
-    """All modules of tests and what they import are there by now."""
-    _freeze("tests")
-
-
-def pytest_runtest_logfinish() -> None:
-    """Torch imports its compiler when it is first needed, in the middle of some test."""
-    if "torch._dynamo" in sys.modules:
-        _freeze("compiler")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -167,15 +168,52 @@ def test_hooks_and_stored_tensors_hold_values():
     assert graph.only_reader(first.output) is None
 
 
-def test_a_cycle_that_dies_holds_nothing():
+@pytest.mark.parametrize("switches_on", [False, True])
+def test_a_cycle_that_dies_holds_nothing(switches_on: bool):
     class Cycle(nn.Module):
         def forward(self, x):
             box = [x + 1]
             box.append(box)
+            if switches_on:
+                gc.enable()
+                gc.collect()  # the box is no longer young
             return box[0] * 2
 
     graph = trace(Cycle(), randn(2))
     assert graph.only_reader(graph.calls[0].output) is graph.calls[1]
+    assert gc.isenabled()
+
+
+def test_what_a_model_keeps_does_not_make_the_collector_look_at_the_whole_process():
+    class Keeper(nn.Module):
+        def forward(self, x):
+            self.kept = x + 1
+            return self.kept * 2
+
+    generations: list[int] = []
+
+    def watch(phase, info):
+        if phase == "start":
+            generations.append(info["generation"])
+
+    gc.collect()  # so that none is due
+    gc.callbacks.append(watch)
+    try:
+        graph = trace(Keeper(), randn(2))
+    finally:
+        gc.callbacks.remove(watch)
+    assert graph.calls[0].output.held_by
+    assert 0 in generations
+    assert 2 not in generations
+
+
+def test_a_collector_that_was_off_stays_off():
+    gc.disable()
+    try:
+        trace(nn.Linear(2, 2), randn(1, 2))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_buffers_modes_and_generators_are_restored():

@@ -117,7 +117,7 @@ class _Tracer(TorchDispatchMode):
             self._state_values[id(tensor)] = value
         self.inputs += [self.value_of(leaf, "input") for leaf in _tensors_in(inputs)]
         try:
-            with below_autograd(), self.hooked(), self:
+            with _young_cycles() as collect, below_autograd(), self.hooked(), self:
                 outputs = call_on_example(model, inputs)
         except BatchNormError:
             raise
@@ -125,7 +125,7 @@ class _Tracer(TorchDispatchMode):
             raise example_error(model, error) from error
         returned = tuple(self.value_of(leaf) for leaf in _tensors_in(outputs))
         self.outputs += returned
-        self.mark_kept(returned)
+        self.mark_kept(returned, collect)
         return outputs
 
     # -- operators ---------------------------------------------------------------------------------------------------
@@ -275,8 +275,13 @@ class _Tracer(TorchDispatchMode):
 
     # -- afterwards --------------------------------------------------------------------------------------------------
 
-    def mark_kept(self, returned: tuple[Value, ...]) -> None:
-        """Mark the values whose tensors are still alive though the model did not return them."""
+    def mark_kept(self, returned: tuple[Value, ...], collect: Callable[[], object]) -> None:
+        """Mark the values whose tensors are still alive though the model did not return them.
+
+        Args:
+            returned: what the model returned.
+            collect: frees the reference cycles that its forward has left, which are no readers.
+        """
 
         def kept() -> list[Value]:
             known = (*self._values.values(), *self._state_values.values())
@@ -284,11 +289,29 @@ class _Tracer(TorchDispatchMode):
             return [v for v in live if not any(v is r for r in returned)]
 
         if kept():
-            gc.collect()  # a reference cycle in the forward is no reader
+            collect()
         holder = "somebody who keeps it after the forward (the model stores it)"
         for value in kept():
             if holder not in value.held_by:
                 value.held_by.append(holder)
+
+
+@contextmanager
+def _young_cycles() -> Iterator[Callable[[], object]]:
+    """Keep the garbage collector from running, and yield what frees the reference cycles that were made meanwhile.
+
+    They are all in the youngest generation then. A collection of all generations would look at every object of the
+    process, a million where a compiler has been imported, and takes longer than a small model.
+    """
+    enabled, oldest = gc.isenabled(), 2
+    gc.disable()
+    try:
+        yield lambda: gc.collect(oldest)
+        if not gc.isenabled():  # nor has the model, or another thread, switched it on
+            oldest = 0
+    finally:
+        if enabled:
+            gc.enable()
 
 
 _LAYERS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
