@@ -56,9 +56,6 @@ WITHOUT_TESTS = set(
     models/prefixes.py
     models/process_state.py
     models/program_inputs.py
-    monitor/forwards.py
-    monitor/result.py
-    monitor/signatures.py
     nn/frozen.py
     nn/guarded.py
     nn/half_norms.py
