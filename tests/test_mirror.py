@@ -70,9 +70,6 @@ WITHOUT_TESTS = set(
     statistics/outcome.py
     statistics/parallel.py
     statistics/population.py
-    statistics/sequential/order.py
-    statistics/sequential/parked_runs.py
-    statistics/sequential/sweep.py
     statistics/sites.py
     statistics/tally.py
     statistics/values.py
