@@ -63,16 +63,11 @@ WITHOUT_TESTS = set(
     nn/redirect.py
     report/cells.py
     statistics/collect.py
-    statistics/failures.py
     statistics/finish.py
-    statistics/memory.py
     statistics/merge_sources.py
-    statistics/outcome.py
     statistics/parallel.py
     statistics/population.py
     statistics/sites.py
-    statistics/tally.py
-    statistics/values.py
     travel/absorb.py
     travel/arrange.py
     travel/join.py
