@@ -63,10 +63,6 @@ WITHOUT_TESTS = set(
     nn/redirect.py
     report/cells.py
     statistics/collect.py
-    statistics/finish.py
-    statistics/merge_sources.py
-    statistics/parallel.py
-    statistics/population.py
     statistics/sites.py
     travel/absorb.py
     travel/arrange.py
