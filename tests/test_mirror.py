@@ -22,10 +22,6 @@ WITHOUT_TESTS = set(
     dataflow/norms.py
     dataflow/refusal.py
     dataflow/run.py
-    demo/corruptions.py
-    demo/result.py
-    demo/story.py
-    demo/training.py
     diagnosis/causes/initial.py
     diagnosis/preparations.py
     diagnosis/probe.py
@@ -61,7 +57,6 @@ WITHOUT_TESTS = set(
     nn/half_norms.py
     nn/provenance.py
     nn/redirect.py
-    report/cells.py
     statistics/collect.py
     statistics/sites.py
     travel/absorb.py
