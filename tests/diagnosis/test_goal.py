@@ -44,6 +44,14 @@ def test_what_the_user_says_counts_and_then_the_attribute(net, labelled) -> None
     assert batchnorm.diagnose(net, batches, Metric(), higher_is_better=False).metrics.higher_is_better is False
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_which_way_is_better_of_no_metric_changes_nothing(net, batches, told: bool) -> None:
+    net.bn3.reset_running_stats()
+    result = batchnorm.diagnose(net, batches, higher_is_better=told)
+    assert [(finding.cause, finding.layer) for finding in result.findings] == [("never_updated", "bn3")]
+    assert result.metrics is None
+
+
 def test_a_metric_of_outputs_alone_judges_nothing(net, batches) -> None:
     net.bn3.reset_running_stats()
     result = batchnorm.diagnose(net, batches, lambda output, batch: output.std())
