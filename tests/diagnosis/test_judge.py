@@ -79,6 +79,12 @@ def test_a_cure_that_makes_the_metric_worse_is_not_told_another_one_is(tried) ->
     assert alone.condemned == " No cure is told, for its own trial makes the metric worse: metric 0.5 → 0.3."
 
 
+def test_a_cure_that_leaves_the_metric_as_it_is_is_told(tried) -> None:
+    tried.update(first=BAD)
+    verdict = judged(case_of(gap("a"), deployed=BAD, training=GOOD), "first")
+    assert (verdict.cure, verdict.condemned) == ("first", "")
+
+
 def test_a_cure_that_cannot_be_tried_may_be_told(tried) -> None:
     tried.update(first=WORSE, by_hand=None)
     verdict = judged(case_of(gap("a"), deployed=BAD, training=GOOD), "first", "by_hand")
