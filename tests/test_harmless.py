@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchnorm.errors import ShapeError, UnknownNameError
 from batchnorm.harmless import harmless, harmless_data
 
 
@@ -48,8 +47,3 @@ def test_data_is_looked_through() -> None:
     Pair = namedtuple("Pair", "a b")
     assert harmless_data(Row(("\r",), {"\x1b": [1.5]})) == Row(("\\r",), {"\\x1b": [1.5]})
     assert harmless_data([Pair(1, 2), None, True]) == [Pair(1, 2), None, True]
-
-
-def test_errors_keep_their_lines_and_nothing_else() -> None:
-    assert str(ShapeError("bn\x1b[2J: one\ntwo")) == "bn\\x1b[2J: one\ntwo"
-    assert str(UnknownNameError("bn\x07")) == "bn\\x07"

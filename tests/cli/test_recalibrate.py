@@ -188,21 +188,3 @@ def test_options_that_make_no_sense(
     assert (done.code, done.out) == (2, "")
     assert said in done.err
     assert files(here) == before
-
-
-def test_under_torchrun_each_process_takes_a_part(command: Callable[..., Any], here: Path, weights: Path) -> None:
-    assert command("recalibrate", *MODEL, "-d", "images.npz", "-b", 7, "-o", "alone.safetensors").code == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "batchnorm", "recalibrate", *MODEL, "-d", "images.npz", "-b", "7", "-o", "t.safetensors"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 processes" in done.stdout
-    assert done.stdout.count("norms measured") == 1
-    alone, together = load_file(here / "alone.safetensors"), load_file(here / "t.safetensors")
-    for key, value in alone.items():
-        torch.testing.assert_close(together[key], value, rtol=1e-6, atol=1e-7)

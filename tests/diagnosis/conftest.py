@@ -7,9 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.diagnosis.metrics import CLASSES
 from torch import Tensor, nn
 
 import batchnorm
+from batchnorm.diagnosis.passes import Passes
+from batchnorm.diagnosis.readings import Measure
+from batchnorm.diagnosis.sites import EverySite
+from batchnorm.models.calling import call_on_batch
 
 STEPS = 80  # of 0.1 momentum: 0.9⁸⁰ = 2e-4 of the initial values are left
 
@@ -48,6 +53,11 @@ def settle(model: nn.Module, size: int = 64, steps: int = STEPS) -> nn.Module:
         for step in range(steps):
             model(images(size, 1000 + step))
     return model.eval()
+
+
+def passes_of(model: nn.Module, data: list[Tensor], metric: Measure | None = None) -> Passes:
+    """Passes of a model over batches, as a diagnosis makes them."""
+    return Passes(model, EverySite(model), data, call_on_batch, metric)
 
 
 @pytest.fixture(scope="session")
@@ -93,3 +103,19 @@ def found(batches: list[Tensor]) -> Callable[..., list[tuple[str, str]]]:
         return [(finding.cause, finding.layer) for finding in result.findings]
 
     return diagnosed
+
+
+@pytest.fixture
+def labelled(net, batches):
+    """The batches with the classes that the network gives, and with its values."""
+
+    with torch.no_grad():  # all classes, not one
+        net.head.bias.sub_(net(torch.cat(batches)).mean(0))
+
+    def made(metric, on=None):
+        with torch.no_grad():
+            outputs = [net(batch) for batch in batches]
+        wanted = [out.argmax(1) if metric in CLASSES else out for out in outputs]
+        return list(zip(on or batches, wanted, strict=True))
+
+    return made

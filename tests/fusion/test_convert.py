@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import sys
 import threading
@@ -10,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.fusion.networks import Subclass, resnet
 from torch import nn
-from torch.nn import functional as F
 
 import batchnorm
 import batchnorm.nn as ours
@@ -22,13 +21,6 @@ pytestmark = pytest.mark.usefixtures("deferring")
 
 KINDS = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
 OURS = dict(zip(KINDS, (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d), strict=True))
-
-
-class Subclass(nn.BatchNorm2d):
-    """Has a forward of its own, as timm's norms with activation do."""
-
-    def forward(self, x):
-        return torch.relu(super().forward(x))
 
 
 class Identity(nn.Module):
@@ -257,23 +249,6 @@ def test_a_model_that_cannot_be_copied_is_explained():
     assert convert(model, inplace=True).converted == ("1", "2.1")
 
 
-def test_the_result_prints_and_is_plain_data():
-    result = convert(nn.Sequential(nn.BatchNorm2d(2), Subclass(2)))
-    text = str(result)
-    assert "1 of 2 norms converted." in text
-    assert "now batchnorm.nn.BatchNorm2d" in text
-    assert "left as it is" in text
-    assert json.loads(json.dumps(result.to_dict())) == {
-        "verb": "convert",
-        "converted": ["0"],
-        "left": [{"name": "1", "reason": dict(result.left)["1"]}],
-        "fused": [],
-        "unfused": [],
-    }
-    assert "The model holds no batch norm." in str(convert(nn.Linear(2, 2)))
-    assert repr(revert(result.model)) == "<ConvertResult: 1 of 2 norms reverted.>"
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_converted_model_can_be_scripted():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
@@ -282,33 +257,6 @@ def test_a_converted_model_can_be_scripted():
 
 
 # -- fuse --------------------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """ResNet's: one activation used twice, a sum in place, a norm on the way around."""
-
-    def __init__(self, channels, out, activation):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out)
-        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1), nn.BatchNorm2d(out)
-        self.act = activation
-        self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1), nn.BatchNorm2d(out)) if out != channels else None
-
-    def forward(self, x):
-        out = self.bn1(self.conv1(x))
-        out = self.act(out)
-        out = self.bn2(self.conv2(out))
-        identity = x if self.downsample is None else self.downsample(x)
-        out += identity
-        return self.act(out)
-
-
-def resnet(activation=None):
-    torch.manual_seed(0)
-    activation = activation or nn.ReLU(inplace=True)
-    net = nn.Sequential(Block(3, 4, activation), Block(4, 4, F.silu), nn.Flatten(1), nn.Linear(4 * 36, 2))
-    net.x = torch.randn(4, 3, 6, 6)
-    return net
 
 
 def step(net, x):
@@ -438,20 +386,6 @@ def test_a_failure_while_fusing_puts_everything_back(stage, monkeypatch):
     with pytest.raises(InputError, match="fails on the example inputs"):
         convert(net, x[:, :1], fuse=True, inplace=True)
     assert fingerprint(net) == before
-
-
-def test_what_was_fused_prints_and_is_plain_data():
-    net = resnet()
-    result = convert(net, net.x, fuse=True)
-    assert repr(result) == "<ConvertResult: 5 of 5 norms converted, 4 fused.>"
-    text = str(result)
-    assert "Fused" in text
-    assert "Not fused" in text
-    data = json.loads(json.dumps(result.to_dict()))
-    assert data["fused"][1] == {"norm": "0.bn2", "activation": "relu", "residual": True, "where": "0.act"}
-    assert data["unfused"] == [
-        {"name": "0.downsample.1", "reason": "Its output is added in place to another tensor, by add_ in 0."}
-    ]
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -47,7 +47,9 @@ class Goal:
 
         None without a metric, and where nothing tells: the metric looks at the outputs alone, or is at chance.
         """
-        if self.deployed.metric is None or self.told is not None:
+        if self.deployed.metric is None:
+            return None
+        if self.told is not None:
             return self.told
         runs = (self.training, self.settled, self.deployed)
         for beside in ("ideal", "other"):

@@ -34,10 +34,7 @@ class EverySite(Sites):
                 f"diagnose: {type(model).__name__} holds no batch norm, so there is nothing to diagnose. Pass the "
                 "model as it was before its norms were folded away."
             )
-        super().__init__(model, "*")
-
-    def _require_something(self, any_norm: bool) -> None:
-        """Go on without: a norm that keeps no statistics is a finding."""
+        super().__init__(model, "*", may_be_none=True)  # a norm that keeps no statistics is a finding
 
 
 def accused_by(model: Module, names: str | Sequence[str] | None) -> Callable[[str], bool]:
@@ -50,7 +47,7 @@ def accused_by(model: Module, names: str | Sequence[str] | None) -> Callable[[st
     """
     if names is None:
         return lambda layer: True
-    norms = {site.name for site in Sites(model, names).known}
+    norms = {site.name for site in Sites(model, names, may_be_none=True).known}
     several = listed(names)
     return lambda layer: layer in norms or any(meant_by(name, layer) for name in several)
 

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import pytest
+import torch
 from torch import nn
 from torch.nn import functional as F
+
+import batchnorm
 
 
 def test_a_norm_left_in_train_mode(net, found) -> None:
@@ -32,3 +36,12 @@ def test_a_functional_norm_that_always_trains(net, found) -> None:
 
 def test_a_model_in_train_mode_is_one_that_its_user_is_training(net, found) -> None:
     assert found(net.train()) == []
+
+
+@pytest.mark.parametrize("names", [None, "1"])
+def test_a_model_whose_only_norm_keeps_no_statistics_is_diagnosed(names) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval()
+    result = batchnorm.diagnose(model, list(torch.randn(4, 16, 3)), names=names)
+    assert [(finding.cause, finding.layer) for finding in result.findings] == [("train_mode", "1")]
+    assert [left.name for left in result.left] == ["1"]
+    assert "1 of 1 norms (1) keep no running statistics" in result.findings[0].evidence

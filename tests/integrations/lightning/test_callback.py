@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
@@ -491,51 +489,3 @@ def test_options_mean_what_they_mean_to_recalibrate(pl: Any, callback: Any, tmp_
 
 
 # -- the import ------------------------------------------------------------------------------------------------------
-
-
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-HIDE = """
-import sys
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {hidden!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Hidden())
-"""
-
-
-def test_without_lightning_the_import_says_what_is_missing() -> None:
-    code = HIDE.format(hidden={"lightning", "pytorch_lightning"}) + (
-        "try: import batchnorm.integrations.lightning\nexcept ImportError as error: print(error)"
-    )
-    assert run(code) == (
-        "batchnorm.integrations.lightning needs Lightning, which is not installed: pip install lightning (or "
-        "pytorch-lightning)."
-    )
-
-
-def test_the_library_itself_does_not_import_it() -> None:
-    assert run("import sys, batchnorm.statistics; print([n for n in sys.modules if 'lightning' in n])") == "[]"
-
-
-@pytest.mark.parametrize(
-    ("first", "hidden", "base"),
-    [
-        ("", set(), "lightning.pytorch"),
-        ("import pytorch_lightning", set(), "pytorch_lightning"),
-        ("", {"lightning"}, "pytorch_lightning"),
-        ("", {"pytorch_lightning"}, "lightning.pytorch"),
-    ],
-)
-def test_the_base_class_is_of_the_package_in_use(first: str, hidden: set[str], base: str) -> None:
-    for package in PACKAGES:
-        pytest.importorskip(package, reason=SKIP)
-    code = HIDE.format(hidden=hidden) + (
-        f"{first}\nfrom batchnorm.integrations.lightning import RecalibrateCallback\n"
-        "print(RecalibrateCallback.__mro__[1].__module__)"
-    )
-    assert run(code).startswith(base)

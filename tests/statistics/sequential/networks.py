@@ -1,15 +1,20 @@
-"""A small network with three norms, batches for it, and what measuring it right gives."""
+"""A small network with three norms, batches for it, and how far what is stored is from what norms meet."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.statistics import recalibrate
+from batchnorm.statistics.collect import OnStored
+from batchnorm.statistics.estimators import Pooled
+from batchnorm.statistics.sites import Sites
 
-__all__ = ["assert_alike", "expected", "images", "network"]
+__all__ = ["assert_alike", "expected", "gap", "images", "network"]
 
 
 def network() -> nn.Sequential:
@@ -32,3 +37,21 @@ def expected(model: nn.Module, batches: list[Tensor]) -> nn.Module:
 
 def assert_alike(a: nn.Module, b: nn.Module) -> None:
     torch.testing.assert_close(dict(a.named_buffers()), dict(b.named_buffers()))
+
+
+def gap(model: nn.Module, batches: list[Any], forward: Callable[..., Any] | None = None) -> float:
+    """How far the stored statistics are from what the norms meet in eval mode, relative to σ + |mean|, and to σ²."""
+    model.eval()
+    collector = OnStored(Sites(model, None), Pooled)
+    for index, batch in enumerate(batches):
+        collector.run(index, lambda batch=batch: forward(model, batch) if forward else model(batch))
+    worst = 0.0
+    for site, tally in collector.tallies.items():
+        mean, variance = tally.estimator.statistics()
+        scale = variance + tally.eps
+        worst = max(
+            worst,
+            float(((site.running_mean.double() - mean).abs() / (scale.sqrt() + mean.abs())).max()),
+            float(((site.running_var.double() - variance).abs() / scale).max()),
+        )
+    return worst

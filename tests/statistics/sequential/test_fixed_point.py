@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.statistics.sequential.test_measure import gap
+from tests.statistics.sequential.networks import gap
 from torch import Tensor, nn
 
 from batchnorm.statistics import recalibrate

@@ -6,40 +6,19 @@ import copy
 import gc
 import random
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.statistics.sequential.networks import gap
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.errors import BatchError, NonFiniteError, StateError
 from batchnorm.moments import Moments
 from batchnorm.statistics import recalibrate
-from batchnorm.statistics.collect import OnStored
-from batchnorm.statistics.estimators import Pooled
-from batchnorm.statistics.sites import Sites
-
-
-def gap(model: nn.Module, batches: list[Any], forward: Callable[..., Any] | None = None) -> float:
-    """How far the stored statistics are from what the norms meet in eval mode, relative to σ + |mean|, and to σ²."""
-    model.eval()
-    collector = OnStored(Sites(model, None), Pooled)
-    for index, batch in enumerate(batches):
-        collector.run(index, lambda batch=batch: forward(model, batch) if forward else model(batch))
-    worst = 0.0
-    for site, tally in collector.tallies.items():
-        mean, variance = tally.estimator.statistics()
-        scale = variance + tally.eps
-        worst = max(
-            worst,
-            float(((site.running_mean.double() - mean).abs() / (scale.sqrt() + mean.abs())).max()),
-            float(((site.running_var.double() - variance).abs() / scale).max()),
-        )
-    return worst
 
 
 def shuffle_affine(model: nn.Module) -> nn.Module:
@@ -517,29 +496,6 @@ def test_a_model_that_catches_everything() -> None:
 
 
 # -- surroundings ------------------------------------------------------------------------------------------------------
-
-
-def test_autocast_the_default_device_and_context_variables_reach_the_model() -> None:
-    from contextvars import ContextVar
-
-    scale: ContextVar[float] = ContextVar("scale", default=1.0)
-    seen: list[Any] = []
-
-    class Asks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.linear(x)
-            seen.append((y.dtype, torch.empty(0).device.type, scale.get()))
-            return self.norm(y)
-
-    model = Asks()
-    scale.set(2.0)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
-        recalibrate(model, [torch.randn(8, 3, device="cpu"), torch.randn(8, 3, device="cpu")])
-    assert set(seen) == {(torch.bfloat16, "meta", 2.0)}
 
 
 def test_compiled_scripted_and_wrapped_models() -> None:

@@ -124,7 +124,8 @@ def _bits(node: ast.AST) -> int:
     """Return how many bits the largest number that a formula computes may have; symbols stand for sizes."""
     if isinstance(node, ast.Constant):
         return node.value.bit_length() if isinstance(node.value, int) else 64
-    parts = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+    named = node.func if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None  # no number itself
+    parts = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr) and child is not named]
     base, exponent = _power(node)
     if base is not None:
         return _bits(base) * max(1, _whole(exponent))
@@ -145,13 +146,18 @@ def _power(node: ast.AST) -> tuple[ast.expr | None, ast.expr | None]:
 
 
 def _whole(exponent: ast.expr | None) -> int:
-    """Return the size of an exponent: a number, or 64 times any size."""
-    while isinstance(exponent, ast.Call) and len(exponent.args) == 1:  # Integer(2)
+    """Return the size of an exponent: a number, or 64 for sizes with neither powers nor large numbers among them."""
+    while isinstance(exponent, ast.Call) and len(exponent.args) == 1 and not _is_symbol(exponent.func):  # Integer(2)
         exponent = exponent.args[0]
     if isinstance(exponent, ast.UnaryOp):
         exponent = exponent.operand
     if isinstance(exponent, ast.Constant) and isinstance(exponent.value, int | float):
         return int(abs(exponent.value)) if abs(exponent.value) < _MOST_BITS else _MOST_BITS + 1
-    is_open = exponent is not None and any(isinstance(part, ast.Name) and part.id not in _FUNCTIONS
-                                           for part in ast.walk(exponent))  # fmt: skip
-    return 64 if is_open else _MOST_BITS + 1
+    parts = [] if exponent is None else list(ast.walk(exponent))
+    numbers = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, int | float)]
+    is_small = all(abs(number) <= 64 for number in numbers) and all(_power(part)[0] is None for part in parts)
+    return 64 if is_small and any(map(_is_symbol, parts)) else _MOST_BITS + 1
+
+
+def _is_symbol(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and (node.id == "Symbol" or node.id not in _FUNCTIONS)
