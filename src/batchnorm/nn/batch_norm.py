@@ -12,11 +12,11 @@ from torch import Tensor
 
 from batchnorm.errors import ArgumentTypeError, ShapeError
 from batchnorm.functional.batch_norm import normalize
-from batchnorm.functional.running_statistics import NOBODY, Counters
 from batchnorm.functional.validation import HALF, check_activation
-from batchnorm.models.recomputation import recomputing
+from batchnorm.kernels.contract import NO_COUNTERS, Counters
 from batchnorm.nn.guarded import Guarded, asked_for_class
 from batchnorm.nn.pending import defer
+from batchnorm.observers import recomputing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -172,7 +172,7 @@ class _Layer(Guarded, torch.nn.modules.batchnorm._BatchNorm):
             factor = self.momentum
         else:
             factor = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
-        counters = NOBODY
+        counters = NO_COUNTERS
         if training and (update is False or (update is None and recomputing())):
             # Copies take the step, so that the same operators run and keep the same for the backward pass: a
             # checkpoint counts on it.

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.functional import batch_norm, use_backend
-from batchnorm.functional.running_statistics import Counters
-from batchnorm.functional.torch_backend import torch_batch_norm
+from batchnorm.kernels.contract import Counters
+from batchnorm.kernels.torch_backend import TORCH
 from batchnorm.nn import BatchNorm1d, BatchNorm2d
 
 SHAPE = (6, 3, 4)
@@ -21,6 +21,12 @@ class Quiet(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
+
+
+def served_by_torch(*call):
+    """Return what torch's kernel gives, for the arguments of batch_norm and counters."""
+    *call, counters = call
+    return TORCH.serve(*call, None, None, False, counters, False)
 
 
 def state(dtype=torch.float32):
@@ -34,7 +40,7 @@ def test_numbers_and_steps_are_torchs_to_the_last_bit(training, watched, dtype):
     x = torch.randn(SHAPE, dtype=torch.float64).to(dtype)
     params = torch.float64 if dtype == torch.float64 else torch.float32
     results = []
-    for function in (F.batch_norm, lambda *a: torch_batch_norm(*a, Counters())):
+    for function in (F.batch_norm, lambda *a: served_by_torch(*a, Counters())):
         h, w, (mean, var) = x.clone().requires_grad_(), torch.ones(3, dtype=params).requires_grad_(), state(params)
         with Quiet() if watched and function is not F.batch_norm else torch.enable_grad():
             y = function(h, mean, var, w, None, training, 0.1, 1e-5)
@@ -52,7 +58,7 @@ def test_only_the_broken_channel_keeps_its_statistics(watched, bad):
     good_mean, good_var = state()
     F.batch_norm(x, good_mean, good_var, training=True)
     with Quiet() if watched else torch.no_grad():
-        y = torch_batch_norm(x, mean, var, None, None, True, 0.1, 1e-5, c)
+        y = served_by_torch(x, mean, var, None, None, True, 0.1, 1e-5, c)
     assert y[:, 1].isnan().all()
     assert (mean[1], var[1]) == (0.25, 0.75)
     assert torch.equal(mean[::2], good_mean[::2])
@@ -134,7 +140,7 @@ def test_half_parameters_beside_float32_statistics_are_torchs_mixed_mode():
 def test_small_batches_keep_their_digits(shape, mean, tracked, alone, native, monkeypatch):
     """The bound is the contract's, with torch's 25 units for the variance of channels near 0."""
     if not native:
-        monkeypatch.setattr("batchnorm.functional.torch_backend._at_once", None)
+        monkeypatch.setattr("batchnorm.kernels.torch_backend._at_once", None)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator)
     x[:, -1 if alone else slice(None)] += mean

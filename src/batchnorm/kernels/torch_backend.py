@@ -12,23 +12,66 @@ the copies, tell when that is so; then the call is not torch's to serve, and ano
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchnorm.functional.observers import followed
-from batchnorm.functional.running_statistics import Counters, count_call, keep_finite, take_finite
+from batchnorm.kernels.activation import activation_called
+from batchnorm.kernels.contract import Candidate, Counters, Request
 from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library
+from batchnorm.kernels.plain import ORDINARY
+from batchnorm.kernels.running_statistics import commit_if_finite, count_call, keep_finite
+from batchnorm.observers import followed, has_dispatch_modes, recorded
 
-__all__ = ["torch_batch_norm"]
+__all__ = ["TORCH"]
 
 _Optional: TypeAlias = Tensor | None
 
 
-def torch_batch_norm(
+class Torch(Candidate):
+    """torch.nn.functional.batch_norm: the whole operation at once, without split phases and without a mask."""
+
+    name = "torch"
+
+    def refusal(self, request: Request) -> str | None:
+        """Serve every call without a mask."""
+        return None if request.mask is None else "torch's own batch_norm takes no mask"
+
+    def serve(
+        self,
+        input: Tensor,
+        running_mean: _Optional,
+        running_var: _Optional,
+        weight: _Optional,
+        bias: _Optional,
+        training: bool,
+        momentum: float,
+        eps: float,
+        activation: str | None,
+        residual: _Optional,
+        inplace: bool,
+        counters: Counters,
+        forced: bool,
+    ) -> Tensor | None:
+        """Call torch's kernel, then its operators for residual and activation, which have been checked.
+
+        In training a channel's step is taken only if it is finite. None where torch's kernel has lost digits.
+        """
+        y = _batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, counters, exact=not forced
+        )
+        return y if y is None or (activation is None and residual is None) else _finish(y, residual, activation)
+
+
+TORCH = Torch()
+
+
+def _batch_norm(
     input: Tensor,
     running_mean: _Optional,
     running_var: _Optional,
@@ -39,13 +82,10 @@ def torch_batch_norm(
     eps: float,
     counters: Counters,
     *,
-    forced: bool = False,
+    exact: bool,
 ) -> Tensor | None:
-    """Do what ``torch.nn.functional.batch_norm`` does; in training a channel's step is taken only if it is finite.
-
-    None, and nothing done, where torch's kernel has lost digits; not if it is ``forced``.
-    """
-    looked_at = training and not forced and _may_lose_digits(input)
+    known = followed()
+    looked_at = training and exact and not known and _may_lose_digits(input)
     if running_mean is None or running_var is None:
         if not looked_at:
             y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -58,8 +98,7 @@ def torch_batch_norm(
         if training:
             count_call(counters)
         return y
-    known = followed()
-    if known and not _copies_allowed():
+    if known and (recorded() or has_dispatch_modes()):
         return _with_the_buffers(input, running_mean, running_var, weight, bias, training, momentum, eps, counters)
     if not training and not _differentiable(input, weight, bias):
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
@@ -68,7 +107,7 @@ def torch_batch_norm(
     if looked_at and momentum and _digits_lost(mean, var, running_mean, running_var, momentum):
         return None
     if training:
-        take_finite(mean, var, running_mean, running_var, counters, followed=known)
+        commit_if_finite(mean, var, running_mean, running_var, counters, followed=known)
     return y
 
 
@@ -79,8 +118,6 @@ by 0.03, and its variance, which has lost nothing up to 1,000, by 0.1 %."""
 
 
 def _may_lose_digits(input: Tensor) -> bool:
-    if followed():  # asked first: a compiler would record the questions below
-        return False
     return (
         type(input) is Tensor and input.is_cpu and input.dtype is torch.float32 and input.dim() > 1 and len(input) > 0
     )
@@ -110,7 +147,7 @@ def _with_the_buffers(
     counters: Counters,
 ) -> Tensor:
     """Do the same where others look at the call and know the norm by its buffers: an exporter, a dispatch mode."""
-    looked_at = training and not _recorded()
+    looked_at = training and not recorded()
     old = (running_mean.clone(), running_var.clone()) if looked_at else None
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if old is not None:
@@ -120,19 +157,32 @@ def _with_the_buffers(
     return y
 
 
-def _recorded() -> bool:
-    """Return whether the call becomes part of a program, which is to hold torch's operator and nothing else."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-
-
-def _copies_allowed() -> bool:
-    """Return whether torch's operator may be given other tensors than the buffers."""
-    return not _recorded() and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0)
-
-
 def _differentiable(input: Tensor, weight: _Optional, bias: _Optional) -> bool:
     return torch.is_grad_enabled() and (
         input.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     )
+
+
+# Written over their argument: as much as one line each of torch's own.
+_INPLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "leaky_relu": F.leaky_relu_,
+    "relu6": partial(F.relu6, inplace=True),
+}
+
+
+def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """Add and activate: over ``y``, which nobody else has, unless somebody watches the operators."""
+    alone = type(y) is Tensor and (residual is None or type(residual) in ORDINARY) and not followed()
+    if residual is not None:
+        y = y.add_(residual) if alone else y + residual
+    if activation is None:
+        return y
+    in_place = _INPLACE.get(activation) if alone else None
+    if in_place is not None:
+        return in_place(y)
+    found = activation_called(activation)
+    assert found is not None
+    return found.function(y)
