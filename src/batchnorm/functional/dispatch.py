@@ -8,7 +8,7 @@ rest. Another backend joins with one call of :func:`register`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -180,11 +180,15 @@ def choose(request: Request) -> Candidate:
         InputError: the forced one, or every one, refuses; the message says why.
     """
     forced = _forced_name()
-    return _first(request, _candidates.values()) if forced is None else _require(forced, request)
+    if forced is not None:
+        return _require(_candidates[forced], request)
+    return _first({c: c.refusal(request) or c.prefers_not(request) for c in _candidates.values()})
 
 
 def choose_split(request: Request) -> Backend:
     """Return the backend that serves a call phase by phase, which torch's does not, forced or not.
+
+    It is the first that does not refuse: what a backend prefers not to serve are whole calls, at which torch's is fast.
 
     Raises:
         InputError: the forced one, or every one, refuses; the message says why.
@@ -192,26 +196,24 @@ def choose_split(request: Request) -> Backend:
     forced = _forced_name()
     found = None if forced is None else _candidates[forced]
     if isinstance(found, Backend):
-        _require(found.name, request)
-        return found
-    return _first(request, [c for c in _candidates.values() if isinstance(c, Backend)])
+        return _require(found, request)
+    return _first({c: c.refusal(request) for c in _candidates.values() if isinstance(c, Backend)})
 
 
-def _require(forced: str, request: Request) -> Candidate:
-    why = _candidates[forced].refusal(request)
+def _require(forced: _Candidate, request: Request) -> _Candidate:
+    why = forced.refusal(request)
     if why is not None:
-        raise InputError(f"use_backend({forced!r}) cannot serve this call: {why}. Leave the choice to dispatch.")
-    return _candidates[forced]
+        raise InputError(f"use_backend({forced.name!r}) cannot serve this call: {why}. Leave the choice to dispatch.")
+    return forced
 
 
-def _first(request: Request, candidates: Iterable[_Candidate]) -> _Candidate:
-    reasons = []
-    for candidate in candidates:
-        why = candidate.refusal(request) or candidate.prefers_not(request)
+def _first(candidates: Mapping[_Candidate, str | None]) -> _Candidate:
+    """Return the first candidate with no reason against it."""
+    for candidate, why in candidates.items():
         if why is None:
             return candidate
-        reasons.append(f"{candidate.name}: {why}")
-    raise InputError(f"no backend can serve this call ({'; '.join(reasons)}). Move the tensors to another device.")
+    reasons = "; ".join(f"{candidate.name}: {why}" for candidate, why in candidates.items())
+    raise InputError(f"no backend can serve this call ({reasons}). Move the tensors to another device.")
 
 
 def quick_choice(input: Tensor, training: bool, fused: bool) -> Candidate | None:

@@ -14,8 +14,9 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.errors import NonFiniteError, ShapeError
+from batchnorm.functional.dispatch import choose_split
 from batchnorm.kernels.contract import Request
-from batchnorm.kernels.native import NATIVE
+from batchnorm.kernels.reference import REFERENCE
 from batchnorm.models.calling import below_autograd
 from batchnorm.moments import Moments, expand_mask
 from batchnorm.statistics.estimators import Estimator
@@ -158,14 +159,17 @@ def require_finite(name: str, met: Moments) -> None:
 
 
 def moments_of(x: Tensor, mask: Tensor | None) -> Moments:
-    """Return the moments of ``x``, (N, C, ...): by the native kernels, or in float64 a few samples at a time."""
-    if NATIVE.refusal(Request(x, training=True, mask=mask)) is None:
-        return NATIVE.moments(x.detach())
-    if x.numel() <= _CHUNK:
-        return Moments.of(x, mask=mask)
+    """Return the moments of ``x``, (N, C, ...), by the backend that dispatch chooses.
+
+    The reference computes in float64: it takes a few samples at a time.
+    """
+    backend = choose_split(Request(x, training=True, mask=mask))
+    x, full = x.detach(), None if mask is None else expand_mask(mask, x, 1)
+    if backend is not REFERENCE or x.numel() <= _CHUNK:
+        return backend.moments(x, full)
     samples = max(1, _CHUNK * len(x) // x.numel())
-    masks = repeat(None) if mask is None else expand_mask(mask, x, 1).split(samples)
-    parts = (Moments.of(part, mask=part_mask) for part, part_mask in zip(x.split(samples), masks, strict=False))
+    masks = repeat(None) if full is None else full.split(samples)
+    parts = (backend.moments(part, part_mask) for part, part_mask in zip(x.split(samples), masks, strict=False))
     return reduce(Moments.merge, parts)
 
 
