@@ -169,7 +169,8 @@ def normalize(
         residual,
         activation,
         backend.name,
-        *counters,
+        counters.batches,
+        counters.refused,
     )
 
 

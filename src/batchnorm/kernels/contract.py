@@ -34,15 +34,18 @@ __all__ = [
 
 
 class Counters(NamedTuple):
-    """What is counted beside the running statistics: int64 tensors of no dimensions, or None.
+    """What is counted beside the running statistics: int64 tensors of no dimensions, or None; and what enters these.
 
     Attributes:
         batches: those that entered in every channel; a layer's ``num_batches_tracked``.
         refused: those that did not, in one channel or more.
+        skip_nonfinite: whether steps that are not finite have to be kept out; else a backend keeps them out where that
+            costs nothing.
     """
 
     batches: Tensor | None = None
     refused: Tensor | None = None
+    skip_nonfinite: bool = True
 
 
 NO_COUNTERS = Counters()

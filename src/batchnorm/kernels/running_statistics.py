@@ -56,10 +56,15 @@ def commit_if_finite(
     """
     if followed or library is None or not takes_steps(mean, var, counters):
         with torch.no_grad():
-            finite = (_finite if followed else _finite_at_once)(new_mean, new_var)
-            _commit(new_mean, new_var, mean, var, counters, finite, None)
+            finite = (_finite if followed else _finite_in_three)(new_mean, new_var)
+            if followed:
+                _commit(new_mean, new_var, mean, var, counters, finite, None)
+                return
+            torch.where(finite, new_mean, mean, out=mean)
+            torch.where(finite, new_var, var, out=var)
+            _count(counters, finite)
         return
-    batches, refused = counters
+    batches, refused, _ = counters
     library.take_finite(
         DTYPES[mean.dtype],
         mean.numel(),
@@ -81,9 +86,9 @@ def keep_finite(old_mean: Tensor, old_var: Tensor, mean: Tensor, var: Tensor, co
     would fail on a write that shows: hence ``data``.
     """
     with torch.no_grad():
-        finite = _finite(mean, var)
-        mean.data.copy_(torch.where(finite, mean, old_mean))
-        var.data.copy_(torch.where(finite, var, old_var))
+        finite = _finite_in_three(mean, var)
+        torch.where(finite, mean, old_mean, out=mean.data)
+        torch.where(finite, var, old_var, out=var.data)
         _count(counters, finite)
 
 
@@ -111,8 +116,8 @@ def _finite(mean: Tensor, var: Tensor) -> Tensor:
     return torch.isfinite(mean) & torch.isfinite(var)
 
 
-def _finite_at_once(mean: Tensor, var: Tensor) -> Tensor:
-    """Return the same in three kernels, not nine: else x · 0 is NaN. A compiler would take it for 0."""
+def _finite_in_three(mean: Tensor, var: Tensor) -> Tensor:
+    """Return the same in three operators, not nine: else x · 0 is NaN. A compiler would take it for 0."""
     return mean * 0 == var * 0
 
 

@@ -98,6 +98,10 @@ def _batch_norm(
         if training:
             count_call(counters)
         return y
+    if training and not counters.skip_nonfinite and not input.is_cpu:
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+        count_call(counters)
+        return y
     if known and (recorded() or has_dispatch_modes()):
         return _with_the_buffers(input, running_mean, running_var, weight, bias, training, momentum, eps, counters)
     if not training and not _differentiable(input, weight, bias):

@@ -27,7 +27,7 @@ OURS: dict[type[Module], type[Module]] = {
 
 TORCHS = {ours: torchs for torchs, ours in OURS.items()}
 # What our layers have beyond torch's: nothing of it stays behind.
-_EXTRA_ATTRIBUTES = ("activation", "inplace", "fused", "layer_name", "_refused")
+_EXTRA_ATTRIBUTES = ("activation", "inplace", "fused", "skip_nonfinite", "layer_name", "_refused")
 
 
 def _meet_timms() -> None:

@@ -86,7 +86,7 @@ class WholeCalls(Candidate):
                 return None
         if training and not (is_counter(counters.batches) and is_counter(counters.refused)):
             return None
-        running = Running(running_mean, running_var, momentum if training else None, *counters)
+        running = Running(running_mean, running_var, momentum if training else None, *counters[:2])
         if tracked and torch.is_grad_enabled():
             # autograd forbids to write over these
             inplace = inplace and not x._is_view() and not (x.is_leaf and x.requires_grad)
