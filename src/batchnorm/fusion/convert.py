@@ -15,10 +15,11 @@ from batchnorm.fusion.find import find_fusions
 from batchnorm.fusion.result import ConvertResult, FusedNorm
 from batchnorm.models.copying import copy_model
 from batchnorm.models.preconditions import require_module, require_readable
+from batchnorm.models.snapshot import Structure, restored_if_raised
 from batchnorm.models.transaction import transaction
 from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.select import named_norms
-from batchnorm.nn.swap import OURS, TORCHS, cannot_revert, norms_put_back, swap
+from batchnorm.nn.swap import OURS, TORCHS, cannot_revert, swap
 
 __all__ = ["convert", "revert"]
 
@@ -103,7 +104,7 @@ def convert(
     # tensors that are made in inference mode, those of the copy among them, could not be trained or written into later
     with torch.inference_mode(False):
         target = _target("convert", model, inplace)
-    with torch.inference_mode(False), norms_put_back(target):
+    with torch.inference_mode(False), restored_if_raised(Structure(named_norms(target).values())):
         converted, left = swap(target, OURS)
         for name in converted if not skip_nonfinite else ():
             target.get_submodule(name).__dict__["skip_nonfinite"] = False
