@@ -33,7 +33,7 @@ THRESHOLDS = [
     ("planes", 16, TRAINED | FUSED, SMALLEST),
     ("planes", 16, {}, 8_388_608),
     ("planes", 16, FUSED, 131_072),
-    ("rows", 16, TRAINED, 393_216),
+    ("rows", 16, TRAINED, 1_179_648),
     ("rows", 16, TRAINED | FUSED, 131_072),
     ("rows", 16, {}, 262_144),
     ("rows", 16, FUSED, 131_072),
