@@ -24,7 +24,7 @@ from batchnorm.monitor.places import Place, Step, Traces, activation_in, is_give
 from batchnorm.monitor.saturation import Activation, ActivationStream, activation_of
 from batchnorm.monitor.signatures import Signature, signature_of
 from batchnorm.monitor.stream import LayerStream, ReferenceStatistics
-from batchnorm.nn.operators import named_arguments
+from batchnorm.nn.operators import eps_key, named_arguments
 from batchnorm.nn.select import NormModule
 from batchnorm.observers import attach, detach, transformed
 
@@ -218,8 +218,8 @@ class Observer(Forwards):
     ) -> None:
         given = named_arguments(func, args, kwargs)
         if signature.is_norm:
-            eps = given.get("eps", given.get("epsilon", 1e-5))
-            self._norm(forward, given["input"], given.get("running_mean"), given.get("running_var"), eps)
+            running = given.get("running_mean"), given.get("running_var")
+            self._norm(forward, given["input"], *running, given[eps_key(given)])
         if signature.unit_dim is not None:
             forward.unit_dim = signature.unit_dim
         elif signature.may_activate:
