@@ -24,7 +24,7 @@ from batchnorm.statistics.operators import NormCall, run_with_functions
 from batchnorm.statistics.sites import Site, Sites
 from batchnorm.statistics.tally import Tally
 
-__all__ = ["Collector", "OnBatch", "OnStored", "counts_of", "moments_of", "require_channels", "require_finite"]
+__all__ = ["Collector", "OnBatch", "counts_of", "moments_of", "require_channels", "require_finite"]
 
 _CHUNK = 1 << 20
 """How many values are turned into float64 at a time: 8 MiB, whatever the size of the batch."""
@@ -123,13 +123,6 @@ class OnBatch(Collector):
             mean, variance = _with_fallback(met, tally.estimator.pooled, site)
         dtype = torch.promote_types(site.running_mean.dtype, torch.float32)
         return call.run_on(mean.to(dtype), variance.to(dtype))
-
-
-class OnStored(Collector):
-    """The norms run as they would without this mode: in eval mode, on the stored statistics."""
-
-    def _normalize(self, site: Site, call: NormCall, met: Moments, tally: Tally) -> Any:
-        return call.run()
 
 
 def require_channels(site: Site, met: Moments) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.statistics.sequential.networks import OnStored
 from tests.statistics.sequential.test_measure import gap
 from torch import Tensor, nn
 
 from batchnorm.statistics import recalibrate
-from batchnorm.statistics.collect import OnStored
 from batchnorm.statistics.estimators import Pooled
 from batchnorm.statistics.sequential.fixed_point import Settling, distances
 from batchnorm.statistics.sites import Sites

@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.statistics.sequential.networks import OnStored
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.errors import BatchError, NonFiniteError, StateError
 from batchnorm.moments import Moments
 from batchnorm.statistics import recalibrate
-from batchnorm.statistics.collect import OnStored
 from batchnorm.statistics.estimators import Pooled
 from batchnorm.statistics.sites import Sites
 
