@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -156,22 +156,7 @@ def normalize(
     _check(where, *state)
     if training and mask is not None:
         check_valid_counts(_text(where), input, mask)
-    return _operator()(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        mask,
-        residual,
-        activation,
-        backend.name,
-        counters.batches,
-        counters.refused,
-    )
+    return _operator()(*state, mask, residual, activation, backend.name, counters.batches, counters.refused)
 
 
 def _widen_parameter(running: Tensor | None, parameter: Tensor | None, half: torch.dtype) -> Tensor | None:
@@ -188,19 +173,10 @@ def _operator() -> Callable[..., Tensor]:
     return batch_norm_operator
 
 
-def _check(
-    where: Where,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> None:
-    state = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    problem = first_problem(_text(where), input, state, training, momentum, eps)
+def _check(where: Where, input: Tensor, *call: Any) -> None:
+    """Raise what a call deserves, whose arguments are those of :func:`batch_norm` up to ``eps``."""
+    state = dict(zip(("running_mean", "running_var", "weight", "bias"), call[:4], strict=True))
+    problem = first_problem(_text(where), input, state, *call[4:])
     if problem is not None:
         raise problem
 

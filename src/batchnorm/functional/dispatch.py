@@ -185,10 +185,11 @@ def choose(request: Request) -> Candidate:
     return _first({c: c.refusal(request) or c.prefers_not(request) for c in _candidates.values()})
 
 
-def choose_split(request: Request) -> Backend:
+def choose_split(request: Request, *, any_size: bool = False) -> Backend:
     """Return the backend that serves a call phase by phase, which torch's does not, forced or not.
 
-    It is the first that does not refuse: what a backend prefers not to serve are whole calls, at which torch's is fast.
+    With ``any_size`` it is the first that does not refuse, whatever it prefers not to serve: for one who measures many
+    inputs, to whom small ones matter for their time and not for their last digits.
 
     Raises:
         InputError: the forced one, or every one, refuses; the message says why.
@@ -197,7 +198,8 @@ def choose_split(request: Request) -> Backend:
     found = None if forced is None else _candidates[forced]
     if isinstance(found, Backend):
         return _require(found, request)
-    return _first({c: c.refusal(request) for c in _candidates.values() if isinstance(c, Backend)})
+    there = [c for c in _candidates.values() if isinstance(c, Backend)]
+    return _first({c: c.refusal(request) or (None if any_size else c.prefers_not(request)) for c in there})
 
 
 def _require(forced: _Candidate, request: Request) -> _Candidate:

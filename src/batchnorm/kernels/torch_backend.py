@@ -62,33 +62,32 @@ class Torch(Candidate):
 
         In training a channel's step is taken only if it is finite. None where torch's kernel has lost digits.
         """
-        y = _batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, counters, exact=not forced
-        )
+        settings = weight, bias, training, momentum, eps
+        y = _batch_norm(input, running_mean, running_var, settings, counters, exact=not forced)
         return y if y is None or (activation is None and residual is None) else _finish(y, residual, activation)
 
 
 TORCH = Torch()
+
+_Settings: TypeAlias = tuple[_Optional, _Optional, bool, float, float]
+"""weight, bias, training, momentum and eps, as torch's function takes them after the running statistics."""
 
 
 def _batch_norm(
     input: Tensor,
     running_mean: _Optional,
     running_var: _Optional,
-    weight: _Optional,
-    bias: _Optional,
-    training: bool,
-    momentum: float,
-    eps: float,
+    settings: _Settings,
     counters: Counters,
     *,
     exact: bool,
 ) -> Tensor | None:
+    weight, bias, training, momentum, eps = settings
     known = followed()
     looked_at = training and exact and not known and _may_lose_digits(input)
     if running_mean is None or running_var is None:
         if not looked_at:
-            y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+            y = F.batch_norm(input, running_mean, running_var, *settings)
         else:
             dtype = torch.float32 if weight is None else weight.dtype
             mean, var = input.new_zeros(2, input.shape[1], dtype=dtype)
@@ -99,15 +98,15 @@ def _batch_norm(
             count_call(counters)
         return y
     if training and not counters.skip_nonfinite and not input.is_cpu:
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+        y = F.batch_norm(input, running_mean, running_var, *settings)
         count_call(counters)
         return y
     if known and (recorded() or has_dispatch_modes()):
-        return _with_the_buffers(input, running_mean, running_var, weight, bias, training, momentum, eps, counters)
+        return _with_the_buffers(input, running_mean, running_var, settings, counters)
     if not training and not _differentiable(input, weight, bias):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return F.batch_norm(input, running_mean, running_var, *settings)
     mean, var = running_mean.clone(), running_var.clone()
-    y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
+    y = F.batch_norm(input, mean, var, *settings)
     if looked_at and momentum and _digits_lost(mean, var, running_mean, running_var, momentum):
         return None
     if training:
@@ -140,20 +139,12 @@ def _digits_lost(new_mean: Tensor, new_var: Tensor, mean: Tensor, var: Tensor, m
 
 
 def _with_the_buffers(
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: _Optional,
-    bias: _Optional,
-    training: bool,
-    momentum: float,
-    eps: float,
-    counters: Counters,
+    input: Tensor, running_mean: Tensor, running_var: Tensor, settings: _Settings, counters: Counters
 ) -> Tensor:
     """Do the same where others look at the call and know the norm by its buffers: an exporter, a dispatch mode."""
-    looked_at = training and not recorded()
-    old = (running_mean.clone(), running_var.clone()) if looked_at else None
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    training = settings[2]
+    old = (running_mean.clone(), running_var.clone()) if training and not recorded() else None
+    y = F.batch_norm(input, running_mean, running_var, *settings)
     if old is not None:
         keep_finite(*old, running_mean, running_var, counters)
     elif training:

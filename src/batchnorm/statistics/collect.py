@@ -156,7 +156,7 @@ def moments_of(x: Tensor, mask: Tensor | None) -> Moments:
 
     The reference computes in float64: it takes a few samples at a time.
     """
-    backend = choose_split(Request(x, training=True, mask=mask))
+    backend = choose_split(Request(x, training=True, mask=mask), any_size=True)
     x, full = x.detach(), None if mask is None else expand_mask(mask, x, 1)
     if backend is not REFERENCE or x.numel() <= _CHUNK:
         return backend.moments(x, full)
