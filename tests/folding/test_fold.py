@@ -10,7 +10,7 @@ from torch import nn
 
 from batchnorm.errors import ArgumentTypeError, InputError, StateError, VerificationError
 from batchnorm.folding.fold import fold
-from batchnorm.folding.writing.rewrite import Rewrite
+from batchnorm.folding.writing import rewrite
 
 
 class Net(nn.Module):
@@ -294,22 +294,26 @@ def test_wrong_algebra_or_an_interruption_leaves_the_model_bit_identical(monkeyp
         assert_unchanged(net, before)
 
 
-@pytest.mark.parametrize("after", range(1, 3))
+@pytest.mark.parametrize("after", ["parameters", "one module", "all"])
 def test_interruption_while_the_model_itself_is_rewritten(monkeypatch, after):
     net = make()
-    before = state_of(net)
-    real, count = Rewrite._set, [0]
+    before, changed = state_of(net), []
+    weight, replace = net.stem[0].weight, rewrite.replace_by_id
 
-    def interrupted(self, slots, name, new):
-        real(self, slots, name, new)
-        if slots is net.stem[0]._parameters or slots is net.stem._modules:
-            count[0] += 1
-            if count[0] == after:
-                raise KeyboardInterrupt
+    def interrupted(model, new):
+        if model is not net or not new:  # what has computed weights comes first; here nothing has
+            return replace(model, new)
+        assert net.stem[0].weight is not weight
+        if after != "parameters":
+            replace(model, new if after == "all" else dict([next(iter(new.items()))]))
+        changed.append(sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()))
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Rewrite, "_set", interrupted)
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    monkeypatch.setattr(rewrite, "replace_by_id", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fold(net, X, inplace=True)
+    assert (changed[0] < norms) == (after != "parameters")
     assert_unchanged(net, before)
 
 

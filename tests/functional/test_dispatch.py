@@ -96,7 +96,7 @@ def test_the_context_ends_with_an_exception_too():
     with pytest.raises(KeyboardInterrupt), use_backend("reference"):
         raise KeyboardInterrupt
     assert active_backend(X) == "torch"
-    assert dispatch.at_once(X, True, False) == "torch"
+    assert dispatch.quick_choice(X, True, False) is dispatch.TORCH
 
 
 def test_a_forced_backend_is_forced_in_its_thread_only():
@@ -116,7 +116,7 @@ def test_a_forced_backend_is_forced_in_its_thread_only():
     done.set()
     thread.join(200)
     assert seen == {"other": "reference", "here": "torch"}
-    assert dispatch.at_once(X, True, False) == "torch"
+    assert dispatch.quick_choice(X, True, False) is dispatch.TORCH
 
 
 def test_nobody_left_to_serve_is_said_with_every_reason(monkeypatch):

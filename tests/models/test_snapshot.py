@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import batchnorm
-from batchnorm.models.snapshot import Snapshot, untouched
+from batchnorm.models.snapshot import Snapshot, Structure, Values, restored_if_raised, untouched
+from batchnorm.models.transaction import transaction
 from batchnorm.nn.pending import deferring_always
 
 
@@ -155,3 +156,63 @@ def test_a_step_that_a_fused_layer_owes_is_neither_lost_nor_taken_after_all_was_
         assert all(torch.equal(value, after[key]) for key, value in model.norm.state_dict().items())
         assert unread.mean().isfinite()
         assert model.norm.num_batches_tracked == 1
+
+
+# -- the parts, and when they are put back -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_is_set_aside_comes_back_after_an_exception_only(error):
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    norm, mean = model[0], model[0].running_mean
+
+    def change(raised=None):
+        norm.__class__ = type("Other", (torch.nn.BatchNorm1d,), {})
+        norm.mark = 1
+        norm.running_mean = torch.ones(2)
+        model[0] = torch.nn.Identity()
+        mean.fill_(float("nan"))
+        if raised is not None:
+            raise raised
+
+    with pytest.raises(error), restored_if_raised(Structure(model.modules())), restored_if_raised(Values([mean])):
+        change(error)
+    assert model[0] is norm
+    assert type(norm) is torch.nn.BatchNorm1d
+    assert not hasattr(norm, "mark")
+    assert norm.running_mean is mean
+    assert mean.tolist() == [0, 0]
+    with restored_if_raised(Structure(model.modules())), restored_if_raised(Values([mean])):
+        change()
+    assert isinstance(model[0], torch.nn.Identity)
+    assert mean.isnan().all()
+
+
+def test_an_interrupt_of_the_verb_after_the_body_takes_the_change_back_too():
+    value = torch.zeros(2)
+
+    @transaction("test")
+    def verb(model):
+        with restored_if_raised(Values([value])):
+            value.fill_(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verb(torch.nn.Identity())
+    assert value.tolist() == [0, 0]
+
+
+def test_values_of_every_kind_of_tensor_come_back():
+    with torch.inference_mode():
+        inference = torch.zeros(2)
+    tensors = [torch.zeros(2), inference, torch.zeros(1).expand(3), torch.zeros(2, 2).to_sparse(), torch.zeros(4)[::2]]
+    values = Values(tensors)
+    tensors[0].fill_(float("nan"))
+    with torch.inference_mode():
+        inference.add_(1)
+    tensors[2][:1].add_(1)
+    tensors[3].add_(torch.ones(2, 2).to_sparse())
+    tensors[4].add_(1)
+    for _ in range(2):  # as often as need be
+        values.restore()
+    assert all(t.to_dense().eq(0).all() for t in tensors)

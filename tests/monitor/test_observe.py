@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm.functional
 import batchnorm.nn
-from batchnorm.functional import observers as observing
+from batchnorm import observers as observing
 from batchnorm.monitor import watch
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 from torch import nn
 
 from batchnorm.nn import BatchNorm1d, BatchNorm2d
-from batchnorm.nn.swap import OURS, TORCHS, class_name, norms_put_back, swap
+from batchnorm.nn.swap import OURS, TORCHS, class_name, swap
 
 
 def test_there_and_back():
@@ -29,22 +31,21 @@ def test_a_mark_of_somebody_elses_is_no_mark_of_ours():
     assert swap(norm, OURS)[0] == ()
 
 
-def test_norms_are_put_back_after_an_exception_only():
-    model = nn.Sequential(nn.BatchNorm2d(2))
+@pytest.mark.parametrize("fails", [True, False])
+def test_all_norms_are_swapped_or_none(monkeypatch, fails):
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(3))
+    made = BatchNorm2d._refusals
 
-    def interrupted():
-        with norms_put_back(model):
-            swap(model, OURS)
-            model[0].fused = True
+    def interrupted(self, batches):
+        if fails and self.num_features == 3:
             raise KeyboardInterrupt
+        return made(self, batches)
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert type(model[0]) is nn.BatchNorm2d
-    assert "fused" not in model[0].__dict__
-    with norms_put_back(model):
+    monkeypatch.setattr(BatchNorm2d, "_refusals", interrupted)
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
         swap(model, OURS)
-    assert type(model[0]) is BatchNorm2d
+    assert [type(norm) for norm in model] == [nn.BatchNorm2d if fails else BatchNorm2d] * 2
+    assert all(("layer_name" in norm.__dict__) != fails for norm in model)
 
 
 def test_class_names_say_the_package():

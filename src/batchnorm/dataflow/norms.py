@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.dataflow.graph import Call, Graph
 from batchnorm.dataflow.refusal import Refusal
-from batchnorm.nn.operators import NORM_OPERATORS
+from batchnorm.nn.operators import is_norm_operator
 from batchnorm.nn.select import NormModule, named_norms
 
 __all__ = ["NormUse", "alternative_to", "is_norm", "norm_uses", "require_no_alternative", "unreached_norms"]
@@ -35,7 +35,7 @@ class NormUse:
 
 def is_norm(call: Call) -> bool:
     """Whether the call is a batch norm, by whatever operator."""
-    return call.op._schema.name in NORM_OPERATORS
+    return is_norm_operator(call.op)
 
 
 def norm_uses(model: Module, graph: Graph) -> list[NormUse]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments, expand_mask
+from batchnorm.nn.operators import eps_key
 from batchnorm.statistics.collect import OnBatch, moments_of
 from batchnorm.statistics.estimators import Pooled
 from batchnorm.statistics.operators import NormCall
@@ -142,8 +143,7 @@ class Meetings(OnBatch):
         met = meeting.take(parts, self._batch, call)
         meeting.on_batch |= bool(call.given.get("training", False))
         if site in self._basis.eps:
-            key = "eps" if "eps" in call.given else "epsilon"
-            call = NormCall(call.func, call.given | {key: self._basis.eps[site]})
+            call = NormCall(call.func, call.given | {eps_key(call.given): self._basis.eps[site]})
         return self._normalize(site, call, met, meeting)
 
     def _normalize(self, site: Site, call: NormCall, met: Moments, tally: Tally) -> Any:

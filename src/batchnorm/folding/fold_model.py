@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +30,9 @@ from batchnorm.folding.report.int8_ranges import FoldedWeight, folded_weights
 from batchnorm.folding.report.sentences import tell
 from batchnorm.folding.result import FoldResult
 from batchnorm.folding.writing.record import Pairs
-from batchnorm.folding.writing.rewrite import Rewrite
+from batchnorm.folding.writing.rewrite import replace_modules, rewrite
 from batchnorm.models.several import Several
-from batchnorm.models.transaction import on_failure
+from batchnorm.models.snapshot import Structure, restored_if_raised
 from batchnorm.nn.input_normalization import INNER, NORMALIZATION, WithNormalizedInput, outer_name
 from batchnorm.verification.end_to_end import Agreement, ReferenceOutputs, spacing, verify, verify_float64
 
@@ -108,7 +107,7 @@ def _with_own_weights(work: Module, runs: Runs) -> tuple[Graph, dict[str, Module
     stored = _bearable(work, runs.all, weights.layers(graph))
     if not stored:
         return graph, {}
-    Rewrite().replace(work, stored)
+    replace_modules(work, stored)
     return trace(work, runs.all), {name: copy.deepcopy(layer) for name, layer in stored.items()}
 
 
@@ -120,14 +119,14 @@ def _bearable(work: Module, example_inputs: Any, stored: dict[str, Module]) -> d
 
 
 def _runs_with(work: Module, example_inputs: Any, stored: dict[str, Module]) -> bool:
-    rewrite = Rewrite()
-    rewrite.replace(work, stored)
+    before = Structure(work.modules())
+    replace_modules(work, stored)
     try:
         run(work, example_inputs)
     except InputError:
         return False
     finally:
-        rewrite.roll_back()
+        before.restore()
     return True
 
 
@@ -176,7 +175,7 @@ def _compared(
     if proved.in_float64 is not None:
         roundoff = max(spacing(tensor) / 2 for tensor in touched)
         exact = verify_float64(*proved.in_float64, reference, roundoff)
-    Rewrite().apply(work, proved.plan, proved.parameters)
+    rewrite(work, proved.plan, proved.parameters)
     return verify(reference, run(work, example_inputs)), None if exact is None else exact.error
 
 
@@ -203,21 +202,10 @@ def _change(target: Module, proved: ProvedPlan, stored: dict[str, Module]) -> tu
     old = dict(pairs.parameters)
     old |= {f"{name}.weight": layer._parameters["weight"] for name, layer in stored.items()}
     weights = folded_weights(plan.parameters.absorbers.values(), old, parameters)
-    with _all_or_nothing() as rewrite:
-        rewrite.replace(target, stored)
-        rewrite.apply(target, plan, parameters)
+    with restored_if_raised(Structure(target.modules())):
+        replace_modules(target, stored)
+        rewrite(target, plan, parameters)
     return pairs, weights
-
-
-@contextmanager
-def _all_or_nothing() -> Iterator[Rewrite]:
-    rewrite = Rewrite()
-    on_failure(rewrite.roll_back)
-    try:
-        yield rewrite
-    except BaseException:
-        rewrite.roll_back()
-        raise
 
 
 # -- the normalization of the input ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from batchnorm.folding.planning.merged_parameters import find_tensor, put_parame
 from batchnorm.folding.planning.own_weights import untie
 from batchnorm.folding.writing.record import Pairs
 from batchnorm.folding.writing.record_data import fitting
-from batchnorm.folding.writing.rewrite import Rewrite
+from batchnorm.folding.writing.rewrite import replace_by_id
 from batchnorm.models.copying import copy_model
 from batchnorm.models.preconditions import require_module
 from batchnorm.models.snapshot import Structure
@@ -61,7 +61,7 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
     known = Pairs.given("refold", pairs, like=model)
     _require_original(model, known)
     target = model if inplace else copy_model("refold", model, "Change it in place: inplace=True.")
-    on_failure(Structure(target).restore)
+    on_failure(Structure(target.modules()).restore)
     with fitting("refold"):
         for name, shape in known.added.items():
             module = target.get_submodule(name.rpartition(".")[0])
@@ -82,7 +82,7 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
             conv = stand_ins.get(id(old), old)
             assert isinstance(conv, _ConvNd)
             stand_ins[id(old)] = bordered(conv, torch.zeros(conv.in_channels))
-        Rewrite().replace_by_id(target, stand_ins)
+        replace_by_id(target, stand_ins)
     return target
 
 

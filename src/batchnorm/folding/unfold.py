@@ -59,7 +59,7 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
     known = Pairs.given("unfold", pairs, like)
     _require_folded(model, known)
     target = model if inplace else copy_model("unfold", model, "Unfold it in place: inplace=True.")
-    on_failure(Structure(target).restore)
+    on_failure(Structure(target.modules()).restore)
     with fitting("unfold"):
         _put_modules_back(target, known)
         for name, tensor in known.parameters.items():

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 
 from batchnorm.errors import InputError
 from batchnorm.functional import dispatch
-from batchnorm.functional.fused import fused_batch_norm
-from batchnorm.functional.observers import followed
 from batchnorm.functional.operator import batch_norm_operator, composite
-from batchnorm.functional.running_statistics import NOBODY, Counters
-from batchnorm.functional.torch_backend import torch_batch_norm
 from batchnorm.functional.validation import HALF, check_extras, check_valid_counts, first_problem
-from batchnorm.kernels.activation import activation_called
-from batchnorm.kernels.contract import Request
+from batchnorm.kernels.contract import NO_COUNTERS, Backend, Counters, Request
 from batchnorm.moments import Moments, expand_mask
+from batchnorm.observers import transformed
 
 __all__ = ["batch_norm", "moments"]
 
@@ -132,28 +125,17 @@ def normalize(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     inplace: bool = False,
-    counters: Counters = NOBODY,
+    counters: Counters = NO_COUNTERS,
 ) -> Tensor:
     """Do what :func:`batch_norm` does, and count the batch in training; messages open with ``where``."""
     if getattr(input, "dtype", None) in HALF:
-        weight, bias = (_beside(running_mean, parameter, input.dtype) for parameter in (weight, bias))
+        weight, bias = (_widen_parameter(running_mean, parameter, input.dtype) for parameter in (weight, bias))
+    state = input, running_mean, running_var, weight, bias, training, momentum, eps
+    whole_call = *state, activation, residual, inplace, counters
     extras = activation is not None or residual is not None
-    backend = None if mask is not None else dispatch.at_once(input, training, extras)
-    if backend == "native":
-        y = fused_batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            activation,
-            residual,
-            inplace,
-            counters,
-        )
+    backend = None if mask is not None else dispatch.quick_choice(input, training, extras)
+    if backend is dispatch.NATIVE:  # which takes nothing that has to be checked
+        y = backend.serve(*whole_call, False)
         if y is not None:
             return y
         backend = None
@@ -161,96 +143,40 @@ def normalize(
         check_extras(_text(where), input, activation, residual, mask)
     if backend is None:
         backend = dispatch.choose(Request(input, weight, bias, training, activation, residual, mask))
-    if backend == "torch":
+    if mask is None:
         try:
-            y = torch_batch_norm(
-                input,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                training,
-                momentum,
-                eps,
-                counters,
-                forced=dispatch.is_forced(),
-            )
+            y = backend.serve(*whole_call, dispatch.is_forced())
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-            _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
+            _check(where, *state)
             raise
         if y is not None:
-            return _finish(y, residual, activation) if extras else y
-        backend = dispatch.instead_of_torch(Request(input, weight, bias, training, activation, residual))
-    _check(where, input, running_mean, running_var, weight, bias, training, momentum, eps)
+            return y
+        if not isinstance(backend, Backend):
+            backend = dispatch.instead_of_torch(Request(input, weight, bias, training, activation, residual))
+    _check(where, *state)
     if training and mask is not None:
         check_valid_counts(_text(where), input, mask)
-    return _operator()(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        mask,
-        residual,
-        activation,
-        backend,
-        *counters,
-    )
+    return _operator()(*state, mask, residual, activation, backend.name, counters.batches, counters.refused)
 
 
-def _beside(running: Tensor | None, parameter: Tensor | None, half: torch.dtype) -> Tensor | None:
+def _widen_parameter(running: Tensor | None, parameter: Tensor | None, half: torch.dtype) -> Tensor | None:
     """Return γ or β in float32, if it is half as wide as the running statistics: kernels take both of one dtype."""
     if parameter is None or running is None or parameter.dtype != half or running.dtype != torch.float32:
         return parameter
     return parameter.float()
 
 
-# Written over their argument: as much as one line each of torch's own.
-_OVER: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "leaky_relu": F.leaky_relu_,
-    "relu6": partial(F.relu6, inplace=True),
-}
-
-
-def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    """Add and activate: over ``y``, which nobody else has, unless somebody watches the operators."""
-    alone = type(y) is Tensor and (residual is None or type(residual) in (Tensor, Parameter)) and not followed()
-    if residual is not None:
-        y = y.add_(residual) if alone else y + residual
-    if activation is None:
-        return y
-    over = _OVER.get(activation) if alone else None
-    if over is not None:
-        return over(y)
-    found = activation_called(activation)
-    assert found is not None
-    return found.function(y)
-
-
 def _operator() -> Callable[..., Tensor]:
     """Return the operator; under vmap, grad and their like what it is made of, for they look into no operator."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and transformed():
         return composite
     return batch_norm_operator
 
 
-def _check(
-    where: Where,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> None:
-    state = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    problem = first_problem(_text(where), input, state, training, momentum, eps)
+def _check(where: Where, input: Tensor, *call: Any) -> None:
+    """Raise what a call deserves, whose arguments are those of :func:`batch_norm` up to ``eps``."""
+    state = dict(zip(("running_mean", "running_var", "weight", "bias"), call[:4], strict=True))
+    problem = first_problem(_text(where), input, state, *call[4:])
     if problem is not None:
         raise problem
 
@@ -289,6 +215,6 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         raise InputError(f"moments: expected an input of shape (N, C) or (N, C, *space); got {tuple(x.shape)}.")
     if not x.is_floating_point():
         raise InputError(f"moments: expected a floating-point input; got {x.dtype}. Convert it with x.float().")
-    name = dispatch.choose(Request(x, training=True, mask=mask), split=True)
+    backend = dispatch.choose_split(Request(x, training=True, mask=mask))
     full = None if mask is None else expand_mask(mask, x, 1)
-    return dispatch.backend(name).moments(x.detach(), full)
+    return backend.moments(x.detach(), full)

@@ -8,62 +8,41 @@ rest. Another backend joins with one call of :func:`register`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Protocol
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from batchnorm.blocks import block
 from batchnorm.errors import InputError, StateError, UnknownNameError, closest
-from batchnorm.kernels.contract import Backend, Request
+from batchnorm.kernels.contract import Backend, Candidate, Request
 from batchnorm.kernels.native import NATIVE, missing
 from batchnorm.kernels.native.backend import SMALLEST, pays
 from batchnorm.kernels.reference import REFERENCE
+from batchnorm.kernels.torch_backend import TORCH
+from batchnorm.observers import recorded
 
 __all__ = [
+    "NATIVE",
+    "TORCH",
     "active_backend",
-    "at_once",
     "backend",
     "backends",
     "choose",
+    "choose_split",
     "instead_of_torch",
     "is_forced",
+    "quick_choice",
     "register",
     "use_backend",
 ]
 
 
-class Candidate(Protocol):
-    """What dispatch asks of everything that may serve a call."""
+_Candidate = TypeVar("_Candidate", bound=Candidate)
 
-    @property
-    def name(self) -> str:
-        """How ``use_backend`` and ``active_backend`` call it."""
-
-    def refusal(self, request: Request) -> str | None:
-        """Return None to serve the call, else why not."""
-
-    def declines(self, request: Request) -> str | None:
-        """Return why another should serve it, or None; not asked of a backend that is forced."""
-
-
-class _Torch:
-    """torch.nn.functional.batch_norm: the whole operation at once, without split phases and without a mask."""
-
-    name = "torch"
-
-    def refusal(self, request: Request) -> str | None:
-        return None if request.mask is None else "torch's own batch_norm takes no mask"
-
-    def declines(self, request: Request) -> str | None:
-        return None
-
-
-_ALWAYS: dict[str, Candidate] = {"torch": _Torch(), "reference": REFERENCE}
-if missing is None:
-    _ALWAYS = {NATIVE.name: NATIVE, **_ALWAYS}
+_ALWAYS: dict[str, Candidate] = {c.name: c for c in (NATIVE, TORCH, REFERENCE) if c is not NATIVE or missing is None}
 _candidates = _ALWAYS  # in order of preference
 _forced: ContextVar[str | None] = ContextVar("batchnorm_backend", default=None)
 # The names of all use_backend contexts that are open, in all threads: while there is none, nobody pays for the look-up
@@ -191,48 +170,68 @@ def active_backend(
         >>> active_backend(x, training=True, mask=torch.ones(8, 5, dtype=torch.bool))
         'reference'
     """
-    return choose(Request(input, weight, bias, training, activation, residual, mask))
+    return choose(Request(input, weight, bias, training, activation, residual, mask)).name
 
 
-def choose(request: Request, *, split: bool = False) -> str:
-    """Return the name of the backend that serves a call; with ``split``, one that has the split phases.
+def choose(request: Request) -> Candidate:
+    """Return the backend that serves a call.
 
     Raises:
         InputError: the forced one, or every one, refuses; the message says why.
     """
     forced = _forced_name()
-    if forced is not None and not (split and forced == "torch"):
-        why = _candidates[forced].refusal(request)
-        if why is None:
-            return forced
-        raise InputError(f"use_backend({forced!r}) cannot serve this call: {why}. Leave the choice to dispatch.")
-    reasons = []
-    for name, candidate in _candidates.items():
-        if split and not isinstance(candidate, Backend):
-            continue
-        why = candidate.refusal(request) or candidate.declines(request)
-        if why is None:
-            return name
-        reasons.append(f"{name}: {why}")
-    raise InputError(f"no backend can serve this call ({'; '.join(reasons)}). Move the tensors to another device.")
+    if forced is not None:
+        return _require(_candidates[forced], request)
+    return _first({c: c.refusal(request) or c.prefers_not(request) for c in _candidates.values()})
 
 
-def at_once(input: Tensor, training: bool, fused: bool) -> str | None:
+def choose_split(request: Request, *, any_size: bool = False) -> Backend:
+    """Return the backend that serves a call phase by phase, which torch's does not, forced or not.
+
+    With ``any_size`` it is the first that does not refuse, whatever it prefers not to serve: for one who measures many
+    inputs, to whom small ones matter for their time and not for their last digits.
+
+    Raises:
+        InputError: the forced one, or every one, refuses; the message says why.
+    """
+    forced = _forced_name()
+    found = None if forced is None else _candidates[forced]
+    if isinstance(found, Backend):
+        return _require(found, request)
+    there = [c for c in _candidates.values() if isinstance(c, Backend)]
+    return _first({c: c.refusal(request) or (None if any_size else c.prefers_not(request)) for c in there})
+
+
+def _require(forced: _Candidate, request: Request) -> _Candidate:
+    why = forced.refusal(request)
+    if why is not None:
+        raise InputError(f"use_backend({forced.name!r}) cannot serve this call: {why}. Leave the choice to dispatch.")
+    return forced
+
+
+def _first(candidates: Mapping[_Candidate, str | None]) -> _Candidate:
+    """Return the first candidate with no reason against it."""
+    for candidate, why in candidates.items():
+        if why is None:
+            return candidate
+    reasons = "; ".join(f"{candidate.name}: {why}" for candidate, why in candidates.items())
+    raise InputError(f"no backend can serve this call ({reasons}). Move the tensors to another device.")
+
+
+def quick_choice(input: Tensor, training: bool, fused: bool) -> Candidate | None:
     """Return the backend of a call without mask where little has to be asked for that, else None.
 
-    ``"torch"`` is certain; ``"native"`` is what serves the call unless it refuses.
+    ``TORCH`` is certain; ``NATIVE`` is what serves the call unless it refuses.
     """
     if _open:
-        return NATIVE.name if _forced_name() == NATIVE.name else None
+        return NATIVE if _forced_name() == NATIVE.name else None
     if _candidates is not _ALWAYS:
         return None
-    if missing is not None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return "torch"
-    if torch.compiler.is_exporting():  # the number of values may be any: to ask for it would bound it in the program
-        return "torch"
-    if not isinstance(input, Tensor) or input.numel() < SMALLEST:
-        return "torch"
-    return NATIVE.name if pays(input, training, fused) else "torch"
+    if missing is not None or recorded():  # an exported program may take any number of values: to ask would bound it
+        return TORCH
+    if not isinstance(input, Tensor) or input.numel() < SMALLEST or not input.is_cpu:
+        return TORCH
+    return NATIVE if pays(input, training, fused) else TORCH
 
 
 def is_forced() -> bool:
@@ -240,9 +239,9 @@ def is_forced() -> bool:
     return _forced_name() is not None
 
 
-def instead_of_torch(request: Request) -> str:
+def instead_of_torch(request: Request) -> Backend:
     """Return the backend of a call that torch's kernel would lose the digits of: native if it can, however small."""
-    return NATIVE.name if missing is None and NATIVE.refusal(request) is None else REFERENCE.name
+    return NATIVE if missing is None and NATIVE.refusal(request) is None else REFERENCE
 
 
 def _forced_name() -> str | None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from batchnorm.functional.autograd import normalize_with_batch_statistics, normalize_with_given_statistics
-from batchnorm.functional.observers import notify
-from batchnorm.functional.running_statistics import Counters, count_call, take_step
+from batchnorm.kernels.contract import Counters
+from batchnorm.kernels.running_statistics import count_call, update_running
 from batchnorm.moments import expand_mask
+from batchnorm.observers import notify
 
 __all__ = ["SCHEMA", "batch_norm_operator", "composite"]
 
@@ -53,7 +54,7 @@ def composite(
         y, moments = normalize_with_batch_statistics(input, weight, bias, residual, full, eps, activation, backend)
         counters = Counters(num_batches_tracked, refused)
         if running_mean is not None and running_var is not None:
-            take_step(running_mean, running_var, moments, momentum, counters)
+            update_running(running_mean, running_var, moments, momentum, counters)
         else:
             count_call(counters)
         return y

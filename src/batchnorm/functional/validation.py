@@ -23,6 +23,7 @@ from batchnorm.errors import (
 )
 from batchnorm.kernels.activation import ACTIVATIONS, activation_called
 from batchnorm.moments import expand_mask
+from batchnorm.observers import is_transformed, recorded
 
 __all__ = ["HALF", "check_activation", "check_extras", "check_valid_counts", "first_problem", "too_few_values"]
 
@@ -239,10 +240,9 @@ def check_valid_counts(where: str, input: Tensor, mask: Tensor) -> None:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if torch.compiler.is_compiling() or recorded():
         return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return type(tensor) is Tensor and not wrapped and tensor.device.type != "meta"
+    return type(tensor) is Tensor and not is_transformed(tensor) and tensor.device.type != "meta"
 
 
 def _shape(tensor: Tensor) -> str:

@@ -15,17 +15,25 @@ from batchnorm.fusion.find import find_fusions
 from batchnorm.fusion.result import ConvertResult, FusedNorm
 from batchnorm.models.copying import copy_model
 from batchnorm.models.preconditions import require_module, require_readable
+from batchnorm.models.snapshot import Structure, restored_if_raised
 from batchnorm.models.transaction import transaction
 from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.select import named_norms
-from batchnorm.nn.swap import OURS, TORCHS, cannot_revert, norms_put_back, swap
+from batchnorm.nn.swap import OURS, TORCHS, cannot_revert, swap
 
 __all__ = ["convert", "revert"]
 
 
 @transaction("convert")
 @with_provenance("convert")
-def convert(model: Module, example_inputs: Any = None, *, fuse: bool = False, inplace: bool = False) -> ConvertResult:
+def convert(
+    model: Module,
+    example_inputs: Any = None,
+    *,
+    fuse: bool = False,
+    inplace: bool = False,
+    skip_nonfinite: bool = True,
+) -> ConvertResult:
     r"""Turn every ``torch.nn.BatchNorm1d/2d/3d`` of a model into this library's layer of the same name.
 
     Only the class of the layers changes, so that parameters, buffers, hooks, train/eval modes, what an optimizer holds,
@@ -53,6 +61,7 @@ def convert(model: Module, example_inputs: Any = None, *, fuse: bool = False, in
         example_inputs: for ``fuse``: a tensor, a tuple of positional or a dict of keyword arguments.
         fuse: compute norms together with the activations and additions that follow them.
         inplace: change the model itself, not a deep copy of it.
+        skip_nonfinite: of the new layers, see :class:`batchnorm.nn.BatchNorm1d`.
 
     Returns:
         A result whose ``model`` has the new layers; ``converted`` and ``left`` say which, ``fused`` and ``unfused``
@@ -95,8 +104,10 @@ def convert(model: Module, example_inputs: Any = None, *, fuse: bool = False, in
     # tensors that are made in inference mode, those of the copy among them, could not be trained or written into later
     with torch.inference_mode(False):
         target = _target("convert", model, inplace)
-    with torch.inference_mode(False), norms_put_back(target):
+    with torch.inference_mode(False), restored_if_raised(Structure(named_norms(target).values())):
         converted, left = swap(target, OURS)
+        for name in converted if not skip_nonfinite else ():
+            target.get_submodule(name).__dict__["skip_nonfinite"] = False
         if fuse:
             fused, unfused = _fuse(target, example_inputs)
     return ConvertResult(target, converted, left, "convert", fused, unfused)

@@ -20,7 +20,35 @@ from torch import Tensor
 
 from batchnorm.moments import Moments
 
-__all__ = ["Backend", "Gradients", "Reduced", "Request", "Transform", "normalizers"]
+__all__ = [
+    "NO_COUNTERS",
+    "Backend",
+    "Candidate",
+    "Counters",
+    "Gradients",
+    "Reduced",
+    "Request",
+    "Transform",
+    "normalizers",
+]
+
+
+class Counters(NamedTuple):
+    """What is counted beside the running statistics: int64 tensors of no dimensions, or None; and what enters these.
+
+    Attributes:
+        batches: those that entered in every channel; a layer's ``num_batches_tracked``.
+        refused: those that did not, in one channel or more.
+        skip_nonfinite: whether steps that are not finite have to be kept out; else a backend keeps them out where that
+            costs nothing.
+    """
+
+    batches: Tensor | None = None
+    refused: Tensor | None = None
+    skip_nonfinite: bool = True
+
+
+NO_COUNTERS = Counters()
 
 
 @dataclass(frozen=True)
@@ -83,11 +111,8 @@ class Gradients(NamedTuple):
     residual: Tensor | None
 
 
-class Backend(ABC):
-    """One way to compute batch normalization.
-
-    None of the methods validates: shapes, dtypes and devices have been checked above. None writes into its arguments.
-    """
+class Candidate(ABC):
+    """What may serve calls: whole ones, or those that :class:`Backend` splits into phases."""
 
     name: str
 
@@ -95,9 +120,44 @@ class Backend(ABC):
     def refusal(self, request: Request) -> str | None:
         """Return None if this backend can serve the call, else why not, as the end of a sentence."""
 
-    def declines(self, request: Request) -> str | None:
+    def prefers_not(self, request: Request) -> str | None:
         """Return why another had better serve a call that this one could, or None; not asked of a forced backend."""
         return None
+
+    def serve(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        activation: str | None,
+        residual: Tensor | None,
+        inplace: bool,
+        counters: Counters,
+        forced: bool,
+    ) -> Tensor | None:
+        """Serve a whole call without mask, with gradients, running statistics and counters, if that is possible.
+
+        The arguments are those of :func:`batchnorm.functional.batch_norm`, ``counters`` to count the batch of a
+        training step in, and whether this backend is ``forced``, so that no other may take the call. They have not been
+        checked: what does not fit together makes it raise whatever it raises, or return None.
+
+        Returns:
+            y; None, with nothing done, if the call has to be served otherwise.
+        """
+        return None
+
+
+class Backend(Candidate):
+    """One way to compute batch normalization, phase by phase.
+
+    None of the methods validates: shapes, dtypes and devices have been checked above. None writes into its arguments,
+    but for what :meth:`Candidate.serve` updates.
+    """
 
     @abstractmethod
     def moments(self, x: Tensor, mask: Tensor | None = None) -> Moments:

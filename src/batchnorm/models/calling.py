@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from batchnorm.errors import ArgumentTypeError
 from batchnorm.models.unsynchronized import unsynchronized
+from batchnorm.observers import compiler_stance, eager_stance, set_compiler_stance
 
 __all__ = ["Forward", "below_autograd", "call_on_batch", "call_on_example", "compiled_modules_eager", "fresh_inputs"]
 
@@ -105,18 +105,16 @@ class _EagerStance:
         """
         with self._lock:
             self._depths[threading.current_thread()] = depth
-            if "torch._dynamo" not in sys.modules:
-                return  # what is not imported has compiled nothing, and takes a second to import
-            from torch._dynamo import eval_frame
-
+            wanted, now = any(self._depths.values()), compiler_stance()
+            if now is None:
+                return
             # The stance itself says whether it is ours: an interrupt between two lines leaves nothing contradictory.
-            wanted, now = any(self._depths.values()), eval_frame._stance
             if wanted and now is not self._eager:
                 self._before = now
-                self._eager = self._eager or eval_frame.DynamoStance("force_eager")
-                eval_frame._set_stance(self._eager)
+                self._eager = self._eager or eager_stance()
+                set_compiler_stance(self._eager)
             elif not wanted and now is self._eager:
-                eval_frame._set_stance(self._before)
+                set_compiler_stance(self._before)
 
 
 compiled_modules_eager = _EagerStance()

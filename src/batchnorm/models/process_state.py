@@ -6,10 +6,9 @@ A ``with`` block gives back what it borrowed, except where an interrupt meets th
 from __future__ import annotations
 
 import torch
-from torch.overrides import _pop_mode as _pop_function_mode
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
 
 from batchnorm.models.calling import compiled_modules_eager
+from batchnorm.observers import dispatch_modes, function_modes, pop_dispatch_mode, pop_function_mode, set_grad_enabled
 
 __all__ = ["ProcessState"]
 
@@ -19,15 +18,15 @@ class ProcessState:
 
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()
-        self._dispatch = len(_get_current_dispatch_mode_stack())
-        self._functions = torch._C._len_torch_function_stack()
+        self._dispatch = len(dispatch_modes())
+        self._functions = len(function_modes())
         self._eager = compiled_modules_eager.depth()
 
     def restore(self) -> None:
         """Put all of it back; what other threads have borrowed stays."""
-        while len(_get_current_dispatch_mode_stack()) > self._dispatch:
-            _pop_mode()
-        while torch._C._len_torch_function_stack() > self._functions:
-            _pop_function_mode()
-        torch._C._set_grad_enabled(self._grad)
+        while len(dispatch_modes()) > self._dispatch:
+            pop_dispatch_mode()
+        while len(function_modes()) > self._functions:
+            pop_function_mode()
+        set_grad_enabled(self._grad)
         compiled_modules_eager.leave_to(self._eager)

@@ -1,10 +1,15 @@
-"""A model's state set aside, so that whatever happens next can be taken back bit for bit."""
+"""A model's state set aside, so that whatever happens next can be taken back bit for bit.
+
+:class:`Values` holds what is in tensors, :class:`Structure` which modules and tensors stand where, :class:`Snapshot`
+both as far as a run of a model can change them. Each has a ``restore``, which may be called after half a change, and
+twice; :func:`restored_if_raised` calls it where a body raises, or an interrupt meets the verb around it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.files.tensor_memory import bytes_of, without_repeats
 from batchnorm.models.transaction import on_failure
 
-__all__ = ["Snapshot", "Structure", "on_snapshot", "set_eval", "untouched"]
+__all__ = ["Snapshot", "Structure", "Values", "on_snapshot", "restored_if_raised", "set_eval", "untouched", "write"]
 
 OnBuffers: TypeAlias = Callable[[Iterable[Tensor]], None]
 
@@ -31,6 +36,33 @@ def on_snapshot(before_taking: OnBuffers, before_restoring: OnBuffers) -> None:
     """
     _before_taking.append(before_taking)
     _before_restoring.append(before_restoring)
+
+
+class Values:
+    """What tensors hold, bit for bit; it is put back into the very tensors, so that whoever shares them sees it."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._values: list[tuple[Tensor, Tensor]] = []
+        for tensor in tensors:
+            if is_lazy(tensor):  # without a value until the first forward
+                continue
+            # an expanded tensor (one element seen many times) is written only through what it was expanded from
+            own = without_repeats(tensor.detach()) if tensor.layout == torch.strided else tensor
+            self._values.append((own, own.detach().clone()))
+
+    def restore(self) -> None:
+        """Put every value back."""
+        for tensor, value in self._values:
+            # a write, even of the same value, would fail a backward pass that is still to come
+            if not _same_bits(tensor, value):
+                write(tensor, value)
+
+
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Write a value into a tensor, in place; what was made in inference mode can be written only there."""
+    # in this order: inference_mode(False) records gradients
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(value)
 
 
 class Snapshot:
@@ -57,14 +89,7 @@ class Snapshot:
             (slots, dict(slots)) for m in plain for slots in (m._parameters, m._buffers)
         ]
         self._attributes = [(m, _attributes_of(m)) for m in plain if not type(m).__module__.startswith(_NOT_THE_USERS)]
-        self._values: list[tuple[Tensor, Tensor]] = []
-        tensors = self._buffers + (list(model.parameters()) if parameters else [])
-        for tensor in tensors:
-            if is_lazy(tensor):  # without a value until the first forward
-                continue
-            # an expanded tensor (one element seen many times) is written only through what it was expanded from
-            own = without_repeats(tensor.detach()) if tensor.layout == torch.strided else tensor
-            self._values.append((own, own.detach().clone()))
+        self._values = Values(self._buffers + (list(model.parameters()) if parameters else []))
 
     def restore(self) -> None:
         """Put every mode and value back."""
@@ -78,11 +103,7 @@ class Snapshot:
             slots.update(tensors)
         for module, attributes in self._attributes:
             _put_back(module, attributes, _attributes_of(module))
-        with torch.no_grad():
-            for tensor, value in self._values:
-                # a write, even of the same value, would fail a backward pass that is still to come
-                if not _same_bits(tensor, value):
-                    tensor.copy_(value)
+        self._values.restore()
 
 
 _NOT_THE_USERS = ("torch.", "batchnorm.")
@@ -101,11 +122,11 @@ def _put_back(module: Module, attributes: dict[str, Any], now: dict[str, Any]) -
 
 
 class Structure:
-    """The class and the attributes of every module, and which modules, parameters and buffers stand where."""
+    """The class and the attributes of modules, and which modules, parameters and buffers stand where in them."""
 
-    def __init__(self, model: Module) -> None:
+    def __init__(self, modules: Iterable[Module]) -> None:
         # a scripted module keeps them in C++, where they cannot change
-        plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
         self._modules = [(module, type(module), dict(module.__dict__)) for module in plain]
         self._slots = [
             (slots, dict(slots)) for module in plain for slots in (module._parameters, module._buffers, module._modules)
@@ -119,6 +140,24 @@ class Structure:
         for slots, tensors in self._slots:
             slots.clear()
             slots.update(tensors)  # type: ignore[arg-type]
+
+
+class Restorable(Protocol):
+    """Something set aside."""
+
+    def restore(self) -> None:
+        """Put it back."""
+
+
+@contextmanager
+def restored_if_raised(before: Restorable) -> Iterator[None]:
+    """Put back what was set aside if the body raises, or the verb that it is part of is interrupted later."""
+    on_failure(before.restore)
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        raise
 
 
 def set_eval(model: Module) -> None:

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from batchnorm.observers import (
+    dispatch_modes,
+    in_backward,
+    pop_dispatch_mode,
+    push_dispatch_mode,
+    set_grad_enabled,
+)
 
 __all__ = ["Forward", "Forwards", "Running"]
 
@@ -159,24 +167,24 @@ class Forwards(ABC):
         forward.by_hooks, forward.uneventful = False, ()
         forward.mode = _Mode(self, forward)
         # not by entering it: that notes in flags of the whole process that a mode is on, which is no thread's alone
-        _push_mode(forward.mode)
+        push_dispatch_mode(forward.mode)
 
     def look(self, method: Callable[..., None], *args: Any) -> None:
         """Call a method that only looks: without gradients, without being seen, and not during a backward pass.
 
         A backward pass runs forwards again where activations are checkpointed; what they meet has been seen before.
         """
-        if _looking.busy or self.closed or torch._C._current_graph_task_id() != -1:
+        if _looking.busy or self.closed or in_backward():
             return
         _looking.busy = True
         learning = torch.is_grad_enabled()
         try:
             if learning:
-                torch._C._set_grad_enabled(False)
+                set_grad_enabled(False)
             method(*args)
         finally:
             if learning:
-                torch._C._set_grad_enabled(True)
+                set_grad_enabled(True)
             _looking.busy = False
 
     def _enter(self, module: Module, args: tuple[Any, ...]) -> None:
@@ -192,7 +200,7 @@ class Forwards(ABC):
         name = self._names.get(id(module))
         if name is None:
             name = self._names.get(id(module.__dict__.get("_forward_hooks")))
-        if name is None or torch._C._current_graph_task_id() != -1:
+        if name is None or in_backward():
             return
         if forward is not None and (module is forward.root or module is self._model):
             self._end(forward)  # whatever an interrupt has left
@@ -212,7 +220,7 @@ class Forwards(ABC):
         if forward is None:
             return
         is_root = module is forward.root
-        if not (is_root or forward.looked_at) or torch._C._current_graph_task_id() != -1:
+        if not (is_root or forward.looked_at) or in_backward():
             return
         stack = forward.running
         if (stack and stack[-1].module is module) or any(running.module is module for running in stack):
@@ -277,10 +285,10 @@ class _Mode(TorchDispatchMode):
 
 def _take_off(mode: TorchDispatchMode) -> None:
     """Take a mode off this thread, from under those that were put on later; nothing happens if it is not on."""
-    if mode not in _get_current_dispatch_mode_stack():
+    if mode not in dispatch_modes():
         return
     above = []
-    while (top := _pop_mode()) is not mode:
+    while (top := pop_dispatch_mode()) is not mode:
         above.append(top)
     for other in reversed(above):
-        _push_mode(other)
+        push_dispatch_mode(other)

@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.functional.observers import attach, detach
 from batchnorm.models.calling import compiled_modules_eager
 from batchnorm.monitor.forwards import Forward, Forwards, Running
 from batchnorm.monitor.places import Place, Step, Traces, activation_in, is_given, is_visible, reports_itself
 from batchnorm.monitor.saturation import Activation, ActivationStream, activation_of
 from batchnorm.monitor.signatures import Signature, signature_of
 from batchnorm.monitor.stream import LayerStream, ReferenceStatistics
-from batchnorm.nn.operators import named_arguments
+from batchnorm.nn.operators import eps_key, named_arguments
 from batchnorm.nn.select import NormModule
+from batchnorm.observers import attach, detach, transformed
 
 __all__ = ["Observations", "Observer"]
 
@@ -189,7 +189,7 @@ class Observer(Forwards):
 
     def _module_input(self, forward: _Call, name: str, x: Any) -> None:
         reference = self._into.references.get(name)
-        if reference is None or torch._C._are_functorch_transforms_active():
+        if reference is None or transformed():
             return  # under vmap and its like a module is given a stand-in for many inputs
         if _has_values(x) and x.dim() > 1:
             self._add(forward, name, x)
@@ -218,8 +218,8 @@ class Observer(Forwards):
     ) -> None:
         given = named_arguments(func, args, kwargs)
         if signature.is_norm:
-            eps = given.get("eps", given.get("epsilon", 1e-5))
-            self._norm(forward, given["input"], given.get("running_mean"), given.get("running_var"), eps)
+            running = given.get("running_mean"), given.get("running_var")
+            self._norm(forward, given["input"], *running, given[eps_key(given)])
         if signature.unit_dim is not None:
             forward.unit_dim = signature.unit_dim
         elif signature.may_activate:

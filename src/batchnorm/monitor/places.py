@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import Module
-from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.monitor.saturation import Activation, activation_of
 from batchnorm.nn.batch_norm import BatchNorm2d
+from batchnorm.observers import global_forward_pre_hooks, transformed
 
 __all__ = ["LEARNED_ANEW", "Place", "Step", "Traces", "activation_in", "is_given", "is_visible", "reports_itself"]
 
@@ -76,7 +76,7 @@ def is_visible(module: Module, place: Place, args: Sequence[Any]) -> bool:
         and type(args[0]) is Tensor
         and not module._forward_pre_hooks  # they may give it something else
         and "forward" not in module.__dict__
-        and not torch._C._are_functorch_transforms_active()
+        and not transformed()
     )
 
 
@@ -88,7 +88,7 @@ def reports_itself(module: Module) -> bool:
 def is_given(x: Tensor, args: Sequence[Any]) -> bool:
     """Whether what an operator was given is the first of a module's arguments."""
     given = args[0] if args else None
-    if type(given) is not Tensor or type(x) is not Tensor or torch._C._are_functorch_transforms_active():
+    if type(given) is not Tensor or type(x) is not Tensor or transformed():
         return False
     return x is given or (
         x.layout == given.layout == torch.strided
@@ -128,7 +128,7 @@ class Traces:
         """Return the modules that a call of the module of that name will pass; None: its operators are to be met."""
         with self._lock:
             known = self._known.get(root)
-            if known is None or not known.confirmed or known.others != _hooks():
+            if known is None or not known.confirmed or known.others != global_forward_pre_hooks():
                 return None
             known.uses += 1
             return known.steps if known.uses % LEARNED_ANEW else None
@@ -144,11 +144,6 @@ class Traces:
         with self._lock:
             known = self._known.setdefault(root, _Known())
             known.hidden = known.hidden or hidden
-            same = known.steps == steps and known.others == _hooks()
+            same = known.steps == steps and known.others == global_forward_pre_hooks()
             known.confirmed = same and not known.hidden
-            known.steps, known.others = steps, _hooks()
-
-
-def _hooks() -> int:
-    """Return how many hooks may change what any module is given."""
-    return len(torch_module._global_forward_pre_hooks)
+            known.steps, known.others = steps, global_forward_pre_hooks()

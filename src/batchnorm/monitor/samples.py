@@ -10,9 +10,11 @@ from torch import Tensor
 from batchnorm.kernels.native import calls
 from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library
+from batchnorm.kernels.plain import is_plain
 from batchnorm.models.float64 import float64_device
 from batchnorm.moments import expand_mask
 from batchnorm.monitor.positions import parts, rows_in_place
+from batchnorm.observers import transformed
 
 __all__ = ["sample_statistics", "samples_in"]
 
@@ -98,13 +100,7 @@ def _moments(x: Tensor) -> Tensor:
 
 def _kernels_read(x: Tensor) -> bool:
     """Whether the native kernels read this tensor, which is an ordinary one."""
-    return (
-        library is not None
-        and x.device.type == "cpu"
-        and x.dtype in DTYPES
-        and not x.is_neg()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return library is not None and is_plain(x) and x.dtype in DTYPES and not transformed()
 
 
 def _masked(x: Tensor, mask: Tensor, groups: int) -> Tensor:

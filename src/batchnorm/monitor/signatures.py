@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from batchnorm.nn.operators import NORM_OPERATORS
+from batchnorm.nn.operators import is_norm_operator
 
 __all__ = ["Signature", "signature_of"]
 
@@ -41,7 +41,7 @@ def signature_of(func: Any) -> Signature | None:
         return None
     space, _, name = func._schema.name.partition("::")
     operator = name.rstrip("_")
-    normalizes = func._schema.name in NORM_OPERATORS
+    normalizes = is_norm_operator(func)
     spatial = normalizes or "conv" in name or name in ("native_group_norm", "group_norm", "instance_norm")
     signature = Signature(
         operator,

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from batchnorm.errors import ArgumentTypeError, ShapeError
 from batchnorm.functional.batch_norm import normalize
-from batchnorm.functional.running_statistics import NOBODY, Counters
 from batchnorm.functional.validation import HALF, check_activation
-from batchnorm.models.recomputation import recomputing
+from batchnorm.kernels.contract import NO_COUNTERS, Counters
 from batchnorm.nn.guarded import Guarded, asked_for_class
 from batchnorm.nn.pending import defer
+from batchnorm.observers import recomputing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,6 +35,7 @@ class _Layer(Guarded, torch.nn.modules.batchnorm._BatchNorm):
     activation = None  # type: str | None
     layer_name = None  # type: str | None
     inplace = False  # type: bool
+    skip_nonfinite = True  # type: bool
     _refused = None  # type: Tensor | None
 
     __jit_unused_properties__ = ("center", "scale", *Guarded.__jit_unused_properties__)
@@ -59,6 +60,7 @@ class _Layer(Guarded, torch.nn.modules.batchnorm._BatchNorm):
         scale: bool = True,
         activation: str | None = None,
         inplace: bool = False,
+        skip_nonfinite: bool = True,
     ) -> None:
         if activation is not None:
             check_activation(type(self).__name__, activation)
@@ -74,6 +76,8 @@ class _Layer(Guarded, torch.nn.modules.batchnorm._BatchNorm):
             self._refusals(self.num_batches_tracked)
         if inplace:
             self.inplace = True
+        if not skip_nonfinite:
+            self.skip_nonfinite = False
 
     @property
     def center(self) -> bool:
@@ -102,6 +106,8 @@ class _Layer(Guarded, torch.nn.modules.batchnorm._BatchNorm):
             parts.append(f"activation={self.activation!r}")
         if self.inplace:
             parts.append("inplace=True")
+        if not self.skip_nonfinite:
+            parts.append("skip_nonfinite=False")
         return ", ".join(parts)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -172,13 +178,13 @@ class _Layer(Guarded, torch.nn.modules.batchnorm._BatchNorm):
             factor = self.momentum
         else:
             factor = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
-        counters = NOBODY
+        counters = NO_COUNTERS
         if training and (update is False or (update is None and recomputing())):
             # Copies take the step, so that the same operators run and keep the same for the backward pass: a
             # checkpoint counts on it.
             mean, var = (None if t is None else t.clone() for t in (mean, var))
         elif batches is not None:
-            counters = Counters(batches, self._refusals(batches))
+            counters = Counters(batches, self._refusals(batches), self.skip_nonfinite)
         return normalize(
             self._where,
             input,
@@ -207,7 +213,7 @@ class _Layer(Guarded, torch.nn.modules.batchnorm._BatchNorm):
             return None if torch.compiler.is_exporting() else counter
         if type(batches) is not Tensor:
             return None
-        if counter is None or counter.is_meta:
+        if counter is None or (counter.is_meta and not batches.is_meta):
             counter = self.__dict__["_refused"] = torch.zeros((), dtype=torch.int64, device=batches.device)
         elif counter.device != batches.device:
             counter = self.__dict__["_refused"] = counter.to(batches.device)
@@ -287,6 +293,9 @@ class BatchNorm1d(_Layer, torch.nn.BatchNorm1d):
         scale: learn a scale γ, the parameter ``weight``; the attribute ``affine`` says whether there is one.
         activation: applied last, see :func:`batchnorm.functional.batch_norm`.
         inplace: the input may be overwritten, see there too.
+        skip_nonfinite: keep batches with NaN or infinity out of the running statistics, see
+            :func:`batchnorm.nonfinite_batches`. False calls torch's own kernel on accelerators just as torch's layer
+            does, which saves a dozen small operators a step; on the CPU they are kept out all the same.
 
     Raises:
         ShapeError: the input has another number of dimensions, or a single value per channel in training (a

@@ -13,6 +13,7 @@ from torch.nn import Module
 from torch.nn.parameter import Parameter
 
 from batchnorm.errors import StateError
+from batchnorm.models.snapshot import Structure
 from batchnorm.nn.guarded import Guarded
 
 if TYPE_CHECKING:
@@ -180,9 +181,10 @@ class Exact:
     """Everything that :func:`move` may touch, set aside so that a move cut short leaves no trace."""
 
     def __init__(self, norms: Iterable[Module]) -> None:
-        self._norms = [(norm, type(norm), norm.training, norm.__dict__.get(_MEMORY)) for norm in norms]
+        norms = list(norms)
+        self._structure = Structure(norms)
         self._parameters: list[tuple[Parameter, bool, Tensor | None]] = [
-            (p, p.requires_grad, p.grad) for norm, *_ in self._norms for p in _own_parameters(norm).values()
+            (p, p.requires_grad, p.grad) for norm in norms for p in _own_parameters(norm).values()
         ]
 
     def dropped_gradients(self) -> list[tuple[Parameter, Tensor]]:
@@ -191,12 +193,7 @@ class Exact:
 
     def restore(self) -> None:
         """Put everything back."""
-        for norm, cls, training, memory in self._norms:
-            norm.__class__ = cls
-            norm.training = training
-            norm.__dict__.pop(_MEMORY, None)
-            if memory is not None:
-                norm.__dict__[_MEMORY] = memory
+        self._structure.restore()
         for parameter, learns, grad in self._parameters:
             parameter.requires_grad_(learns)
             parameter.grad = grad

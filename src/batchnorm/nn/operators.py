@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-__all__ = ["NORM_OPERATORS", "named_arguments"]
+__all__ = ["NORM_OPERATORS", "eps_key", "is_norm_operator", "named_arguments"]
 
 NORM_OPERATORS = frozenset(
     {
@@ -28,6 +28,17 @@ NORM_OPERATORS = frozenset(
 
 Modules call ``aten::batch_norm`` or this library's own; the others come from exported programs.
 """
+
+
+@cache
+def is_norm_operator(op: Any) -> bool:
+    """Whether an operator is a batch norm, one of ``NORM_OPERATORS``; kept, for a schema is slow to read."""
+    return hasattr(op, "_schema") and op._schema.name in NORM_OPERATORS
+
+
+def eps_key(given: Mapping[str, Any]) -> str:
+    """Return what a norm operator calls its eps, of which there are two names."""
+    return "eps" if "eps" in given else "epsilon"
 
 
 def named_arguments(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

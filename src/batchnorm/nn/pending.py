@@ -29,18 +29,17 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules import module as torch_module
-from torch.nn.parameter import Parameter
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from batchnorm.errors import StateError
 from batchnorm.functional import dispatch
 from batchnorm.kernels.activation import ACTIVATIONS, leaky_relu
-from batchnorm.models.recomputation import recomputing
+from batchnorm.kernels.plain import ORDINARY, is_ordinary
 from batchnorm.models.snapshot import on_snapshot
 from batchnorm.nn.frozen import THAWED, state_of
 from batchnorm.nn.redirect import shallow_copy
+from batchnorm.observers import intercepted, output_hooked, recomputing, unreachable_by_gradients
 
 __all__ = ["Pending", "defer", "deferring_always"]
 
@@ -63,9 +62,9 @@ def defer(layer: _Layer, input: Any) -> Pending | None:
         torch.compiler.is_compiling()  # asked first: a compiler can read no further
         or not (_always.get() or _pays(layer, input))
         or layer.inplace
-        or _watched()
-        or type(input) not in (Tensor, Parameter)
-        or _hooked(layer)
+        or intercepted()
+        or type(input) not in ORDINARY
+        or output_hooked(layer)
         or "parametrizations" in layer._modules
         or state_of(layer) != THAWED
     ):
@@ -94,32 +93,7 @@ def deferring_always() -> Iterator[None]:
 
 
 def _pays(layer: _Layer, input: Any) -> bool:
-    return isinstance(input, Tensor) and dispatch.at_once(input, layer.training, True) == "native"
-
-
-def _watched() -> bool:
-    """Return whether somebody may follow the operators of this thread, or keeps them apart."""
-    return (
-        torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        # a torch.autograd.Function's forward, and inference mode
-        or not torch._C._is_fwd_grad_enabled()
-    )
-
-
-def _hooked(layer: _Layer) -> bool:
-    """Return whether hooks look at the layer's output: its own, or those of all modules."""
-    return bool(
-        layer._forward_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or torch_module._global_forward_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
+    return isinstance(input, Tensor) and dispatch.quick_choice(input, layer.training, True) is dispatch.NATIVE
 
 
 class _Source:
@@ -439,7 +413,7 @@ def _require_reachable(pending: Pending) -> None:
     Raises:
         StateError: this is one, and there is a gradient.
     """
-    if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled() or not _requires_grad(pending):
+    if not (unreachable_by_gradients() and _requires_grad(pending)):
         return
     raise StateError(
         f"{pending._source.layer._where()}: the output of this fused layer is given to a torch.autograd.Function (that "
@@ -515,20 +489,20 @@ def _fits(residual: Any, pending: Pending) -> bool:
     """Return whether a residual is as the fused call takes it, and whether a write into it can be noticed."""
     x = pending._source.input
     return (
-        type(residual) in (Tensor, Parameter)
+        isinstance(residual, Tensor)
+        and is_ordinary(residual)
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device
-        and residual.layout == torch.strided
         and not residual.is_inference()
-        and not _watched()
+        and not intercepted()
     )
 
 
 def _activate(known: _Known, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return the activated output, computed in one call; None where torch is to compute it."""
     found = known.matches(args[1:], kwargs)
-    if found is None or not args or not _is_open(args[0]) or _watched():
+    if found is None or not args or not _is_open(args[0]) or intercepted():
         return None
     pending: Pending = args[0]
     _require_reachable(pending)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from batchnorm.functional.batch_norm import normalize
-from batchnorm.functional.dispatch import at_once
+from batchnorm.functional.dispatch import TORCH, quick_choice
 
 __all__ = ["ScaleShift"]
 
@@ -73,7 +73,8 @@ class ScaleShift(Module):
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             alone = self.activation is None or self.fused is not None
             # a compiler makes one loop of torch's operators and those around them; into ours it could not look
-            if alone and not torch.compiler.is_compiling() and at_once(input, False, self.fused is not None) != "torch":
+            elsewhere = alone and not torch.compiler.is_compiling()
+            if elsewhere and quick_choice(input, False, self.fused is not None) is not TORCH:
                 name, affine = type(self).__name__, (self.weight, self.bias)
                 return normalize(name, input, self.zeros, self.ones, *affine, False, 0.0, 0.0, self.fused)
         y = F.batch_norm(input, self.zeros, self.ones, self.weight, self.bias, False, 0.0, 0.0)

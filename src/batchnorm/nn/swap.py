@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch.nn import Module
 from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.models.preconditions import lazy_names
-from batchnorm.models.transaction import on_failure
+from batchnorm.models.snapshot import Structure, restored_if_raised
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.frozen import THAWED, state_of
 from batchnorm.nn.norm_act import timms_classes
 from batchnorm.nn.select import NormModule, named_norms
 
-__all__ = ["OURS", "TORCHS", "become_torchs", "cannot_revert", "class_name", "norms_put_back", "swap", "why_left"]
+__all__ = ["OURS", "TORCHS", "become_torchs", "cannot_revert", "class_name", "swap", "why_left"]
 
 OURS: dict[type[Module], type[Module]] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
@@ -27,33 +26,13 @@ OURS: dict[type[Module], type[Module]] = {
 
 TORCHS = {ours: torchs for torchs, ours in OURS.items()}
 # What our layers have beyond torch's: nothing of it stays behind.
-_EXTRA_ATTRIBUTES = ("activation", "inplace", "fused", "layer_name", "_refused")
+_EXTRA_ATTRIBUTES = ("activation", "inplace", "fused", "skip_nonfinite", "layer_name", "_refused")
 
 
 def _meet_timms() -> None:
     for timms, ours in timms_classes().items():
         OURS[timms] = ours
         TORCHS[ours] = timms
-
-
-@contextmanager
-def norms_put_back(model: Module) -> Iterator[None]:
-    """Give every norm its class and attributes back if the body raises."""
-    before = [(norm, type(norm), dict(norm.__dict__)) for norm in named_norms(model).values()]
-
-    def put_back() -> None:
-        for norm, cls, attributes in before:
-            norm.__class__ = cls
-            for added in norm.__dict__.keys() - attributes.keys():
-                del norm.__dict__[added]
-            norm.__dict__.update(attributes)
-
-    on_failure(put_back)
-    try:
-        yield
-    except BaseException:
-        put_back()
-        raise
 
 
 def swap(
@@ -72,7 +51,7 @@ def swap(
     norms = named_norms(model)
     left = {name: why for name, norm in norms.items() if (why := why_left(norm, classes)) is not None}
     todo = {name: norm for name, norm in norms.items() if name not in left}
-    with norms_put_back(model):
+    with restored_if_raised(Structure(todo.values())):
         for name, norm in todo.items():
             if classes is TORCHS:
                 become_torchs(norm)

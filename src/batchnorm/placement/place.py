@@ -17,6 +17,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.models.copying import copy_model
 from batchnorm.models.preconditions import require_readable
 from batchnorm.models.several import Several
+from batchnorm.models.snapshot import Structure
 from batchnorm.models.transaction import on_failure, transaction
 from batchnorm.nn.provenance import with_provenance
 from batchnorm.placement.insertion import Insertion, KeyChanges, module_obstacle, owner_of
@@ -84,7 +85,7 @@ def place(model: Module, example_inputs: Any, *, inplace: bool = False) -> Place
     before = trace(work, runs)
     todo, left = _survey_all(work, before, runs)
     editor = _Editor(work, runs, before)
-    on_failure(editor.undo_all)
+    on_failure(Structure(work.modules()).restore)
     failed = editor.insert_all([insertion for insertion, _ in todo])
     note = editor.training_note()
     for insertion, site in todo:
@@ -177,10 +178,6 @@ class _Editor:
             self.renamed.update(renamed)
             self.dropped.extend(dropped)
         return failed
-
-    def undo_all(self) -> None:
-        for insertion in reversed(self._done):
-            insertion.undo(self._model)
 
     def training_note(self) -> str | None:
         """Return what is wrong with a training step on the example inputs; None if nothing is, or none is due."""

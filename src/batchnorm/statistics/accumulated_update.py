@@ -12,12 +12,13 @@ from torch.nn import Module, SyncBatchNorm
 
 from batchnorm.blocks import block
 from batchnorm.errors import StateError
-from batchnorm.functional.running_statistics import Counters, take_step
-from batchnorm.models.recomputation import recomputing
+from batchnorm.kernels.contract import Counters
+from batchnorm.kernels.running_statistics import update_running
 from batchnorm.moments import Moments, expand_mask
 from batchnorm.nn.redirect import Redirection, norms_for, redirected, require_arguments, set_aside
 from batchnorm.nn.select import NormModule
 from batchnorm.nn.statistics_in_use import updates
+from batchnorm.observers import recomputing
 from batchnorm.statistics.buffers import write_all
 
 __all__ = ["accumulated_update"]
@@ -155,7 +156,7 @@ class _Accumulation:
             momentum: float | Tensor | None = norm.momentum
             if momentum is None:
                 momentum = 0.0 if batches is None else 1 / (batches.double() + 1)
-            take_step(mean, var, moments, momentum, Counters(batches))
+            update_running(mean, var, moments, momentum, Counters(batches))
             pairs = zip(buffers, (mean, var, batches), strict=True)
             changes += [(buffer, new) for buffer, new in pairs if buffer is not None and new is not None]
         write_all(changes)

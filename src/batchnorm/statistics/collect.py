@@ -14,8 +14,9 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.errors import NonFiniteError, ShapeError
+from batchnorm.functional.dispatch import choose_split
 from batchnorm.kernels.contract import Request
-from batchnorm.kernels.native import NATIVE
+from batchnorm.kernels.reference import REFERENCE
 from batchnorm.models.calling import below_autograd
 from batchnorm.moments import Moments, expand_mask
 from batchnorm.statistics.estimators import Estimator
@@ -23,7 +24,7 @@ from batchnorm.statistics.operators import NormCall, run_with_functions
 from batchnorm.statistics.sites import Site, Sites
 from batchnorm.statistics.tally import Tally
 
-__all__ = ["Collector", "OnBatch", "OnStored", "counts_of", "moments_of", "require_channels", "require_finite"]
+__all__ = ["Collector", "OnBatch", "counts_of", "moments_of", "require_channels", "require_finite"]
 
 _CHUNK = 1 << 20
 """How many values are turned into float64 at a time: 8 MiB, whatever the size of the batch."""
@@ -124,13 +125,6 @@ class OnBatch(Collector):
         return call.run_on(mean.to(dtype), variance.to(dtype))
 
 
-class OnStored(Collector):
-    """The norms run as they would without this mode: in eval mode, on the stored statistics."""
-
-    def _normalize(self, site: Site, call: NormCall, met: Moments, tally: Tally) -> Any:
-        return call.run()
-
-
 def require_channels(site: Site, met: Moments) -> None:
     """Refuse what a norm met if it has other channels than the norm.
 
@@ -158,14 +152,17 @@ def require_finite(name: str, met: Moments) -> None:
 
 
 def moments_of(x: Tensor, mask: Tensor | None) -> Moments:
-    """Return the moments of ``x``, (N, C, ...): by the native kernels, or in float64 a few samples at a time."""
-    if NATIVE.refusal(Request(x, training=True, mask=mask)) is None:
-        return NATIVE.moments(x.detach())
-    if x.numel() <= _CHUNK:
-        return Moments.of(x, mask=mask)
+    """Return the moments of ``x``, (N, C, ...), by the backend that dispatch chooses.
+
+    The reference computes in float64: it takes a few samples at a time.
+    """
+    backend = choose_split(Request(x, training=True, mask=mask), any_size=True)
+    x, full = x.detach(), None if mask is None else expand_mask(mask, x, 1)
+    if backend is not REFERENCE or x.numel() <= _CHUNK:
+        return backend.moments(x, full)
     samples = max(1, _CHUNK * len(x) // x.numel())
-    masks = repeat(None) if mask is None else expand_mask(mask, x, 1).split(samples)
-    parts = (Moments.of(part, mask=part_mask) for part, part_mask in zip(x.split(samples), masks, strict=False))
+    masks = repeat(None) if full is None else full.split(samples)
+    parts = (backend.moments(part, part_mask) for part, part_mask in zip(x.split(samples), masks, strict=False))
     return reduce(Moments.merge, parts)
 
 

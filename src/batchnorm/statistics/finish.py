@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from batchnorm.models.snapshot import Values, restored_if_raised
 from batchnorm.nn.select import NormModule
 from batchnorm.statistics.agreement import Borrowed
 from batchnorm.statistics.buffers import write_all
@@ -64,13 +65,9 @@ def _write(changes: list[tuple[Tensor, Tensor]], ranks: Ranks) -> None:
     if ranks.size == 1:
         write_all(changes)
         return
-    before = [(buffer, buffer.detach().clone()) for buffer, _ in changes]
-    write_all(changes)
-    try:
+    with restored_if_raised(Values(buffer for buffer, _ in changes)):
+        write_all(changes)
         ranks.agree("written")
-    except BaseException:
-        write_all(before)
-        raise
 
 
 def _layer(site: Site, tally: Tally, old: dict[str, Tensor], new: dict[str, Tensor]) -> LayerStatistics:

@@ -11,7 +11,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from batchnorm.nn.operators import NORM_OPERATORS, named_arguments
+from batchnorm.nn.operators import eps_key, is_norm_operator, named_arguments
 
 __all__ = ["NormCall", "run_with_functions"]
 
@@ -19,7 +19,7 @@ __all__ = ["NormCall", "run_with_functions"]
 @cache
 def _is_norm(func: Any) -> bool:
     """Return whether an operator is a batch norm that takes running statistics."""
-    return func._schema.name in NORM_OPERATORS and any(a.name == "running_mean" for a in func._schema.arguments)
+    return is_norm_operator(func) and any(a.name == "running_mean" for a in func._schema.arguments)
 
 
 def run_with_functions(mode: TorchDispatchMode, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ class NormCall:
     @property
     def eps(self) -> float:
         """What is added to the variance."""
-        return float(self.given["eps"] if "eps" in self.given else self.given["epsilon"])
+        return float(self.given[eps_key(self.given)])
 
     def run(self) -> Any:
         """Run the call as it is, except that the running statistics it is given do not change."""

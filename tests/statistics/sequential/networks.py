@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.moments import Moments
 from batchnorm.statistics import recalibrate
-from batchnorm.statistics.collect import OnStored
+from batchnorm.statistics.collect import Collector
 from batchnorm.statistics.estimators import Pooled
-from batchnorm.statistics.sites import Sites
+from batchnorm.statistics.operators import NormCall
+from batchnorm.statistics.sites import Site, Sites
+from batchnorm.statistics.tally import Tally
 
-__all__ = ["assert_alike", "expected", "gap", "images", "network"]
+__all__ = ["OnStored", "assert_alike", "expected", "gap", "images", "network"]
 
 
 def network() -> nn.Sequential:
@@ -37,6 +40,13 @@ def expected(model: nn.Module, batches: list[Tensor]) -> nn.Module:
 
 def assert_alike(a: nn.Module, b: nn.Module) -> None:
     torch.testing.assert_close(dict(a.named_buffers()), dict(b.named_buffers()))
+
+
+class OnStored(Collector):
+    """The norms run as they would without this mode: in eval mode, on the stored statistics."""
+
+    def _normalize(self, site: Site, call: NormCall, met: Moments, tally: Tally) -> Any:
+        return call.run()
 
 
 def gap(model: nn.Module, batches: list[Any], forward: Callable[..., Any] | None = None) -> float:

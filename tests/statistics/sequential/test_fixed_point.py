@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.statistics.sequential.networks import gap
+from tests.statistics.sequential.networks import OnStored, gap
 from torch import Tensor, nn
 
 from batchnorm.statistics import recalibrate
-from batchnorm.statistics.collect import OnStored
 from batchnorm.statistics.estimators import Pooled
 from batchnorm.statistics.sequential.fixed_point import Settling, distances
 from batchnorm.statistics.sites import Sites

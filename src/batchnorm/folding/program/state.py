@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
@@ -15,6 +14,7 @@ from torch.nn import Module, Parameter
 
 from batchnorm.folding.program.constants import attribute
 from batchnorm.models.copying import copied
+from batchnorm.observers import detect_fake_mode
 
 __all__ = ["Attributes", "Signature", "State", "memory_of", "put"]
 

@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.fx import Node
 from torch.nn import Module
 
 from batchnorm.folding.program.state import State
+from batchnorm.observers import detect_fake_mode
 
 __all__ = ["emit_layer"]
 

@@ -22,7 +22,7 @@ from batchnorm.folding.planning.outcome import LeftNorm
 from batchnorm.folding.planning.plan import FoldPlan, describe_source, make_plan
 from batchnorm.folding.proving.lost_range import lost_ranges, norms_that_shrink
 from batchnorm.folding.proving.value_proof import Proof
-from batchnorm.folding.writing.rewrite import Rewrite, round_parameters
+from batchnorm.folding.writing.rewrite import rewrite, round_parameters
 from batchnorm.models.copying import copy_model
 from batchnorm.models.outputs import NamedTensor, named_tensors
 
@@ -166,7 +166,7 @@ def _problems(
         if warm:
             run(wide, runs.warming)
         proof, before = _first_run(wide, plan, inputs, runs)
-    Rewrite().apply(wide, plan, round_parameters(wide, plan.parameters))
+    rewrite(wide, plan, round_parameters(wide, plan.parameters))
     returned = _Returned(runs)
     try:
         trace(wide, inputs, observer=proof.after, returned=returned)
@@ -236,7 +236,7 @@ def _guilty_steps(model: Module, plan: FoldPlan, example_inputs: Any, banned: Co
 def _stops(model: Module, plan: FoldPlan, example_inputs: Any) -> bool:
     """Whether the model fails once it is folded by a plan."""
     copied = trial_copy(model)
-    Rewrite().apply(copied, plan, round_parameters(copied, plan.parameters))
+    rewrite(copied, plan, round_parameters(copied, plan.parameters))
     try:
         run(copied, example_inputs)
     except InputError:

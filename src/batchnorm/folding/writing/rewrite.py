@@ -1,10 +1,9 @@
-"""A folded model's parameters and stand-ins, put into the module tree so that they can be taken out again."""
+"""A folded model's parameters and stand-ins, put into the module tree."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from batchnorm.folding.planning.merged_parameters import Parameters, find_tensor
 from batchnorm.folding.planning.plan import FoldPlan
 from batchnorm.nn.bordered import bordered
 
-__all__ = ["Rewrite", "round_parameters"]
+__all__ = ["replace_by_id", "replace_modules", "rewrite", "round_parameters"]
 
 
 def round_parameters(model: Module, parameters: Parameters) -> dict[str, Parameter]:
@@ -65,44 +64,29 @@ def _require_nearest(data: Tensor, value: Tensor, name: str) -> None:
         raise Refusal(f"The merged {slot} of {place} is not the nearest number that {data.dtype} has.", place)
 
 
-class Rewrite:
-    """Changes to a model's module tree that can be taken back."""
+def rewrite(model: Module, plan: FoldPlan, parameters: dict[str, Parameter]) -> None:
+    """Set the new parameters; replace norms that go or become multiply-adds, and convolutions that get a border."""
+    for name, parameter in parameters.items():
+        place, _, slot = name.rpartition(".")
+        model.get_submodule(place)._parameters[slot] = parameter
+    stand_ins = {step.module: step.stays.build(model.get_submodule(step.module)) for step in plan.steps}
+    for name, border in plan.parameters.borders.items():
+        stand_ins[name] = bordered(model.get_submodule(name), border)
+    for item in plan.multiply_adds:
+        stand_ins[item.module] = item.build(model)
+        if item.moved is not None:
+            stand_ins[item.moved] = Identity().train(model.get_submodule(item.moved).training)
+    replace_modules(model, stand_ins)
 
-    def __init__(self) -> None:
-        self._undo: list[tuple[dict[str, Any], str, Any]] = []
 
-    def apply(self, model: Module, plan: FoldPlan, parameters: dict[str, Parameter]) -> None:
-        """Set the new parameters; replace norms that go or become multiply-adds, and convolutions that get a border."""
-        for name, parameter in parameters.items():
-            place, _, slot = name.rpartition(".")
-            self._set(model.get_submodule(place)._parameters, slot, parameter)
-        stand_ins = {step.module: step.stays.build(model.get_submodule(step.module)) for step in plan.steps}
-        for name, border in plan.parameters.borders.items():
-            stand_ins[name] = bordered(model.get_submodule(name), border)
-        for item in plan.multiply_adds:
-            stand_ins[item.module] = item.build(model)
-            if item.moved is not None:
-                stand_ins[item.moved] = Identity().train(model.get_submodule(item.moved).training)
-        self.replace(model, stand_ins)
+def replace_modules(model: Module, new: Mapping[str, Module]) -> None:
+    """Replace the modules of these names, wherever they stand."""
+    replace_by_id(model, {id(model.get_submodule(name)): module for name, module in new.items()})
 
-    def replace(self, model: Module, modules: Mapping[str, Module]) -> None:
-        """Replace the modules of these names, wherever they stand."""
-        self.replace_by_id(model, {id(model.get_submodule(name)): module for name, module in modules.items()})
 
-    def replace_by_id(self, model: Module, new: Mapping[int, Module]) -> None:
-        """Replace modules, wherever they stand, with those that are given by their ids."""
-        for module in list(model.modules()):  # as they stand now: a stand-in may hold what another stands in for
-            for name, child in list(module._modules.items()):
-                if id(child) in new:
-                    self._set(module._modules, name, new[id(child)])
-
-    def roll_back(self) -> None:
-        """Put everything back as it was."""
-        while self._undo:
-            slots, name, old = self._undo[-1]
-            slots[name] = old
-            self._undo.pop()
-
-    def _set(self, slots: dict[str, Any], name: str, new: Any) -> None:
-        self._undo.append((slots, name, slots[name]))
-        slots[name] = new
+def replace_by_id(model: Module, new: Mapping[int, Module]) -> None:
+    """Replace modules, wherever they stand, with those that are given by their ids."""
+    for module in list(model.modules()):  # as they stand now: a stand-in may hold what another stands in for
+        for name, child in list(module._modules.items()):
+            if id(child) in new:
+                module._modules[name] = new[id(child)]

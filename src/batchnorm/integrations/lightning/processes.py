@@ -12,6 +12,7 @@ from torch.nn import Module, SyncBatchNorm
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from batchnorm.errors import StateError
+from batchnorm.models.snapshot import Values, restored_if_raised
 from batchnorm.nn.freeze import is_frozen
 from batchnorm.nn.select import named_norms
 from batchnorm.statistics.buffers import write_all
@@ -93,16 +94,13 @@ def buffers_of_rank_0(trainer: Any, module: Module) -> Iterator[None]:
         return
     kept_apart = set(wrapper.parameters_to_ignore)
     buffers = [buffer for name, buffer in module.named_buffers() if name not in kept_apart]
-    before = [(buffer, buffer.detach().clone()) for buffer in buffers]
+    before = Values(buffers)
     theirs = [buffer.detach().clone(memory_format=torch.contiguous_format) for buffer in buffers]
     for value in theirs:
         distributed.broadcast(value, 0)
-    write_all(list(zip(buffers, theirs, strict=True)))
-    try:
+    with restored_if_raised(before):
+        write_all(list(zip(buffers, theirs, strict=True)))
         yield
-    except BaseException:
-        write_all(before)
-        raise
 
 
 @contextmanager

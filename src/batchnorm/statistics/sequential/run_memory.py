@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
+from batchnorm.observers import is_transformed
+
 __all__ = ["RunMemory"]
 
 
@@ -53,7 +55,7 @@ class RunMemory:
 
 
 def _has_storage(t: Tensor) -> bool:
-    return t.layout == torch.strided and not t.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return t.layout == torch.strided and not t.is_meta and not is_transformed(t)
 
 
 def _address(t: Tensor) -> int:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
+
+from batchnorm.observers import function_modes
 
 __all__ = ["ThreadContext"]
 
@@ -29,7 +30,7 @@ class ThreadContext:
 
     context: Any = field(default_factory=copy_context)
     autocast: list[tuple[str, bool, torch.dtype]] = field(default_factory=_autocast)
-    function_modes: list[Any] = field(default_factory=_get_current_function_mode_stack)
+    function_modes: list[Any] = field(default_factory=function_modes)
 
     @contextmanager
     def here(self) -> Iterator[None]:

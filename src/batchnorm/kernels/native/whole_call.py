@@ -1,8 +1,9 @@
-"""The native kernels' short way: one autograd node a call, running statistics and all, past torch's dispatcher.
+"""Whole calls of the native kernels: one autograd node a call, running statistics and all, past torch's dispatcher.
 
-Most calls in training and inference on the CPU are plain: ordinary tensors, nobody watching. They need neither an
-operator that others can see nor float64 moments as tensors, and for a small layer those cost more than the norm itself.
-So do many small functions, see :mod:`batchnorm.kernels.native.calls`: what can be asked in one place is.
+A fast path for plain calls on the CPU, most of those in training and inference: ordinary tensors that fit together,
+which nobody observes. They need neither an operator that others can see nor float64 moments as tensors, and for a small
+layer those cost more than the norm itself. So do many small functions, see :mod:`batchnorm.kernels.native.calls`: all
+preconditions are checked in one function, since each Python call costs measurable time.
 """
 
 from __future__ import annotations
@@ -13,95 +14,92 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from batchnorm.errors import StateError
-from batchnorm.functional.observers import followed, observed
-from batchnorm.functional.running_statistics import NOBODY, Counters, is_counter
 from batchnorm.kernels.activation import ACTIVATIONS, slope_below_zero
-from batchnorm.kernels.contract import Transform
+from batchnorm.kernels.contract import Candidate, Counters, Transform
 from batchnorm.kernels.native import calls
 from batchnorm.kernels.native.calls import Running, Saved
 from batchnorm.kernels.native.layout import DTYPES, is_dense
+from batchnorm.kernels.plain import is_counter, is_per_channel, is_plain
 from batchnorm.kernels.reference import REFERENCE, statistics
+from batchnorm.observers import observed
 
-__all__ = ["fused_batch_norm"]
+__all__ = ["WholeCalls"]
 
 _Optional: TypeAlias = Tensor | None
-_ORDINARY = (Tensor, Parameter)
 
 
-def fused_batch_norm(
-    x: Tensor,
-    running_mean: _Optional,
-    running_var: _Optional,
-    weight: _Optional,
-    bias: _Optional,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: str | None,
-    residual: _Optional,
-    inplace: bool,
-    counters: Counters = NOBODY,
-) -> _Optional:
-    """Do what :func:`batchnorm.functional.batch_norm` does if the call is plain; else do nothing and return None.
+class WholeCalls(Candidate):
+    """The part of the backend that serves a call as a whole."""
 
-    A plain call has ordinary tensors that fit together, nothing is left to check, and nobody watches. Every other call
-    takes the long way, where it is checked in full and errors find their words.
-    """
-    if followed() or observed():
-        return None
-    if not _is_plain(x) or x.dim() < 2 or x.dtype not in DTYPES:
-        return None
-    if activation is not None and not _is_known(activation):
-        return None
-    if residual is not None and not (_is_plain(residual) and residual.shape == x.shape and residual.dtype is x.dtype):
-        return None
-    if not isinstance(eps, float | int) or not isinstance(momentum, float | int):
-        return None
-    channels, size = x.shape[1], x.numel()
-    if training:
-        fits = (running_mean is None) == (running_var is None) and size > channels and eps > 0
-    else:
-        fits = running_mean is not None and running_var is not None and size > 0 and eps >= 0
-    if not fits:
-        return None
-    wanted = calls.compute_dtype(x.dtype)
-    tracked = x.requires_grad or (residual is not None and residual.requires_grad)
-    for parameter in (weight, bias):
-        if parameter is not None:
-            if not _is_per_channel(parameter, wanted, channels):
-                return None
-            tracked = tracked or parameter.requires_grad
-    for statistic in (running_mean, running_var):
-        if statistic is not None and (statistic.requires_grad or not _is_per_channel(statistic, wanted, channels)):
+    def serve(
+        self,
+        input: Tensor,
+        running_mean: _Optional,
+        running_var: _Optional,
+        weight: _Optional,
+        bias: _Optional,
+        training: bool,
+        momentum: float,
+        eps: float,
+        activation: str | None,
+        residual: _Optional,
+        inplace: bool,
+        counters: Counters,
+        forced: bool,
+    ) -> _Optional:
+        """Serve the call if it is plain.
+
+        A plain call has plain tensors that fit together, nothing is left to check, and nobody observes it. Every other
+        call takes the long way, where it is checked in full and errors find their words.
+        """
+        x = input
+        if observed():
             return None
-    if training and not (is_counter(counters.batches) and is_counter(counters.refused)):
-        return None
-    running = Running(running_mean, running_var, momentum if training else None, *counters)
-    if tracked and torch.is_grad_enabled():
-        # autograd forbids to write over these
-        inplace = inplace and not x._is_view() and not (x.is_leaf and x.requires_grad)
-        options = (activation, eps, running, inplace)
-        output: Tensor = _Fused.apply(x, weight, bias, residual, options)  # type: ignore[no-untyped-call]
-        return output
-    y, _ = calls.forward(x, weight, bias, residual, activation, eps, running, inplace=inplace)
-    _count_writes(running, x if y is x else None)
-    return y
+        if not is_plain(x) or x.dim() < 2 or x.dtype not in DTYPES:
+            return None
+        if activation is not None and not _is_known(activation):
+            return None
+        if residual is not None and not (
+            is_plain(residual) and residual.shape == x.shape and residual.dtype is x.dtype
+        ):
+            return None
+        if not isinstance(eps, float | int) or not isinstance(momentum, float | int):
+            return None
+        channels, size = x.shape[1], x.numel()
+        if training:
+            fits = (running_mean is None) == (running_var is None) and size > channels and eps > 0
+        else:
+            fits = running_mean is not None and running_var is not None and size > 0 and eps >= 0
+        if not fits:
+            return None
+        wanted = calls.compute_dtype(x.dtype)
+        tracked = x.requires_grad or (residual is not None and residual.requires_grad)
+        for parameter in (weight, bias):
+            if parameter is not None:
+                if not is_per_channel(parameter, wanted, channels):
+                    return None
+                tracked = tracked or parameter.requires_grad
+        for statistic in (running_mean, running_var):
+            if statistic is not None and (statistic.requires_grad or not is_per_channel(statistic, wanted, channels)):
+                return None
+        if training and not (is_counter(counters.batches) and is_counter(counters.refused)):
+            return None
+        running = Running(running_mean, running_var, momentum if training else None, *counters[:2])
+        if tracked and torch.is_grad_enabled():
+            # autograd forbids to write over these
+            inplace = inplace and not x._is_view() and not (x.is_leaf and x.requires_grad)
+            options = (activation, eps, running, inplace)
+            output: Tensor = _Fused.apply(x, weight, bias, residual, options)  # type: ignore[no-untyped-call]
+            return output
+        y, _ = calls.forward(x, weight, bias, residual, activation, eps, running, inplace=inplace)
+        _count_writes(running, x if y is x else None)
+        return y
 
 
 def _is_known(activation: object) -> bool:
     return type(activation) is str and (activation in ACTIVATIONS or slope_below_zero(activation) is not None)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether the values lie in memory where the tensor's address and strides say, as they are."""
-    return type(tensor) in _ORDINARY and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
-
-
-def _is_per_channel(tensor: Tensor, dtype: torch.dtype, channels: int) -> bool:
-    return _is_plain(tensor) and tensor.dtype is dtype and tensor.numel() == channels and tensor.is_contiguous()
 
 
 def _count_writes(running: Running, x: _Optional) -> None:

@@ -12,43 +12,82 @@ the copies, tell when that is so; then the call is not torch's to serve, and ano
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchnorm.functional.observers import followed
-from batchnorm.functional.running_statistics import Counters, count_call, keep_finite, take_finite
+from batchnorm.kernels.activation import activation_called
+from batchnorm.kernels.contract import Candidate, Counters, Request
 from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library
+from batchnorm.kernels.plain import ORDINARY
+from batchnorm.kernels.running_statistics import commit_if_finite, count_call, keep_finite
+from batchnorm.observers import followed, has_dispatch_modes, recorded
 
-__all__ = ["torch_batch_norm"]
+__all__ = ["TORCH"]
 
 _Optional: TypeAlias = Tensor | None
 
 
-def torch_batch_norm(
+class Torch(Candidate):
+    """torch.nn.functional.batch_norm: the whole operation at once, without split phases and without a mask."""
+
+    name = "torch"
+
+    def refusal(self, request: Request) -> str | None:
+        """Serve every call without a mask."""
+        return None if request.mask is None else "torch's own batch_norm takes no mask"
+
+    def serve(
+        self,
+        input: Tensor,
+        running_mean: _Optional,
+        running_var: _Optional,
+        weight: _Optional,
+        bias: _Optional,
+        training: bool,
+        momentum: float,
+        eps: float,
+        activation: str | None,
+        residual: _Optional,
+        inplace: bool,
+        counters: Counters,
+        forced: bool,
+    ) -> Tensor | None:
+        """Call torch's kernel, then its operators for residual and activation, which have been checked.
+
+        In training a channel's step is taken only if it is finite. None where torch's kernel has lost digits.
+        """
+        settings = weight, bias, training, momentum, eps
+        y = _batch_norm(input, running_mean, running_var, settings, counters, exact=not forced)
+        return y if y is None or (activation is None and residual is None) else _finish(y, residual, activation)
+
+
+TORCH = Torch()
+
+_Settings: TypeAlias = tuple[_Optional, _Optional, bool, float, float]
+"""weight, bias, training, momentum and eps, as torch's function takes them after the running statistics."""
+
+
+def _batch_norm(
     input: Tensor,
     running_mean: _Optional,
     running_var: _Optional,
-    weight: _Optional,
-    bias: _Optional,
-    training: bool,
-    momentum: float,
-    eps: float,
+    settings: _Settings,
     counters: Counters,
     *,
-    forced: bool = False,
+    exact: bool,
 ) -> Tensor | None:
-    """Do what ``torch.nn.functional.batch_norm`` does; in training a channel's step is taken only if it is finite.
-
-    None, and nothing done, where torch's kernel has lost digits; not if it is ``forced``.
-    """
-    looked_at = training and not forced and _may_lose_digits(input)
+    weight, bias, training, momentum, eps = settings
+    known = followed()
+    looked_at = training and exact and not known and _may_lose_digits(input)
     if running_mean is None or running_var is None:
         if not looked_at:
-            y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+            y = F.batch_norm(input, running_mean, running_var, *settings)
         else:
             dtype = torch.float32 if weight is None else weight.dtype
             mean, var = input.new_zeros(2, input.shape[1], dtype=dtype)
@@ -58,17 +97,20 @@ def torch_batch_norm(
         if training:
             count_call(counters)
         return y
-    known = followed()
-    if known and not _copies_allowed():
-        return _with_the_buffers(input, running_mean, running_var, weight, bias, training, momentum, eps, counters)
+    if training and not counters.skip_nonfinite and not input.is_cpu:
+        y = F.batch_norm(input, running_mean, running_var, *settings)
+        count_call(counters)
+        return y
+    if known and (recorded() or has_dispatch_modes()):
+        return _with_the_buffers(input, running_mean, running_var, settings, counters)
     if not training and not _differentiable(input, weight, bias):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return F.batch_norm(input, running_mean, running_var, *settings)
     mean, var = running_mean.clone(), running_var.clone()
-    y = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
+    y = F.batch_norm(input, mean, var, *settings)
     if looked_at and momentum and _digits_lost(mean, var, running_mean, running_var, momentum):
         return None
     if training:
-        take_finite(mean, var, running_mean, running_var, counters, followed=known)
+        commit_if_finite(mean, var, running_mean, running_var, counters, followed=known)
     return y
 
 
@@ -79,8 +121,6 @@ by 0.03, and its variance, which has lost nothing up to 1,000, by 0.1 %."""
 
 
 def _may_lose_digits(input: Tensor) -> bool:
-    if followed():  # asked first: a compiler would record the questions below
-        return False
     return (
         type(input) is Tensor and input.is_cpu and input.dtype is torch.float32 and input.dim() > 1 and len(input) > 0
     )
@@ -99,35 +139,17 @@ def _digits_lost(new_mean: Tensor, new_var: Tensor, mean: Tensor, var: Tensor, m
 
 
 def _with_the_buffers(
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: _Optional,
-    bias: _Optional,
-    training: bool,
-    momentum: float,
-    eps: float,
-    counters: Counters,
+    input: Tensor, running_mean: Tensor, running_var: Tensor, settings: _Settings, counters: Counters
 ) -> Tensor:
     """Do the same where others look at the call and know the norm by its buffers: an exporter, a dispatch mode."""
-    looked_at = training and not _recorded()
-    old = (running_mean.clone(), running_var.clone()) if looked_at else None
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    training = settings[2]
+    old = (running_mean.clone(), running_var.clone()) if training and not recorded() else None
+    y = F.batch_norm(input, running_mean, running_var, *settings)
     if old is not None:
         keep_finite(*old, running_mean, running_var, counters)
     elif training:
         count_call(counters)
     return y
-
-
-def _recorded() -> bool:
-    """Return whether the call becomes part of a program, which is to hold torch's operator and nothing else."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-
-
-def _copies_allowed() -> bool:
-    """Return whether torch's operator may be given other tensors than the buffers."""
-    return not _recorded() and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0)
 
 
 def _differentiable(input: Tensor, weight: _Optional, bias: _Optional) -> bool:
@@ -136,3 +158,26 @@ def _differentiable(input: Tensor, weight: _Optional, bias: _Optional) -> bool:
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     )
+
+
+# Written over their argument: as much as one line each of torch's own.
+_INPLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "leaky_relu": F.leaky_relu_,
+    "relu6": partial(F.relu6, inplace=True),
+}
+
+
+def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """Add and activate: over ``y``, which nobody else has, unless somebody watches the operators."""
+    alone = type(y) is Tensor and (residual is None or type(residual) in ORDINARY) and not followed()
+    if residual is not None:
+        y = y.add_(residual) if alone else y + residual
+    if activation is None:
+        return y
+    in_place = _INPLACE.get(activation) if alone else None
+    if in_place is not None:
+        return in_place(y)
+    found = activation_called(activation)
+    assert found is not None
+    return found.function(y)

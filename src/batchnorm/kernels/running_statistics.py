@@ -8,37 +8,21 @@ Nothing here asks a device for a value, so nothing waits for one.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
-
 import torch
 from torch import Tensor
 
+from batchnorm.kernels.contract import NO_COUNTERS, Counters
 from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library
+from batchnorm.kernels.plain import takes_steps
 from batchnorm.moments import Moments
+from batchnorm.observers import transformed
 
-__all__ = ["NOBODY", "Counters", "count_call", "is_counter", "keep_finite", "take_finite", "take_step"]
-
-_Optional: TypeAlias = Tensor | None
-
-
-class Counters(NamedTuple):
-    """What is counted beside the running statistics: int64 tensors of no dimensions, or None.
-
-    Attributes:
-        batches: those that entered in every channel; a layer's ``num_batches_tracked``.
-        refused: those that did not, in one channel or more.
-    """
-
-    batches: _Optional = None
-    refused: _Optional = None
+__all__ = ["commit_if_finite", "count_call", "keep_finite", "update_running"]
 
 
-NOBODY = Counters()
-
-
-def take_step(
-    mean: Tensor, var: Tensor, moments: Moments, momentum: float | Tensor, counters: Counters = NOBODY
+def update_running(
+    mean: Tensor, var: Tensor, moments: Moments, momentum: float | Tensor, counters: Counters = NO_COUNTERS
 ) -> None:
     """Move running statistics by r ← (1 − momentum)·r + momentum·b, in place, b being mean and variance of ``moments``.
 
@@ -54,10 +38,10 @@ def take_step(
             return torch.where(defined, new, old).to(running.dtype)
 
         new_mean, new_var = stepped(mean, moments.mean), stepped(var, moments.variance(correction=1))
-        _take(new_mean, new_var, mean, var, counters, _finite(new_mean, new_var), ~defined)
+        _commit(new_mean, new_var, mean, var, counters, _finite(new_mean, new_var), ~defined)
 
 
-def take_finite(
+def commit_if_finite(
     new_mean: Tensor, new_var: Tensor, mean: Tensor, var: Tensor, counters: Counters, *, followed: bool
 ) -> None:
     """Copy new running statistics into the buffers, except in channels where one of the two is not finite.
@@ -70,12 +54,17 @@ def take_finite(
         counters: of the layer.
         followed: whether torch follows the operators, so that nothing may be done but by them.
     """
-    if followed or library is None or not _is_plain(mean, var, counters):
+    if followed or library is None or not takes_steps(mean, var, counters):
         with torch.no_grad():
-            finite = (_finite if followed else _finite_at_once)(new_mean, new_var)
-            _take(new_mean, new_var, mean, var, counters, finite, None)
+            finite = (_finite if followed else _finite_in_three)(new_mean, new_var)
+            if followed:
+                _commit(new_mean, new_var, mean, var, counters, finite, None)
+                return
+            torch.where(finite, new_mean, mean, out=mean)
+            torch.where(finite, new_var, var, out=var)
+            _count(counters, finite)
         return
-    batches, refused = counters
+    batches, refused, _ = counters
     library.take_finite(
         DTYPES[mean.dtype],
         mean.numel(),
@@ -97,9 +86,9 @@ def keep_finite(old_mean: Tensor, old_var: Tensor, mean: Tensor, var: Tensor, co
     would fail on a write that shows: hence ``data``.
     """
     with torch.no_grad():
-        finite = _finite(mean, var)
-        mean.data.copy_(torch.where(finite, mean, old_mean))
-        var.data.copy_(torch.where(finite, var, old_var))
+        finite = _finite_in_three(mean, var)
+        torch.where(finite, mean, old_mean, out=mean.data)
+        torch.where(finite, var, old_var, out=var.data)
         _count(counters, finite)
 
 
@@ -109,30 +98,14 @@ def count_call(counters: Counters) -> None:
         counters.batches.add_(1)
 
 
-def is_counter(tensor: _Optional) -> bool:
-    """Whether kernels can count in it, or there is nothing to count in."""
-    return tensor is None or (
-        type(tensor) is Tensor and tensor.is_cpu and tensor.dtype is torch.int64 and tensor.numel() == 1
-    )
-
-
-def _is_plain(mean: Tensor, var: Tensor, counters: Counters) -> bool:
-    return (
-        type(mean) is Tensor
-        and type(var) is Tensor
-        and mean.is_cpu
-        and var.is_cpu
-        and (mean.dtype is torch.float32 or mean.dtype is torch.float64)
-        and mean.dtype is var.dtype
-        and mean.is_contiguous()
-        and var.is_contiguous()
-        and is_counter(counters.batches)
-        and is_counter(counters.refused)
-    )
-
-
-def _take(
-    new_mean: Tensor, new_var: Tensor, mean: Tensor, var: Tensor, counters: Counters, finite: Tensor, excused: _Optional
+def _commit(
+    new_mean: Tensor,
+    new_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    counters: Counters,
+    finite: Tensor,
+    excused: Tensor | None,
 ) -> None:
     mean.copy_(torch.where(finite, new_mean, mean))
     var.copy_(torch.where(finite, new_var, var))
@@ -143,13 +116,13 @@ def _finite(mean: Tensor, var: Tensor) -> Tensor:
     return torch.isfinite(mean) & torch.isfinite(var)
 
 
-def _finite_at_once(mean: Tensor, var: Tensor) -> Tensor:
-    """Return the same in three kernels, not nine: else x · 0 is NaN. A compiler would take it for 0."""
+def _finite_in_three(mean: Tensor, var: Tensor) -> Tensor:
+    """Return the same in three operators, not nine: else x · 0 is NaN. A compiler would take it for 0."""
     return mean * 0 == var * 0
 
 
 def _count(counters: Counters, finite: Tensor) -> None:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and transformed():
         count_call(counters)  # the flags may be of a whole ensemble, which one counter cannot hold
         return
     if counters.batches is None and counters.refused is None:

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm.errors import InputError, StateError
-from batchnorm.functional import batch_norm, fused, use_backend
+from batchnorm.functional import batch_norm, use_backend
 from batchnorm.kernels import ACTIVATIONS, Transform
 from batchnorm.kernels.accuracy import ACCURACY, backward_bounds, train_forward_bound
-from batchnorm.kernels.native import missing
+from batchnorm.kernels.native import missing, whole_call
 from batchnorm.kernels.native.backend import ALWAYS
 from batchnorm.kernels.reference import REFERENCE, statistics
 from batchnorm.moments import Moments
@@ -792,7 +792,7 @@ def test_checkpointed_gradients(reentrant, inplace):
 
 
 def test_measuring_under_a_debugger_is_put_off(monkeypatch):
-    monkeypatch.setattr(fused, "_alone", None)
+    monkeypatch.setattr(whole_call, "_alone", None)
     x = randn(*SHAPE).requires_grad_()
     before = sys.gettrace()
 
@@ -806,7 +806,7 @@ def test_measuring_under_a_debugger_is_put_off(monkeypatch):
     finally:
         sys.settrace(before)
     if before is None:
-        assert fused._alone is None
+        assert whole_call._alone is None
     norm(x).square().sum().backward()
 
 
@@ -836,7 +836,7 @@ def test_threads_do_not_disturb_each_other():
         return y.detach(), x.grad, mean, variance
 
     expected = [work(seed) for seed in range(3)]
-    got, fused._alone = {}, None
+    got, whole_call._alone = {}, None
     threads = [threading.Thread(target=lambda k=k: got.update({k: work(k)})) for k in range(3)]
     for thread in threads:
         thread.start()
