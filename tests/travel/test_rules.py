@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from batchnorm.dataflow.graph import Graph, Value
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.dataflow.trace import trace
 from batchnorm.folding.planning.merged_parameters import Parameters
+from batchnorm.travel import rules
 from batchnorm.travel.maps import Map
 from batchnorm.travel.route import carry_backward  # noqa: F401 - the rules register themselves
 from batchnorm.travel.rules import Absorbed, go_backward, go_forward
@@ -211,3 +214,37 @@ def test_a_map_that_crosses_changes_nothing_and_others_are_refused(case: Case, k
         again = listed(model(*(applied(changed[v], x) if v in changed else x for v, x in pairs)))
         for new, old in zip(again, before, strict=True):
             torch.testing.assert_close(new, old, rtol=1e-12, atol=1e-12)
+
+
+class OwnTable:
+    """A dataflow brings its own table of absorbing operators: here one of one operator, which torch's has not."""
+
+    with_borders = False
+
+    def absorbing(self, call):
+        return self if call.name == "tanh" else None
+
+    def backward(self, call, wanted, known):
+        return Absorbed("output", wanted[0])
+
+    def forward(self, call, given, known):
+        return Absorbed("input", given[call.args["self"]])
+
+
+def test_which_operators_absorb_a_map_is_what_the_dataflow_says() -> None:
+    graph = trace(Runs(lambda x: torch.tanh(x.neg())), (torch.ones(2, 6),))
+    negation, tanh = graph.calls
+    map_, known = Map.per_channel(torch.full((6,), 2.0), torch.ones(6), 2), OwnTable()
+    assert go_backward(tanh, [map_], known).map is map_
+    assert go_forward(tanh, {tanh.args["self"]: map_}, known).side == "input"
+    assert not isinstance(go_backward(negation, [map_], known), Absorbed)
+
+
+def test_the_algebra_imports_none_of_torchs_modules() -> None:
+    for file in Path(rules.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in imported if name.startswith(("torch.nn", "torch.fx"))], file

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from batchnorm.absorbers.table import linear_operator_of
 from batchnorm.dataflow.graph import Call, Graph, Value
-from batchnorm.dataflow.operator_kinds import LAYERS, PASSING, family
+from batchnorm.dataflow.operator_kinds import PASSING, family
 
 __all__ = ["feature_axes", "moved_axis"]
 
@@ -49,12 +50,13 @@ def _axis_after(call: Call, value: Value, axes: Mapping[Value, int], untouched: 
     name, rank = family(call), len(value.shape)
     if name in _FEATURES_LAST:
         return rank - 1
-    if name in LAYERS and name != "linear":
-        return rank - 1 - int(name[-2])
+    operator = linear_operator_of(call)
+    if operator is not None and operator.trailing:
+        return operator.channel_axis(rank)
     first = next(call.tensor_args(), None)
     if first is None:
         return None
-    if name == "linear":
+    if operator is not None:
         return rank - 1 if first in untouched else axes.get(first)
     if first in axes and name in _TURNING | PASSING:
         return moved_axis(call, axes[first], len(first.shape))

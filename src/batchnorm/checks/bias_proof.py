@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.absorbers.table import linear_operator_of
 from batchnorm.checks.rule import Proof
 from batchnorm.dataflow.graph import Call
-from batchnorm.dataflow.operator_kinds import family
 from batchnorm.models.float64 import float64_gamma, to_float64
 from batchnorm.nn.operators import named_arguments
 
@@ -67,12 +67,15 @@ class BiasProof(Proof):
         given = named_arguments(call.op, args, kwargs)
         if given.get("weight") is not self._weight:
             return
+        operator = linear_operator_of(call)
+        assert operator is not None
+        axis = operator.channel_axis(given["input"].dim())
         x, weight = to_float64(given["input"][:_SAMPLES]), to_float64(given["weight"])
 
         def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             out = call.op(**{**given, "input": x, "weight": weight, "bias": bias})
             assert isinstance(out, Tensor)
-            return (out.movedim(-1, 1) if family(call) == "linear" else out).transpose(0, 1).flatten(1)
+            return out.movedim(axis, 0).flatten(1)
 
         sides = apply(x, weight, self._bias), apply(x, weight, None)
         magnitude = apply(x.abs(), weight.abs(), self._bias.abs())

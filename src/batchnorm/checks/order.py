@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from batchnorm.absorbers.table import linear_operator_of
 from batchnorm.checks.patterns import sole_reader, source
 from batchnorm.dataflow.graph import Call, Graph
-from batchnorm.dataflow.operator_kinds import DROPOUTS, LAYERS, activation_kind, family, suppresses
+from batchnorm.dataflow.operator_kinds import DROPOUTS, activation_kind, family, suppresses
 from batchnorm.placement.sites import norm_calls
 
 __all__ = ["activated_layer", "is_a_design"]
@@ -28,7 +29,7 @@ def activated_layer(graph: Graph, norm: Call) -> tuple[Call, Call] | None:
     if activation is None or (activation_kind(activation) != "rectifying" and not suppresses(activation)):
         return None
     layer = source(next(activation.tensor_args()))
-    return None if layer is None or family(layer) not in LAYERS else (activation, layer)
+    return None if layer is None or linear_operator_of(layer) is None else (activation, layer)
 
 
 def is_a_design(graph: Graph) -> bool:
@@ -39,5 +40,5 @@ def is_a_design(graph: Graph) -> bool:
     norms = norm_calls(graph)
     after = sum(activated_layer(graph, norm) is not None for norm in norms)
     layers = [source(norm.args["input"]) for norm in norms]
-    before = sum(layer is not None and family(layer) in LAYERS for layer in layers)
+    before = sum(layer is not None and linear_operator_of(layer) is not None for layer in layers)
     return after >= max(_DEEP, _SHARE * (after + before))

@@ -7,6 +7,7 @@ padding, means, interpolation), maxima, and operators that only rearrange.
 
 from __future__ import annotations
 
+from batchnorm.absorbers.table import linear_operator_of
 from batchnorm.checks.axes import moved_axis
 from batchnorm.dataflow.graph import Call, Graph, Value
 from batchnorm.dataflow.operator_kinds import BATCH_NORMS, family
@@ -31,8 +32,10 @@ def cancelling_norms(graph: Graph, layer: Call) -> tuple[list[Call], list[Value]
 
     There are none if anything else reads one of these values, or if the norms take another axis for channels.
     """
-    rank = len(layer.output.shape)
-    axis = rank - 1 if family(layer) == "linear" else 1
+    operator = linear_operator_of(layer)
+    if operator is None:
+        return [], []
+    axis = operator.channel_axis(len(layer.output.shape))
     norms: list[Call] = []
     waiting = [(layer.output, axis)]
     values = [layer.output]

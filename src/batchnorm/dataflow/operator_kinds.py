@@ -1,18 +1,16 @@
-"""Which operators do the same job, by name: layers, norms, activations, gates, and what only passes values on."""
+"""Which operators do the same job, by name: norms, activations, gates, and what only passes values on."""
 
 from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
 from batchnorm.dataflow.graph import Call, Value
-from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
 from batchnorm.kernels.activation import ACTIVATIONS, leaky_relu
 
 __all__ = [
     "BATCH_NORMS",
     "BETWEEN",
     "DROPOUTS",
-    "LAYERS",
     "NORMS",
     "PASSING",
     "PRODUCTS",
@@ -26,9 +24,6 @@ __all__ = [
 ]
 
 Kind: TypeAlias = Literal["rectifying", "saturating"]
-
-LAYERS = frozenset(LINEAR_OPERATORS)
-"""Operators x ↦ W x + b that a norm can follow."""
 
 BATCH_NORMS = frozenset({"batch_norm"})
 NORMS = BATCH_NORMS | {"group_norm", "instance_norm", "layer_norm", "rms_norm"}
@@ -44,11 +39,11 @@ BETWEEN = (
 )
 """Operators across which a norm still decides what an activation gets: they work within a channel."""
 
-READS_FEATURES = LAYERS | {
+READS_FEATURES = {
     *("addmm", "baddbmm", "bilinear", "bmm", "einsum", "gru", "gru_cell", "lstm", "lstm_cell", "matmul", "mm"),
     *("rnn_relu", "rnn_tanh", "rnn_relu_cell", "rnn_tanh_cell", "scaled_dot_product_attention"),
 }
-"""Layers in the wide sense: what comes before one of them is hidden, not the model's answer."""
+"""Layers in the wide sense, beside linear ones: what comes before one is hidden, not the model's answer."""
 
 PRODUCTS = frozenset({"addcmul", "baddbmm", "bmm", "einsum", "lerp", "matmul", "mm", "mul", "where"})
 """Operators in which one tensor can gate another."""

@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from batchnorm.dataflow.cost import Cost
 from batchnorm.dataflow.graph import Graph, Value
 from batchnorm.dataflow.norms import norm_uses
 from batchnorm.dataflow.run import run
 from batchnorm.dataflow.sizes import Accepts, Runs, find_runs
 from batchnorm.dataflow.trace import trace
 from batchnorm.errors import InputError, StateError, VerificationError
-from batchnorm.folding.planning.merged_parameters import find_tensor
-from batchnorm.folding.planning.outcome import Costs, Pictures
 from batchnorm.folding.planning.own_weights import ComputedWeights, untie
 from batchnorm.folding.planning.plan import FoldPlan
 from batchnorm.folding.planning.replacement import Replacement
 from batchnorm.folding.proving.lost_range import lost_ranges
 from batchnorm.folding.proving.proved_plan import Options, ProvedPlan, prove_plan, trial_copy
+from batchnorm.folding.report.cost import Cost
 from batchnorm.folding.report.diagrams import draw_folded, draw_left, renamed
 from batchnorm.folding.report.int8_ranges import FoldedWeight, folded_weights
+from batchnorm.folding.report.outcome import Costs, Pictures
 from batchnorm.folding.report.sentences import tell
 from batchnorm.folding.result import FoldResult
 from batchnorm.folding.writing.record import Pairs
 from batchnorm.folding.writing.rewrite import replace_modules, rewrite
+from batchnorm.models.parameters import find_tensor
 from batchnorm.models.several import Several
 from batchnorm.models.snapshot import Structure, restored_if_raised
 from batchnorm.nn.input_normalization import INNER, NORMALIZATION, WithNormalizedInput, outer_name

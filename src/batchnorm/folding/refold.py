@@ -9,12 +9,12 @@ from torch.nn import Identity, Module, Parameter
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.errors import StateError
-from batchnorm.folding.planning.merged_parameters import find_tensor, put_parameter
 from batchnorm.folding.planning.own_weights import untie
 from batchnorm.folding.writing.record import Pairs
 from batchnorm.folding.writing.record_data import fitting
 from batchnorm.folding.writing.rewrite import replace_by_id
 from batchnorm.models.copying import copy_model
+from batchnorm.models.parameters import find_tensor, put_parameter
 from batchnorm.models.preconditions import require_module
 from batchnorm.models.snapshot import Structure
 from batchnorm.models.transaction import on_failure, transaction

@@ -12,10 +12,11 @@ from torch.export import ExportedProgram
 
 from batchnorm.dataflow.threads import one_thread
 from batchnorm.errors import StateError
-from batchnorm.folding.planning.outcome import Costs, FoldedNorm, LeftNorm, Pictures
+from batchnorm.folding.planning.outcome import LeftNorm
 from batchnorm.folding.proving.lost_range import LostRange
 from batchnorm.folding.report.int8_ranges import ChannelRanges, FoldedWeight
 from batchnorm.folding.report.latency import Measured, measure
+from batchnorm.folding.report.outcome import Costs, FoldedNorm, Pictures
 from batchnorm.folding.report.sections import sections
 from batchnorm.folding.unfold import unfold
 from batchnorm.folding.writing.record import Pairs

@@ -10,10 +10,10 @@ import torch
 from torch.nn import Module, ModuleList, Parameter
 
 from batchnorm.errors import StateError
-from batchnorm.folding.planning.merged_parameters import find_tensor, put_parameter
 from batchnorm.folding.writing.record import Pairs, digest
 from batchnorm.folding.writing.record_data import fitting
 from batchnorm.models.copying import copy_model
+from batchnorm.models.parameters import find_tensor, put_parameter
 from batchnorm.models.preconditions import require_module
 from batchnorm.models.snapshot import Structure
 from batchnorm.models.transaction import on_failure, transaction

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-__all__ = ["NORM_OPERATORS", "eps_key", "is_norm_operator", "named_arguments"]
+__all__ = ["NORM_OPERATORS", "bound_arguments", "eps_key", "is_norm_operator", "named_arguments"]
 
 NORM_OPERATORS = frozenset(
     {
@@ -45,6 +46,13 @@ def named_arguments(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     """Return every argument of an operator's call by its name in the schema, defaults filled in."""
     names, defaults = _parameters(op)
     return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+
+
+def bound_arguments(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every argument of a Python function's call by its name, defaults filled in."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
 
 
 @cache

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from batchnorm.absorbers.table import linear_operator_of
 from batchnorm.dataflow.graph import Call, Graph, Value
 from batchnorm.dataflow.operator_kinds import (
     BATCH_NORMS,
     BETWEEN,
-    LAYERS,
     NORMS,
     PRODUCTS,
     READS_FEATURES,
@@ -77,7 +77,7 @@ def find_placements(graph: Graph) -> Iterator[Placement]:
     """Yield every place where a layer's output goes to an activation without a norm on the way, in order."""
     flow = Flow(graph)
     for call in graph.calls:
-        if family(call) in LAYERS:
+        if linear_operator_of(call) is not None:
             yield from _sites_after(graph, flow, call)
 
 
@@ -136,16 +136,20 @@ def obstacle(site: Placement) -> str | None:
 
 def _axis_obstacle(layer: Call) -> str | None:
     """Return why the layer's channels are not on axis 1, where a batch norm expects them; None if they are."""
-    rank, name = len(layer.output.shape), family(layer)
-    if name == "linear":
-        if rank == 2:
-            return None
-        return (
-            f"The linear layer's output has shape {layer.output.shape}: its channels are the last axis, and a batch "
-            "norm takes axis 1 for them."
-        )
-    expected = int(name[-2]) + 2
-    return None if rank == expected else f"The convolution runs on a single sample, {rank} axes, without a batch axis."
+    rank, operator = len(layer.output.shape), linear_operator_of(layer)
+    assert operator is not None
+    if operator.channel_axis(rank) == 1:
+        return None
+    if operator.trailing:
+        return f"The {operator.noun} runs on a single sample, {rank} axes, without a batch axis."
+    return (
+        f"The {operator.noun}'s output has shape {layer.output.shape}: its channels are the last axis, and a batch "
+        "norm takes axis 1 for them."
+    )
+
+
+def _reads_features(call: Call) -> bool:
+    return linear_operator_of(call) is not None or family(call) in READS_FEATURES
 
 
 class Flow:
@@ -198,7 +202,7 @@ class Flow:
             after = [output for reader in readers for output in reader.outputs]
             if not self._norms.isdisjoint(readers) or not self._reaches_norm.isdisjoint(after):
                 self._reaches_norm.add(value)
-            if any(family(r) in READS_FEATURES for r in readers) or not self._reaches_layer.isdisjoint(after):
+            if any(map(_reads_features, readers)) or not self._reaches_layer.isdisjoint(after):
                 self._reaches_layer.add(value)
             if readers and not self._graph.is_output(value) and all(self._ends(value, reader) for reader in readers):
                 self._ends_in_gates.add(value)

@@ -36,6 +36,29 @@ class Map:
         return cls(scale.reshape(shape), shift.reshape(shape))
 
     @classmethod
+    def of_norm(cls, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Map:
+        r"""Return the map of one dimension, the channels, that a norm with fixed statistics is, computed in float64.
+
+        .. math::
+
+            s = \frac{\gamma}{\sqrt{\mathrm{var} + \varepsilon}} \qquad t = \beta - \mathrm{mean} \cdot s
+
+        ``var`` is taken as it is stored: no divisor is added or removed. Without ``weight`` γ = 1, without ``bias``
+        β = 0 (Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 2, line 11).
+
+        Example:
+            >>> import torch
+            >>> from batchnorm.travel.maps import Map
+            >>> one = torch.ones(1)
+            >>> Map.of_norm(mean=3 * one, var=4 * one, weight=None, bias=one, eps=0.0)
+            Map(scale=tensor([0.5000], dtype=torch.float64), shift=tensor([-0.5000], dtype=torch.float64))
+        """
+        mean, var = mean.detach().double(), var.detach().double()
+        scale = torch.rsqrt(var + eps) if weight is None else weight.detach().double() / torch.sqrt(var + eps)
+        shift = -mean * scale if bias is None else bias.detach().double() - mean * scale
+        return cls(scale, shift)
+
+    @classmethod
     def identity(cls, dim: int) -> Map:
         """Return the map that changes nothing."""
         return cls(torch.ones([1] * dim, dtype=torch.float64), torch.zeros([1] * dim, dtype=torch.float64))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from batchnorm.dataflow.graph import Call, Graph, Value
 from batchnorm.dataflow.refusal import Refusal, listed
-from batchnorm.travel import absorb, arrange, join, pointwise, pooling  # noqa: F401 - they register their rules
+from batchnorm.travel import arrange, join, pointwise, pooling  # noqa: F401 - they register their rules
 from batchnorm.travel.maps import Map
 from batchnorm.travel.rules import Absorbed, Knowledge, go_backward, go_forward, location
 

@@ -1,10 +1,13 @@
-"""Which operators an affine map can cross, and which absorb it: the register that the rules write themselves into."""
+"""Which operators an affine map can cross: the register that the rules write themselves into.
+
+Which operators absorb one is not known here: a dataflow brings its own table of them (:class:`Knowledge`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from batchnorm.travel.maps import Map
 
 __all__ = [
     "Absorbed",
+    "Absorbing",
     "Demands",
     "Knowledge",
     "Side",
@@ -44,6 +48,24 @@ class Absorbed:
     bordered: bool = False
 
 
+class Absorbing(Protocol):
+    """An operator that absorbs maps: it is affine in what it reads, with parameters of its own."""
+
+    def backward(self, call: Call, wanted: Sequence[Map], known: Knowledge) -> Absorbed:
+        """Return what a call absorbs so that its outputs become s·y + t.
+
+        Raises:
+            Refusal: it cannot.
+        """
+
+    def forward(self, call: Call, given: Mapping[Value, Map], known: Knowledge) -> Absorbed:
+        """Return what a call absorbs so that its outputs stay what they were, though inputs were s·x + t and are x.
+
+        Raises:
+            Refusal: it cannot.
+        """
+
+
 class Knowledge(Protocol):
     """What is known of the model at this point of folding.
 
@@ -52,6 +74,9 @@ class Knowledge(Protocol):
     """
 
     with_borders: bool
+
+    def absorbing(self, call: Call) -> Absorbing | None:
+        """Return how the operator of a call absorbs maps; None where it does not."""
 
     def tensor(self, value: Value) -> Tensor:
         """Return a parameter or buffer as it is now, in float64.
@@ -66,6 +91,10 @@ Demands: TypeAlias = "list[tuple[Value, Map]]"
 
 Backward: TypeAlias = "Callable[[Call, Sequence[Map], Knowledge], Demands | Absorbed]"
 Forward: TypeAlias = "Callable[[Call, Mapping[Value, Map], Knowledge], Sequence[Map] | Absorbed]"
+
+Rule = TypeVar("Rule")
+Maps = TypeVar("Maps")
+Result = TypeVar("Result")
 
 _BACKWARD: dict[str, Backward] = {}
 _FORWARD: dict[str, Forward] = {}
@@ -100,31 +129,39 @@ def forward(*names: str) -> Callable[[Forward], Forward]:
 
 
 def go_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands | Absorbed:
-    """Apply the rule of an operator.
+    """Apply the rule of an operator to the maps that are wanted of its outputs.
 
     Raises:
         Refusal: there is none, or the map cannot cross.
     """
-    rule = _BACKWARD.get(family(call)) if call.op.namespace == "aten" else None
+    operator = known.absorbing(call)
+    rule = _rule_of(call, _BACKWARD) if operator is None else operator.backward
     if rule is None:
         raise Refusal(f"It reads the output of {location(call)}, which is no linear operator.", calls=[call])
-    with Refusal.at(call):
-        _require_no_empty_part(call)
-        return rule(call, wanted, known)
+    return _applied(rule, call, wanted, known)
 
 
 def go_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Sequence[Map] | Absorbed:
-    """Apply the rule of an operator.
+    """Apply the rule of an operator to the maps that are given of its inputs.
 
     Raises:
         Refusal: there is none, or the map cannot cross.
     """
-    rule = _FORWARD.get(family(call)) if call.op.namespace == "aten" else None
+    operator = known.absorbing(call)
+    rule = _rule_of(call, _FORWARD) if operator is None else operator.forward
     if rule is None:
         raise Refusal(f"{location(call)} reads it, which is no linear operator.", calls=[call])
+    return _applied(rule, call, given, known)
+
+
+def _rule_of(call: Call, rules: Mapping[str, Rule]) -> Rule | None:
+    return rules.get(family(call)) if call.op.namespace == "aten" else None
+
+
+def _applied(rule: Callable[[Call, Maps, Knowledge], Result], call: Call, maps: Maps, known: Knowledge) -> Result:
     with Refusal.at(call):
         _require_no_empty_part(call)
-        return rule(call, given, known)
+        return rule(call, maps, known)
 
 
 def _require_no_empty_part(call: Call) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from batchnorm import fold, refold, unfold
-from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS, Affine
+from batchnorm.absorbers.table import ABSORBERS
 
 
 class Wired(nn.Module):
@@ -254,7 +254,7 @@ def test_the_kernel_with_an_identity_adds_it(operator, groups, taps):
     x = torch.randn(2, 6, *[5] * n, generator=generator, dtype=torch.float64)
     s, t = torch.randn(2, 6, generator=generator, dtype=torch.float64)
     run = getattr(F, operator)
-    merged, bias = LINEAR_OPERATORS[operator].absorb_beside(Affine(s, t), weight, None)
+    merged, bias = ABSORBERS[f"aten::{operator}"].absorb_beside(s, t, weight, None)
     shape = (1, 6, *[1] * n)
     expected = run(x, weight, padding=taps // 2, groups=groups) + s.view(shape) * x + t.view(shape)
     torch.testing.assert_close(run(x, merged, bias, padding=taps // 2, groups=groups), expected)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tests.folding.test_fold_zoo import lively
 from torch import nn
 
-from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS, Affine
+from batchnorm.absorbers.convolution import Convolution
+from batchnorm.absorbers.transposed_convolution import TransposedConvolution
 from batchnorm.folding.fold import fold
 from batchnorm.folding.writing import rewrite as rewrite_module
+from batchnorm.travel.maps import Map
 
 LAYERS = [
     (lambda: nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d, (2, 4, 5, 5)),
@@ -59,22 +59,16 @@ def test_a_parameter_that_is_not_rounded_to_the_nearest_number_is_left(monkeypat
 def test_one_bad_site_is_left_and_the_others_are_folded(monkeypatch):
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
     net[3].weight.data.normal_()
-    right = LINEAR_OPERATORS["conv_transpose2d"]
     # along the first axis, which is the input's in a transposed convolution
-    wrong = replace(right, spread=LINEAR_OPERATORS["conv2d"].spread)
-    monkeypatch.setattr(
-        "batchnorm.folding.planning.merged_parameters.LINEAR_OPERATORS", {**LINEAR_OPERATORS, "conv_transpose2d": wrong}
-    )
+    monkeypatch.setattr(TransposedConvolution, "spread", Convolution.spread)
     result = fold(net, torch.randn(2, 3, 5, 5))
     assert [f.norm for f in result.folded] == ["1"]
     assert "errs by" in result.left[0].reason
 
 
 def test_wrong_shift_is_caught(monkeypatch):
-    real = Affine.of_norm
-    monkeypatch.setattr(
-        Affine, "of_norm", classmethod(lambda cls, *args: Affine((a := real(*args)).scale, a.shift + 1e-6))
-    )
+    real = Map.of_norm
+    monkeypatch.setattr(Map, "of_norm", classmethod(lambda cls, *args: Map((m := real(*args)).scale, m.shift + 1e-6)))
     result = fold(make(*LAYERS[0][:2]), torch.randn(LAYERS[0][2]))
     assert not result.folded
     assert "more than float64 explains" in result.left[0].reason
@@ -99,8 +93,7 @@ def test_a_model_that_does_not_run_in_float64_is_compared_in_its_own_types():
 
 
 def test_in_its_own_types_too_a_wrong_fold_is_found(monkeypatch):
-    wrong = replace(LINEAR_OPERATORS["conv2d"], spread=lambda scale, weight, groups: scale.flip(0).reshape(-1, 1, 1, 1))
-    monkeypatch.setitem(LINEAR_OPERATORS, "conv2d", wrong)
+    monkeypatch.setattr(Convolution, "spread", lambda self, scale, weight, groups: scale.flip(0).reshape(-1, 1, 1, 1))
     result = fold(lively(InItsOwnType()).float(), torch.randn(2, 3, 8, 8))
     assert not result.folded
     assert "errs by" in result.left[0].reason
@@ -118,8 +111,7 @@ class Zeros(nn.Module):
 
 
 def test_a_wrong_fold_that_the_example_hides_is_found_on_random_inputs(monkeypatch):
-    wrong = replace(LINEAR_OPERATORS["conv2d"], spread=lambda scale, weight, groups: scale.flip(0).reshape(-1, 1, 1, 1))
-    monkeypatch.setitem(LINEAR_OPERATORS, "conv2d", wrong)
+    monkeypatch.setattr(Convolution, "spread", lambda self, scale, weight, groups: scale.flip(0).reshape(-1, 1, 1, 1))
     result = fold(lively(Zeros()), torch.zeros(2, 3, 8, 8, dtype=torch.float64))
     assert not result.folded
     assert "errs by" in result.left[0].reason

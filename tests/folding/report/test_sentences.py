@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from batchnorm.dataflow.cost import Saving
 from batchnorm.folding.fold import fold
+from batchnorm.folding.report.cost import Saving
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -9,13 +9,14 @@ import torch
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.absorbers.table import linear_operator_of
 from batchnorm.checks.bias_proof import BiasProof
 from batchnorm.checks.patterns import layer_name, norm_module
 from batchnorm.checks.rule import Finding, Fix, Rule
 from batchnorm.checks.shifts import cancelling_norms
 from batchnorm.dataflow.graph import Call, Graph, Value
 from batchnorm.dataflow.norms import alternative_to, norm_uses, unreached_norms
-from batchnorm.dataflow.operator_kinds import BATCH_NORMS, LAYERS, family
+from batchnorm.dataflow.operator_kinds import BATCH_NORMS, family
 from batchnorm.errors import StateError
 from batchnorm.nn.freeze import is_frozen
 from batchnorm.nn.statistics_in_use import held_on_running
@@ -63,7 +64,7 @@ class BiasBeforeNorm(Rule):
 
     def find(self, model: Module, graph: Graph) -> Iterator[Finding]:
         """Yield the layers whose bias has no effect, each once."""
-        biases = dict.fromkeys(call.args.get("bias") for call in graph.calls if family(call) in LAYERS)
+        biases = dict.fromkeys(call.args.get("bias") for call in graph.calls if linear_operator_of(call) is not None)
         for bias in biases:
             if not isinstance(bias, Value):
                 continue
@@ -86,7 +87,7 @@ class BiasBeforeNorm(Rule):
 
 def _ends(graph: Graph, call: Call, bias: Value) -> tuple[list[Call], list[Value]]:
     """Return the norms that take the bias out again, and the values on the way, if ``call`` is a layer of that bias."""
-    meant = family(call) in LAYERS and call.args.get("bias") is bias
+    meant = linear_operator_of(call) is not None and call.args.get("bias") is bias
     return cancelling_norms(graph, call) if meant else ([], [])
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch.nn import Module
 
+from batchnorm.absorbers.table import linear_operator_of
 from batchnorm.checks.patterns import layer_name, source
 from batchnorm.checks.rule import Finding, Rule
 from batchnorm.dataflow.graph import Call, Graph, Value
-from batchnorm.dataflow.operator_kinds import LAYERS, family
 from batchnorm.placement.sites import norm_calls
 
 __all__ = ["SharedNorm"]
@@ -78,7 +78,7 @@ class SharedNorm(Rule):
         behind: dict[str, dict[str, Call]] = {}
         for norm in norm_calls(graph):
             mean, layer = norm.args["running_mean"], source(norm.args["input"])
-            if isinstance(mean, Value) and mean.names and layer is not None and family(layer) in LAYERS:
+            if isinstance(mean, Value) and mean.names and layer is not None and linear_operator_of(layer) is not None:
                 behind.setdefault(mean.names[0], {}).setdefault(layer_name(layer), norm)
         for layers in behind.values():
             if len(layers) > 1:

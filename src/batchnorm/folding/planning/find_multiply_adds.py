@@ -17,12 +17,12 @@ from batchnorm.dataflow.graph import Call, Graph, ModuleCall
 from batchnorm.dataflow.norms import NormUse, norm_uses, require_no_alternative, unreached_norms
 from batchnorm.dataflow.operator_kinds import fusible_activation
 from batchnorm.dataflow.refusal import Refusal
-from batchnorm.folding.planning.merged_parameters import find_tensor
 from batchnorm.folding.planning.multiply_add import MultiplyAdd, _rounded
 from batchnorm.folding.planning.plan import FoldPlan
 from batchnorm.folding.planning.removable_norm import check_norm
 from batchnorm.folding.planning.splits import norm_map
 from batchnorm.models.hooks import hooks_of
+from batchnorm.models.parameters import find_tensor
 
 __all__ = ["failing", "find_multiply_adds"]
 

@@ -7,34 +7,21 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
+from batchnorm.absorbers.operator import AbsorbingOperator, LayerParameters
+from batchnorm.absorbers.table import absorber_of, linear_operator_of
 from batchnorm.dataflow.graph import Call, Graph, Value
-from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS, Affine
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.errors import StateError
-from batchnorm.folding.planning.absorbers import Absorber, find_absorber
+from batchnorm.folding.planning.absorbing_layer import AbsorbingLayer, find_absorbing_layer
+from batchnorm.models.parameters import find_tensor
 from batchnorm.nn.bordered import bordered
 from batchnorm.travel.maps import Map
 from batchnorm.travel.route import Route
-from batchnorm.travel.rules import Absorbed, Side
+from batchnorm.travel.rules import Absorbed
 
-__all__ = ["Parameters", "find_tensor", "put_parameter"]
-
-
-def find_tensor(model: Module, name: str | None) -> Tensor | None:
-    """Return the parameter or buffer of that qualified name, None for no name or an empty place."""
-    if name is None:
-        return None
-    parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    return module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
-
-
-def put_parameter(model: Module, name: str, parameter: Parameter | None) -> None:
-    """Put a parameter, or an empty place for one, under a qualified name."""
-    parent, _, leaf = name.rpartition(".")
-    model.get_submodule(parent)._parameters[leaf] = parameter
+__all__ = ["Parameters"]
 
 
 @dataclass(eq=False)
@@ -51,7 +38,7 @@ class Parameters:
     model: Module
     graph: Graph
     changed: dict[str, Tensor]
-    absorbers: dict[str, Absorber]
+    absorbers: dict[str, AbsorbingLayer]
     borders: dict[str, Tensor] = field(default_factory=dict)
     with_borders: bool = False
 
@@ -71,6 +58,10 @@ class Parameters:
         tensor = find_tensor(self.model, name)
         return None if tensor is None else tensor.detach().double()
 
+    def absorbing(self, call: Call) -> AbsorbingOperator | None:
+        """Return the row of the operator of a call, which says how it absorbs maps; None where it does not."""
+        return absorber_of(call)
+
     def tensor(self, value: Value) -> Tensor:
         """Return a parameter or buffer as it is now, in float64 and on the CPU.
 
@@ -85,7 +76,7 @@ class Parameters:
             raise Refusal(f"{value.names[0]} is not finite.")
         return tensor.cpu()
 
-    def absorb(self, route: Route) -> list[Absorber]:
+    def absorb(self, route: Route) -> list[AbsorbingLayer]:
         """Let the operators at the ends of a way absorb what is carried there; returns who they are.
 
         Raises:
@@ -105,91 +96,51 @@ class Parameters:
             if others:
                 module = group[0][0].module or "the model"
                 raise Refusal(f"The calls of {module} would have to absorb different maps.", calls=others)
+            absorbed = replace(first, bordered=any(end.bordered for _, end in group))
             with Refusal.at(*(call for call, _ in group)):
-                absorbers.append(self._absorb_into(tuple(call for call, _ in group), first.side, first.map))
-                if any(absorbed.bordered for _, absorbed in group):
-                    self._pad_with(absorbers[-1], group[0][0], first.map)
+                absorbers.append(self._absorb_into(tuple(call for call, _ in group), absorbed))
         return absorbers
 
-    def _pad_with(self, absorber: Absorber, call: Call, map_: Map) -> None:
-        """Let a convolution pad with what the map makes of it what was padded with before."""
-        try:
-            bordered(self.model.get_submodule(absorber.name), torch.zeros(call.args["input"].shape[1]))
-        except StateError as error:
-            raise Refusal(f"{absorber.name or 'The model'}: {error}") from error
-        scale, shift = map_.along(1, call.args["input"].shape[1])
-        before = self.borders.get(absorber.name, torch.zeros_like(shift))
-        self.borders[absorber.name] = (before - shift) / scale
-
-    def absorb_beside(self, calls: Sequence[Call], map_: Map) -> Absorber:
+    def absorb_beside(self, calls: Sequence[Call], map_: Map) -> AbsorbingLayer:
         """Let a linear operator add a map of what it reads to what it computes.
 
         Raises:
             Refusal: it cannot.
         """
         with Refusal.at(*calls):
-            absorber = find_absorber(self.model, self.graph, tuple(calls), needs_bias=True)
-        shape = calls[0].output.shape
-        operator = LINEAR_OPERATORS[calls[0].name]
-        axis = operator.channel_axis(len(shape))
-        affine = Affine(*map_.along(axis, shape[axis]))
-        merged, bias = operator.absorb_beside(affine, self._weight(absorber), self._bias(absorber))
-        assert absorber.bias_name is not None
+            absorber = find_absorbing_layer(self.model, self.graph, tuple(calls), needs_bias=True)
+        operator, now = linear_operator_of(calls[0]), self._now(absorber)
+        assert operator is not None
+        scale, shift = operator.channels_of(calls[0], Absorbed("output", map_))
+        weight, bias = operator.absorb_beside(scale, shift, now.weight, now.bias)
         self.absorbers[absorber.name] = absorber
-        self.changed |= {absorber.weight_name: merged, absorber.bias_name: bias}
+        self._set(absorber, LayerParameters(weight, bias, now.border))
         return absorber
 
-    def _absorb_into(self, calls: Sequence[Call], side: Side, map_: Map) -> Absorber:
-        call = calls[0]
-        # a norm before which it stands gives it a bias in any case: the names in a state dict hang on no values
-        needs_bias = call.name != "embedding" and (side == "output" or not map_.only_scales)
-        absorber = find_absorber(self.model, self.graph, tuple(calls), needs_bias=needs_bias)
+    def _absorb_into(self, calls: tuple[Call, ...], absorbed: Absorbed) -> AbsorbingLayer:
+        operator = absorber_of(calls[0])
+        assert operator is not None
+        absorber = find_absorbing_layer(self.model, self.graph, calls, needs_bias=operator.needs_bias(absorbed))
         known = self.absorbers.get(absorber.name)
         if absorber.bias is None and known is not None:  # it was given a bias before
             absorber = replace(absorber, bias=known.bias)
         self.absorbers[absorber.name] = absorber
-        if call.name == "batch_norm":
-            self._into_norm(absorber, call, side, map_)
-        elif call.name == "embedding":
-            scale, shift = map_.along(-1, call.output.shape[-1])
-            weight = self._weight(absorber)
-            self.changed[absorber.weight_name] = scale * weight + shift
-        else:
-            self._into_linear(absorber, call, side, map_)
+        self._set(absorber, operator.merge(calls[0], absorbed, self._now(absorber), self))
         return absorber
 
-    def _into_linear(self, absorber: Absorber, call: Call, side: Side, map_: Map) -> None:
-        operator = LINEAR_OPERATORS[call.name]
-        shape = call.output.shape if side == "output" else call.args["input"].shape
-        axis = operator.channel_axis(len(shape))
-        affine = Affine(*map_.along(axis, shape[axis]))
-        weight, bias = self._weight(absorber), self._bias(absorber)
-        absorb = operator.absorb if side == "output" else operator.absorb_inner
-        merged, new_bias = absorb(affine, weight, bias, absorber.groups)
-        self.changed[absorber.weight_name] = merged
-        if absorber.bias_name is not None and new_bias is not None:
-            self.changed[absorber.bias_name] = new_bias
-
-    def _into_norm(self, absorber: Absorber, call: Call, side: Side, map_: Map) -> None:
-        axis, shape = 1, call.output.shape
-        scale, shift = map_.along(axis, shape[axis])
-        gamma, beta = self._weight(absorber), self._bias(absorber)
-        assert beta is not None
-        assert absorber.bias_name is not None
-        mean, var = (self.tensor(call.args[key]) for key in ("running_mean", "running_var"))
-        self.changed[absorber.weight_name] = scale * gamma
-        if side == "output":
-            self.changed[absorber.bias_name] = scale * beta + shift
-        else:
-            # γ(s x + t − μ)/σ + β, with γ s in place of γ
-            deviation = torch.sqrt(var + call.args["eps"])
-            self.changed[absorber.bias_name] = beta + gamma * (shift - mean + scale * mean) / deviation
-
-    def _weight(self, absorber: Absorber) -> Tensor:
+    def _now(self, absorber: AbsorbingLayer) -> LayerParameters:
         weight = self.named(absorber.weight_name)
         assert weight is not None
-        return weight.cpu()
-
-    def _bias(self, absorber: Absorber) -> Tensor | None:
         bias = None if absorber.bias_name is None else self.named(absorber.bias_name)
-        return None if bias is None else bias.cpu()
+        return LayerParameters(weight.cpu(), None if bias is None else bias.cpu(), self.borders.get(absorber.name))
+
+    def _set(self, absorber: AbsorbingLayer, new: LayerParameters) -> None:
+        self.changed[absorber.weight_name] = new.weight
+        if absorber.bias_name is not None and new.bias is not None:
+            self.changed[absorber.bias_name] = new.bias
+        if new.border is not None:
+            try:
+                bordered(self.model.get_submodule(absorber.name), new.border)
+            except StateError as error:
+                raise Refusal(f"{absorber.name or 'The model'}: {error}") from error
+            self.borders[absorber.name] = new.border

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from batchnorm.dataflow.norms import NormUse
-from batchnorm.folding.planning.merged_parameters import find_tensor
 from batchnorm.folding.planning.removable_norm import NormState
 from batchnorm.folding.planning.replacement import Replacement
+from batchnorm.models.parameters import find_tensor
 from batchnorm.nn.scale_shift import ScaleShift
 
 __all__ = ["MultiplyAdd"]

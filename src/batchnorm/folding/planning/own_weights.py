@@ -13,11 +13,10 @@ from torch.nn import Module, Parameter
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from batchnorm.absorbers.table import linear_operator_of
 from batchnorm.dataflow.graph import Call, Graph, ModuleCall, Value
-from batchnorm.dataflow.layer_of_call import plain_layer
-from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
 from batchnorm.dataflow.refusal import Refusal
-from batchnorm.folding.planning.merged_parameters import find_tensor, put_parameter
+from batchnorm.models.parameters import find_tensor, put_parameter
 
 __all__ = ["ComputedWeights", "same_weights", "ties", "untie"]
 
@@ -57,7 +56,7 @@ class ComputedWeights:
     def observe(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Keep the weight and bias of a linear operator, if it has another weight than a parameter."""
         weight = call.args.get("weight")
-        if call.name in LINEAR_OPERATORS and isinstance(weight, Value) and weight.kind == "computed":
+        if linear_operator_of(call) is not None and isinstance(weight, Value) and weight.kind == "computed":
             names = [argument.name for argument in call.op._schema.arguments]
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             self._seen[call.index] = {
@@ -85,8 +84,10 @@ class ComputedWeights:
         return all(o.keys() == first.keys() and all(torch.equal(o[k], first[k]) for k in o) for o in others)
 
     def _layer(self, call: Call, module: Module) -> Module | None:
+        operator = linear_operator_of(call)
+        assert operator is not None
         try:
-            layer = plain_layer(call.name, {**call.args, "bias": None, **self._seen[call.index]})
+            layer = operator.layer({**call.args, "bias": None, **self._seen[call.index]})
         except Refusal:
             return None
         trained = any(parameter.requires_grad for parameter in module.parameters())

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.absorbers.norm import Norm
+from batchnorm.absorbers.table import absorber_of, linear_operator_of
 from batchnorm.dataflow.graph import Call, Graph, Value
-from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
-from batchnorm.dataflow.norms import NormUse, is_norm
+from batchnorm.dataflow.norms import NormUse
 from batchnorm.dataflow.operator_kinds import DROPOUTS, PASSING, family
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.folding.planning.merged_parameters import Parameters
@@ -101,9 +102,10 @@ def _joined(meetings: Sequence[_Meeting], use: NormUse, map_: Map) -> Beside:
 
 def _missing(meeting: _Meeting, map_: Map) -> Map:
     """Return what the operator has to add, as a map of the channels of what it reads."""
-    _require_own_element(meeting.operator)
-    shape = meeting.operator.output.shape
-    axis = LINEAR_OPERATORS[meeting.operator.name].channel_axis(len(shape))
+    operator, shape = linear_operator_of(meeting.operator), meeting.operator.output.shape
+    assert operator is not None
+    operator.require_own_element(meeting.operator)
+    axis = operator.channel_axis(len(shape))
     whole = Map.per_channel(map_.scale.reshape(-1), map_.shift.reshape(-1), len(shape))
     scale, shift = whole.along(axis, shape[axis])
     (f, _), (g, _) = (m.along(axis, shape[axis]) for m in (meeting.of_norm, meeting.of_operator))
@@ -112,30 +114,6 @@ def _missing(meeting: _Meeting, map_: Map) -> Map:
         raise Refusal(f"What {location(meeting.operator)} returns is multiplied by zero before the sum.")
     safe = torch.where(g == 0, 1.0, g)
     return Map.per_channel(missing[0] / safe, missing[1] / safe, len(shape), axis)
-
-
-def _require_own_element(call: Call) -> None:
-    """Require an operator that has, for every element it computes, a tap that reads the same element."""
-    read, output = call.args["input"], call.output
-    if tuple(read.shape) != tuple(output.shape):
-        raise Refusal(f"{location(call)} returns another shape than it reads.")
-    if call.name == "linear":
-        return
-    kernel = call.args["weight"].shape[2:]
-    stride, dilation, padding = (_each(call.args.get(key, d), len(kernel)) for key, d in _SETTINGS)
-    if padding[0] == "same":  # of an odd kernel it is padded alike on both sides
-        padding = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
-    middle = all(2 * p == d * (k - 1) for p, d, k in zip(padding, dilation, kernel, strict=True))
-    if not middle or any(s != 1 for s in stride) or any(k % 2 == 0 for k in kernel):
-        raise Refusal(f"No tap of {location(call)} reads the very element that it computes.")
-
-
-_SETTINGS = (("stride", 1), ("dilation", 1), ("padding", 0))
-
-
-def _each(value: Any, n: int) -> list[Any]:
-    values = list(value) if isinstance(value, list | tuple) else [0 if value == "valid" else value]
-    return values * n if len(values) == 1 else values
 
 
 # -- ways to a sum -----------------------------------------------------------------------------------------------------
@@ -147,7 +125,7 @@ def _meetings(graph: Graph, norm: Call, known: Parameters, is_gone: IsGone) -> I
     if not way:
         return
     for call in graph.calls:
-        read = call.args.get("input") if call.name in LINEAR_OPERATORS and call.op.namespace == "aten" else None
+        read = None if linear_operator_of(call) is None else call.args.get("input")
         if not isinstance(read, Value) or _root(read, is_gone) is not root:
             continue
         meeting = _first_common(norm, call, way, _way(graph, call.output, known, is_gone))
@@ -207,9 +185,8 @@ def _factor(call: Call, value: Value, known: Parameters, is_gone: IsGone) -> Ten
         return -1.0
     if name in ("mul", "div") and call.args.get("rounding_mode") is None:
         return _product(name, value, first, other, known)
-    if is_norm(call) and call.args.get("input") is value and call.name == "batch_norm" and not call.args["training"]:
-        return _norm_scale(call, known)
-    return None
+    operator = absorber_of(call)
+    return operator.factor(call, known) if isinstance(operator, Norm) and call.args["input"] is value else None
 
 
 def _product(name: str, value: Value, first: Any, other: Any, known: Parameters) -> Tensor | float | None:
@@ -225,16 +202,6 @@ def _product(name: str, value: Value, first: Any, other: Any, known: Parameters)
     else:
         factor = torch.tensor(plain, dtype=torch.float64)
     return 1 / factor if name == "div" else factor
-
-
-def _norm_scale(call: Call, known: Parameters) -> Tensor | None:
-    var, weight = call.args["running_var"], call.args["weight"]
-    if var is None:
-        return None
-    scale = torch.rsqrt(known.tensor(var) + call.args["eps"])
-    if weight is not None:
-        scale = scale * known.tensor(weight)
-    return scale.reshape([1, -1] + [1] * (len(call.output.shape) - 2))
 
 
 def _passes(call: Call) -> bool:

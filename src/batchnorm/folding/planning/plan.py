@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch.nn import Module
 
+from batchnorm.absorbers.table import absorber_of
 from batchnorm.dataflow.graph import Call, Graph, Value
-from batchnorm.dataflow.norms import NormUse, norm_uses, require_no_alternative, unreached_norms
+from batchnorm.dataflow.norms import NormUse, is_norm, norm_uses, require_no_alternative, unreached_norms
 from batchnorm.dataflow.refusal import Refusal
-from batchnorm.folding.planning.absorbers import Absorber
+from batchnorm.folding.planning.absorbing_layer import AbsorbingLayer
 from batchnorm.folding.planning.merged_parameters import Parameters
 from batchnorm.folding.planning.outcome import LeftNorm
 from batchnorm.folding.planning.parallel import find_beside
@@ -48,7 +49,7 @@ class Step:
     use: NormUse
     module: str
     stays: Replacement
-    into: tuple[Absorber, ...]
+    into: tuple[AbsorbingLayer, ...]
     before: Map | None
     after: Map | None
     crossed: frozenset[Value]
@@ -274,7 +275,7 @@ _RECOVERABLE = 8.0  # |β| ≤ 8 |γ|: three bits are lost
 class _Ends(NamedTuple):
     """Who absorbs a map, what it crosses, and the names of those who take in its inverse."""
 
-    absorbers: tuple[Absorber, ...]
+    absorbers: tuple[AbsorbingLayer, ...]
     crossed: frozenset[Value]
     inverse_absorbers: frozenset[str]
 
@@ -289,11 +290,11 @@ def _go(
     sharing: bool,
 ) -> _Ends:
     gone, back = plan.gone, Route()
-    absorbers: dict[str, Absorber] = {}
+    absorbers: dict[str, AbsorbingLayer] = {}
     crossed: set[Value] = set()
     inverse_absorbers: set[str] = set()
 
-    def take(route: Route, ends: Iterable[Value]) -> list[Absorber]:
+    def take(route: Route, ends: Iterable[Value]) -> list[AbsorbingLayer]:
         # cut in two, it would have to be crossed by the one part and by the other
         if before is not None and after is not None and any(value in route.crossed for value in ends):
             raise Refusal("It follows itself.")
@@ -340,7 +341,7 @@ def describe_source(graph: Graph, use: NormUse) -> str | None:
         value = next((v for key in ("input", "self") if isinstance(v := call.args.get(key), Value)), None)
         call = None if value is None else value.producer
         weight = None if call is None else call.args.get("weight")
-        if call is not None and isinstance(weight, Value) and call.name not in ("batch_norm", "prelu"):
+        if call is not None and isinstance(weight, Value) and absorber_of(call) is not None and not is_norm(call):
             return weight.names[0].rpartition(".")[0] or None if weight.names else call.module or None
         if call is not None and len(list(call.tensor_args())) != 1:
             return None

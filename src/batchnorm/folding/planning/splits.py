@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
-from batchnorm.dataflow.linear_operators import Affine
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.folding.planning.merged_parameters import Parameters
 from batchnorm.folding.planning.removable_norm import NormState
@@ -38,12 +36,7 @@ def norm_map(parameters: Parameters, state: NormState) -> Map:
         raise Refusal(f"Its running_var is negative ({lowest:.3g}).")
     if lowest + state.eps <= 0:
         raise Refusal("Its running_var and eps are both 0, so it divides by zero.")
-    affine = Affine.of_norm(mean, var, weight, bias, state.eps)
-    return Map(_on_cpu(affine.scale), _on_cpu(affine.shift))
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu()
+    return Map.of_norm(mean, var, weight, bias, state.eps).each(lambda values: values.cpu())
 
 
 def attempts(map_: Map, with_borders: bool) -> Iterator[tuple[bool, tuple[Map | None, Map | None]]]:

@@ -106,7 +106,7 @@ def _call_modules(graph: Graph, sites: Iterable[LayerNode]) -> dict[LayerNode, N
     now: dict[Node, Node] = {}
     for site in sites:
         with graph.inserting_before(site.node):
-            node = graph.create_node("call_module", "", (now.get(site.read, site.read),), name=site.operator)
+            node = graph.create_node("call_module", "", (now.get(site.read, site.read),), name=site.operator.name)
         site.result.replace_all_uses_with(node)
         calls[site] = now[site.result] = node
         erase_unread(graph, [*site.node.users, site.node])

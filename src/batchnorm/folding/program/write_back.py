@@ -15,7 +15,6 @@ from torch.nn import Identity, Module
 from batchnorm.folding.program.layers import LayerNode
 from batchnorm.folding.program.open import Names, Opened, erase_unread, overlap
 from batchnorm.folding.program.state import State, memory_of, put
-from batchnorm.folding.program.write_layer import emit_layer
 from batchnorm.folding.writing.record import digest
 
 __all__ = ["close_functions", "close_modules"]
@@ -61,7 +60,7 @@ def close_functions(state: State, opened: Opened, folded: Module, is_changed: Ca
             new = read
             freed |= {_state_name(site, key).rpartition(".")[0] for key in ("running_mean", "weight")} - {""}
         else:
-            new = _stand_in(state, old, read, site.operator)
+            new = _stand_in(state, old, read, site.operator.name)
             changes.append(_Change(name, site, layer, new))
         old.replace_all_uses_with(new)
         state.replaced(old, new)
@@ -70,7 +69,8 @@ def close_functions(state: State, opened: Opened, folded: Module, is_changed: Ca
     _discard_unread(state, read_before, freed)
     names = _NewStates(state)
     for change in changes:
-        emit_layer(state, change.node, change.site.operator, change.layer, partial(names.of, change))
+        hold = partial(names.of, change)
+        change.node.target, change.node.args = change.site.operator.written(change.layer, change.node, hold)
 
 
 def _stand_in(state: State, old: Node, read: Node, name: str) -> Node:

@@ -30,9 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
-from batchnorm.folding.planning.absorbers import Absorber
-from batchnorm.folding.planning.merged_parameters import Parameters, find_tensor
+from batchnorm.folding.planning.merged_parameters import Parameters
+from batchnorm.models.parameters import find_tensor
 
 if TYPE_CHECKING:
     from batchnorm.folding.planning.plan import Step
@@ -101,17 +100,16 @@ def lost_ranges(model: Module, parameters: Parameters, rounded: Mapping[str, Par
             continue
         merged, stored, old = parameters.changed[name].cpu(), rounded[name].detach(), find_tensor(model, name)
         small = (merged.abs() < torch.finfo(stored.dtype).smallest_normal) & (merged != 0)
-        if absorber.kind != "embedding" and old is not None and bool(small.any()):
-            before, wide, after = (_by_channel(absorber, t.detach().cpu().double()) for t in (old, merged, stored))
-            if lost := _lost_channels(before, wide, after, torch.finfo(stored.dtype)):
-                dtype = str(stored.dtype).removeprefix("torch.")
-                found.append(LostRange(name, dtype, len(wide), tuple(lost)))
+        if old is None or not absorber.operator.multiplies or not bool(small.any()):
+            continue
+        before, wide, after = (
+            absorber.operator.by_channel(tensor.detach().cpu().double(), absorber.groups)
+            for tensor in (old, merged, stored)
+        )
+        if lost := _lost_channels(before, wide, after, torch.finfo(stored.dtype)):
+            dtype = str(stored.dtype).removeprefix("torch.")
+            found.append(LostRange(name, dtype, len(wide), tuple(lost)))
     return found
-
-
-def _by_channel(absorber: Absorber, weight: Tensor) -> Tensor:
-    operator = LINEAR_OPERATORS.get(absorber.calls[0].name)
-    return weight.reshape(-1, 1) if operator is None else operator.by_channel(weight, absorber.groups)
 
 
 def _lost_channels(before: Tensor, merged: Tensor, stored: Tensor, finfo: torch.finfo) -> list[LostChannel]:

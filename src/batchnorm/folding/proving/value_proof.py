@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from batchnorm.absorbers.table import linear_operator_of
 from batchnorm.dataflow.graph import Call, Value
-from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
 from batchnorm.dataflow.norms import is_norm
 from batchnorm.dataflow.operator_kinds import family
 from batchnorm.folding.planning.multiply_add import MultiplyAdd
@@ -120,7 +120,7 @@ class Proof:
         """Look at one operator of the folded model."""
         if self._lost:
             return
-        if call.module in self.plan.parameters.borders and call.name not in LINEAR_OPERATORS:
+        if call.module in self.plan.parameters.borders and linear_operator_of(call) is None:
             return  # it pads
         expected = self._calls[self._place] if self._place < len(self._calls) else None
         if (

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from batchnorm.dataflow.graph import Call
-from batchnorm.folding.planning.merged_parameters import find_tensor
-from batchnorm.folding.planning.outcome import FoldedNorm, LeftNorm
+from batchnorm.folding.planning.outcome import LeftNorm
 from batchnorm.folding.planning.plan import FoldPlan, Step
 from batchnorm.folding.report.neighbourhood import around, nearest, sources, ways_to
+from batchnorm.folding.report.outcome import FoldedNorm
 from batchnorm.folding.report.sentences import crossed_calls
+from batchnorm.models.parameters import find_tensor
 from batchnorm.report import Diagram, Diagrams, Panel
 from batchnorm.report.document import Role
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS, LinearOperator
-from batchnorm.folding.planning.absorbers import Absorber
+from batchnorm.absorbers.linear_operator import LinearOperator
+from batchnorm.folding.planning.absorbing_layer import AbsorbingLayer
 from batchnorm.report import Paragraph, Plot, Section, Series, Table
 from batchnorm.report.result import finite_or_none
 
@@ -153,7 +153,7 @@ class FoldedWeight:
 
 
 def folded_weights(
-    absorbers: Iterable[Absorber], before: Mapping[str, Tensor | None], after: Mapping[str, Tensor]
+    absorbers: Iterable[AbsorbingLayer], before: Mapping[str, Tensor | None], after: Mapping[str, Tensor]
 ) -> list[FoldedWeight]:
     """Return the weights that int8 is for: of linear operators, neither of embeddings nor of norms, and not empty.
 
@@ -164,8 +164,8 @@ def folded_weights(
     """
     found = []
     for absorber in absorbers:
-        old, operator = before.get(absorber.weight_name), LINEAR_OPERATORS.get(absorber.calls[0].name)
-        if operator is not None and old is not None and old.numel():
+        old, operator = before.get(absorber.weight_name), absorber.operator
+        if isinstance(operator, LinearOperator) and old is not None and old.numel():
             found.append(
                 FoldedWeight(absorber.weight_name, operator, absorber.groups, old, after[absorber.weight_name])
             )

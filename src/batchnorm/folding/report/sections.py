@@ -7,11 +7,12 @@ from typing import Any, Protocol, TypeVar
 
 from torch.nn import Module
 
-from batchnorm.folding.planning.outcome import Costs, FoldedNorm, LeftNorm, Pictures
+from batchnorm.folding.planning.outcome import LeftNorm
 from batchnorm.folding.proving.lost_range import LostRange
 from batchnorm.folding.report.int8_ranges import ChannelRanges
 from batchnorm.folding.report.int8_ranges import section as range_section
 from batchnorm.folding.report.latency import Measured, Spread
+from batchnorm.folding.report.outcome import Costs, FoldedNorm, Pictures
 from batchnorm.folding.report.same_sentence import alike
 from batchnorm.report import Diagrams, Facts, Paragraph, Section, Table
 from batchnorm.report.document import Block, Cell

@@ -7,15 +7,15 @@ from typing import Literal
 
 from torch.nn import Identity, Module
 
-from batchnorm.dataflow.cost import Saving
+from batchnorm.absorbers.table import linear_operator_of
 from batchnorm.dataflow.graph import Call
-from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
 from batchnorm.dataflow.operator_kinds import family
 from batchnorm.dataflow.refusal import listed
-from batchnorm.folding.planning.absorbers import Absorber
-from batchnorm.folding.planning.merged_parameters import find_tensor
-from batchnorm.folding.planning.outcome import FoldedNorm
+from batchnorm.folding.planning.absorbing_layer import AbsorbingLayer
 from batchnorm.folding.planning.plan import FoldPlan, Step
+from batchnorm.folding.report.cost import Saving
+from batchnorm.folding.report.outcome import FoldedNorm
+from batchnorm.models.parameters import find_tensor
 
 __all__ = ["crossed_calls", "tell"]
 
@@ -33,7 +33,7 @@ def tell(plan: FoldPlan) -> list[FoldedNorm]:
     return [told[name] for name in sorted(told, key=plan.order.__getitem__)]
 
 
-def _made_for(absorber: Absorber, step: Step, plan: FoldPlan) -> list[str]:
+def _made_for(absorber: AbsorbingLayer, step: Step, plan: FoldPlan) -> list[str]:
     """Return what a host did not have before: a bias, and a border, by its name."""
     name = absorber.bias_name
     bias = name is not None and name in plan.parameters.changed and find_tensor(plan.parameters.model, name) is None
@@ -51,7 +51,7 @@ def _told_of(step: Step, plan: FoldPlan, new: Collection[str]) -> FoldedNorm:
     """
     bordered = [absorber for absorber in step.into if f"border of {absorber.name}" in new]
     biased = [call for absorber in step.into if f"bias of {absorber.name}" in new for call in absorber.calls]
-    kinds = dict.fromkeys(absorber.kind for absorber in step.into)
+    kinds = dict.fromkeys(absorber.operator.kind for absorber in step.into)
     return FoldedNorm(
         step.name,
         ", ".join(absorber.name for absorber in step.into),
@@ -61,7 +61,7 @@ def _told_of(step: Step, plan: FoldPlan, new: Collection[str]) -> FoldedNorm:
         tuple(dict.fromkeys(family(call) for call in crossed_calls(step, plan))),
         Saving.of(
             step.use.calls,
-            [call for call in biased if call.name in LINEAR_OPERATORS],
+            [call for call in biased if linear_operator_of(call) is not None],
             [call for absorber in bordered for call in absorber.calls],
         ),
     )
@@ -80,7 +80,7 @@ def crossed_calls(step: Step, plan: FoldPlan) -> list[Call]:
     return sorted(calls, key=lambda call: call.index)
 
 
-def _sentence(step: Step, plan: FoldPlan, bordered: Sequence[Absorber]) -> str:
+def _sentence(step: Step, plan: FoldPlan, bordered: Sequence[AbsorbingLayer]) -> str:
     crossed = crossed_calls(step, plan)
     if step.beside is not None:
         across = list(dict.fromkeys(family(call) for call in crossed))
@@ -124,30 +124,27 @@ def _halves(step: Step) -> tuple[str, str]:
     return "sign(s)·x + t/|s|", "the scale |s|"
 
 
-def _into(absorbers: Sequence[Absorber], crossed: Sequence[Call]) -> str:
+def _into(absorbers: Sequence[AbsorbingLayer], crossed: Sequence[Call]) -> str:
     across = list(dict.fromkeys(family(call) for call in crossed))
     return f"into {_named(absorbers)}" + (f", across {listed(across, _MOST_NAMED)}" if across else "")
 
 
-def _named(absorbers: Sequence[Absorber]) -> str:
+def _named(absorbers: Sequence[AbsorbingLayer]) -> str:
     by_kind: dict[str, list[str]] = {}
     for absorber in absorbers:
-        by_kind.setdefault(_KINDS.get(absorber.kind, absorber.kind), []).append(absorber.name or "of the model itself")
+        by_kind.setdefault(absorber.operator.noun, []).append(absorber.name or "of the model itself")
     groups = [f"the {kind}{'s' * (len(names) > 1)} {listed(names, _MOST_NAMED)}" for kind, names in by_kind.items()]
     return ", and ".join(groups)
 
 
-_KINDS = {"linear": "linear layer"}
-
-
-def _before(step: Step) -> list[Absorber]:
+def _before(step: Step) -> list[AbsorbingLayer]:
     start = step.use.calls[0].index
     whole = step.after is None
     own = [absorber for absorber in step.into if absorber.name not in step.inverse_absorbers]
     return [absorber for absorber in own if whole or (step.before is not None and absorber.calls[0].index < start)]
 
 
-def _after(step: Step) -> list[Absorber]:
+def _after(step: Step) -> list[AbsorbingLayer]:
     before = _before(step)
     return [
         absorber for absorber in step.into if absorber not in before and absorber.name not in step.inverse_absorbers

@@ -16,12 +16,12 @@ from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module, Parameter, S
 from batchnorm.errors import ArgumentTypeError, InputError, StateError
 from batchnorm.files.tensor_file import read_tensors, write_tensors
 from batchnorm.files.tensor_memory import bytes_of
-from batchnorm.folding.planning.merged_parameters import find_tensor
 from batchnorm.folding.planning.own_weights import ties
 from batchnorm.folding.planning.replacement import Replacement
 from batchnorm.folding.writing.record_data import read_about
 from batchnorm.folding.writing.replacement_data import from_data, to_data
 from batchnorm.models.copying import copy_model
+from batchnorm.models.parameters import find_tensor
 
 if TYPE_CHECKING:
     from batchnorm.folding.planning.multiply_add import MultiplyAdd

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import Identity, Module, Parameter
 
 from batchnorm.dataflow.refusal import Refusal
-from batchnorm.folding.planning.merged_parameters import Parameters, find_tensor
+from batchnorm.folding.planning.merged_parameters import Parameters
 from batchnorm.folding.planning.plan import FoldPlan
+from batchnorm.models.parameters import find_tensor
 from batchnorm.nn.bordered import bordered
 
 __all__ = ["replace_by_id", "replace_modules", "rewrite", "round_parameters"]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from batchnorm.dataflow.cost import Cost, border_bytes, multiply_adds
 from batchnorm.dataflow.trace import trace
+from batchnorm.folding.report.cost import Cost, border_bytes, multiply_adds
 from batchnorm.nn.bordered import bordered
 
 IMAGE = torch.ones(2, 4, 9, 8)

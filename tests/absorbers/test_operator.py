@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.folding.test_fold_zoo import randn
 
-from batchnorm.dataflow.layer_of_call import PLAIN_LAYERS, plain_layer
+from batchnorm.absorbers.table import ABSORBERS
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.nn.operators import named_arguments
 
@@ -29,10 +29,9 @@ CALLS = [
 
 @pytest.mark.parametrize(("op", "args"), CALLS)
 def test_every_layer(op, args):
-    name = op._schema.name.split("::")[1]
-    named = named_arguments(op, args, {})
-    layer = plain_layer(name, named)
-    read = named["indices" if name == "embedding" else "input"]
+    row, named = ABSORBERS[op._schema.name], named_arguments(op, args, {})
+    layer = row.layer(named)
+    read = named[row.reads]
     torch.testing.assert_close(layer(read), op(*args), rtol=0, atol=0)
     assert not layer.training
     assert all(p.data_ptr() not in {a.data_ptr() for a in args if isinstance(a, torch.Tensor)}
@@ -40,11 +39,11 @@ def test_every_layer(op, args):
 
 
 def test_every_kind_is_tried():
-    assert {op._schema.name.split("::")[1] for op, _ in CALLS} == set(PLAIN_LAYERS)
+    assert {op._schema.name for op, _ in CALLS} == set(ABSORBERS)
 
 
 def test_what_no_layer_computes():
     with pytest.raises(Refusal, match="batch mode"):
-        plain_layer("batch_norm", {"running_mean": None, "running_var": None, "training": True})
+        ABSORBERS["aten::batch_norm"].layer({"running_mean": None, "running_var": None, "training": True})
     with pytest.raises(Refusal, match="1 dimensions"):
-        plain_layer("linear", {"weight": randn(4), "bias": None})
+        ABSORBERS["aten::linear"].layer({"weight": randn(4), "bias": None})

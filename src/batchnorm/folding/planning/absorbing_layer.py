@@ -8,23 +8,22 @@ import torch
 from torch.jit import ScriptModule
 from torch.nn import Module, Parameter
 
+from batchnorm.absorbers.operator import AbsorbingOperator
+from batchnorm.absorbers.table import absorber_of
 from batchnorm.dataflow.graph import Call, Graph, Value
-from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
 from batchnorm.dataflow.refusal import Refusal, listed
 from batchnorm.models.hooks import hooks_of
 
-__all__ = ["Absorber", "find_absorber"]
-
-_KINDS = {"embedding": "embedding", "batch_norm": "norm"}
+__all__ = ["AbsorbingLayer", "find_absorbing_layer"]
 
 
 @dataclass(frozen=True, eq=False)
-class Absorber:
+class AbsorbingLayer:
     """A module that absorbs a map.
 
     Attributes:
         name: its qualified name.
-        kind: what it computes, for a reader.
+        operator: what it computes.
         weight: the name, in the module, of its weight.
         bias: that of its bias, which may be None until now; None where no bias is needed.
         groups: number of groups of a convolution.
@@ -32,7 +31,7 @@ class Absorber:
     """
 
     name: str
-    kind: str
+    operator: AbsorbingOperator
     weight: str
     bias: str | None
     groups: int
@@ -49,7 +48,7 @@ class Absorber:
         return None if self.bias is None else f"{self.name}.{self.bias}".removeprefix(".")
 
 
-def find_absorber(model: Module, graph: Graph, calls: tuple[Call, ...], *, needs_bias: bool) -> Absorber:
+def find_absorbing_layer(model: Module, graph: Graph, calls: tuple[Call, ...], *, needs_bias: bool) -> AbsorbingLayer:
     """Return the module whose parameters the calls read, all of them.
 
     Raises:
@@ -68,8 +67,9 @@ def find_absorber(model: Module, graph: Graph, calls: tuple[Call, ...], *, needs
     groups = call.args.get("groups", 1)
     if any(c.name != call.name or c.args.get("groups", 1) != groups for c in calls):
         raise Refusal(f"The calls of {name} are not all the same operator.")
-    kind = LINEAR_OPERATORS[call.name].kind if call.name in LINEAR_OPERATORS else _KINDS[call.name]
-    return Absorber(name, kind, slot, bias, int(groups), calls)
+    operator = absorber_of(call)
+    assert operator is not None
+    return AbsorbingLayer(name, operator, slot, bias, int(groups), calls)
 
 
 def _require_real(weight: Value, call: Call) -> None:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch.nn import Module
 
+from batchnorm.absorbers.convolution import Convolution
+from batchnorm.absorbers.table import absorber_of, linear_operator_of
 from batchnorm.dataflow.graph import Call, Graph, Value
-from batchnorm.dataflow.linear_operators import LINEAR_OPERATORS
 from batchnorm.dataflow.norms import is_norm
 
 __all__ = ["Cost", "Saving", "border_bytes", "multiply_adds"]
@@ -110,12 +110,8 @@ def multiply_adds(call: Call) -> int:
     """
     if is_norm(call):
         return _elements(call.outputs[0])
-    weight = call.args.get("weight")
-    if call.name not in LINEAR_OPERATORS or not isinstance(weight, Value):
-        return 0
-    read: Value = call.args["input"] if "transpose" in call.name else call.output
-    channels = read.shape[LINEAR_OPERATORS[call.name].channel_axis(len(read.shape))]
-    return _elements(weight) * (_elements(read) // max(channels, 1))
+    operator = absorber_of(call)
+    return 0 if operator is None else operator.multiply_adds(call)
 
 
 def border_bytes(call: Call) -> int:
@@ -124,23 +120,13 @@ def border_bytes(call: Call) -> int:
     The border is written whole, the input is read and written into it, and the convolution reads the larger of the two.
     """
     value: Value = call.args["input"]
-    inner = LINEAR_OPERATORS[call.name].trailing
-    sizes = [size + pad for size, pad in zip(value.shape[-inner:], _pads(call), strict=True)]
-    padded = math.prod(value.shape[:-inner]) * math.prod(sizes) * value.dtype.itemsize
-    return 2 * padded + _bytes(value)
-
-
-def _pads(call: Call) -> Sequence[int]:
-    """Return how much longer each axis of a convolution's input gets."""
-    padding: Any = call.args["padding"]
-    if isinstance(padding, str):
-        taps = call.args["weight"].shape[2:]
-        return [d * (k - 1) if padding == "same" else 0 for d, k in zip(call.args["dilation"], taps, strict=True)]
-    return [2 * int(pad) for pad in padding]
+    operator = absorber_of(call)
+    assert isinstance(operator, Convolution)
+    return 2 * operator.padded_elements(call) * value.dtype.itemsize + _bytes(value)
 
 
 def _has_bias(call: Call) -> bool:
-    return call.name in LINEAR_OPERATORS and call.args.get("bias") is not None
+    return linear_operator_of(call) is not None and call.args.get("bias") is not None
 
 
 def _elements(value: Value) -> int:

@@ -1,0 +1,23 @@
+"""Parameters and buffers of a model by their qualified names."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+__all__ = ["find_tensor", "put_parameter"]
+
+
+def find_tensor(model: Module, name: str | None) -> Tensor | None:
+    """Return the parameter or buffer of that qualified name, None for no name or an empty place."""
+    if name is None:
+        return None
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    return module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+
+
+def put_parameter(model: Module, name: str, parameter: Parameter | None) -> None:
+    """Put a parameter, or an empty place for one, under a qualified name."""
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent)._parameters[leaf] = parameter
