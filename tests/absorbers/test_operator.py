@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.folding.test_fold_zoo import randn
+from tests.folding.lively_models import randn
 
 from batchnorm.absorbers.table import ABSORBERS
 from batchnorm.dataflow.refusal import Refusal

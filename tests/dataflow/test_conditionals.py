@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.folding.test_fold_zoo import lively, randn
+from tests.folding.lively_models import lively, randn
 from torch import nn
 
 from batchnorm import fold

@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from tests.folding.lively_models import Drawn, Standardized, generator, lively, randn
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,30 +22,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from batchnorm.folding.fold import fold
 
 WRONG = 1e-9
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
-
-
-def lively(model, seed=0):
-    """Give every norm statistics and parameters of its own: γ of either sign and 0, means far from 0."""
-    rng = generator(seed)
-    model = model.double().eval()
-    for norm in model.modules():
-        if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
-            norm.running_mean.copy_(torch.randn(norm.num_features, generator=rng))
-            norm.running_var.copy_(torch.rand(norm.num_features, generator=rng) * 3 + 0.1)
-            if norm.weight is not None:
-                with torch.no_grad():
-                    norm.weight.copy_(torch.randn(norm.num_features, generator=rng))
-                    norm.weight[0] = 0.0
-                    norm.bias.copy_(torch.randn(norm.num_features, generator=rng))
-    return model
 
 
 def expect(model, inputs, folded=(), left=None):
@@ -587,12 +564,6 @@ def test_closure_over_the_original_is_found_out():
 # -- weights that are computed ---------------------------------------------------------------------------------------
 
 
-class Standardized(nn.Conv2d):
-    def forward(self, x):
-        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return self._conv_forward(x, weight, self.bias)
-
-
 class Padded(nn.Conv2d):
     """A convolution subclass that only pads more: the operator and its parameters are the module's own."""
 
@@ -605,13 +576,6 @@ class StandardizedAndPadded(Standardized):
 
     def forward(self, x):
         return super().forward(F.pad(x, (1, 0, 1, 0), value=2.0))
-
-
-class Drawn(nn.Conv2d):
-    """Its weight depends on the input."""
-
-    def forward(self, x):
-        return self._conv_forward(x, self.weight * x.mean(), self.bias)
 
 
 class Ignores(nn.Conv2d):

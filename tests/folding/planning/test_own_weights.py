@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tests.folding.test_fold_zoo import Drawn, Standardized, lively, randn
+from tests.folding.lively_models import Drawn, Standardized, lively, randn
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 

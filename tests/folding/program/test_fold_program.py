@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from benchmarks.fold.patterns import PATTERNS
-from tests.folding.test_fold_zoo import lively, randn
+from tests.folding.lively_models import lively, randn
 from torch import nn
 from torch.export import Dim, export
 from torch.nn import functional as F

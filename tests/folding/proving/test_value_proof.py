@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.folding.test_fold_zoo import lively
+from tests.folding.lively_models import lively
 from torch import nn
 
 from batchnorm.absorbers.convolution import Convolution
