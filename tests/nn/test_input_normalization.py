@@ -47,6 +47,38 @@ def test_the_folded_model_takes_raw_pixels(padding: int, inplace: bool) -> None:
     assert isinstance(result.model[0], nn.Conv2d)
 
 
+class Twice(nn.Module):
+    """Names of its own that are those of the module that holds the normalization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+        inner = nn.Module()
+        inner.bn = nn.BatchNorm2d(4)
+        inner.bn.running_mean.fill_(1.0)
+        self.normalized_model = nn.Module()
+        self.normalized_model.bn = nn.BatchNorm2d(4)
+        self.normalized_model.normalized_model = inner
+
+    def forward(self, x):
+        x = self.normalized_model.bn(self.conv(x))
+        return self.normalized_model.normalized_model.bn(x.relu()).sin()
+
+
+def test_modules_of_that_name_keep_theirs() -> None:
+    model = Twice().eval()
+    result = batchnorm.fold(model, raw(2, 3, 9, 9), input_mean=MEAN, input_std=STD)
+    assert [(f.norm, f.into) for f in result.folded] == [
+        ("input_normalization", "conv"),
+        ("normalized_model.bn", "conv"),
+    ]
+    (left,) = result.left
+    assert left.norm == "normalized_model.normalized_model.bn"
+    assert left.reason.startswith("No shift can cross relu in the model, ")
+    assert "normalized_model_" not in result.text(verbose=True)
+    assert set(result.model.state_dict()) - {"conv.bias"} <= set(model.state_dict())
+
+
 def test_it_is_undone_too(tmp_path) -> None:
     net = make()
     result = batchnorm.fold(net, raw(2, 3, 9, 9), input_mean=MEAN, input_std=STD)

@@ -25,7 +25,7 @@ import torch
 from torch.nn import Module
 
 from batchnorm.models.transaction import on_failure
-from batchnorm.nn.input_normalization import INNER, WithNormalizedInput
+from batchnorm.nn.input_normalization import WithNormalizedInput
 
 __all__ = ["Reached"]
 
@@ -50,7 +50,7 @@ class Reached:
 
     def __init__(self, model: Module) -> None:
         if isinstance(model, WithNormalizedInput):
-            model = model.get_submodule(INNER)
+            model = model.inner
         classes = {kind for module in model.modules() for kind in type(module).__mro__}
         files = {code.co_filename for kind in classes if (code := _forward_of(kind)) is not None}
         self._files = {file for file in files if not file.startswith(_ROOTS) and not file.startswith("<")}

@@ -33,7 +33,7 @@ from batchnorm.folding.writing.rewrite import replace_modules, rewrite
 from batchnorm.models.parameters import find_tensor
 from batchnorm.models.several import Several
 from batchnorm.models.snapshot import Structure, restored_if_raised
-from batchnorm.nn.input_normalization import INNER, NORMALIZATION, WithNormalizedInput, outer_name
+from batchnorm.nn.input_normalization import NORMALIZATION, WithNormalizedInput
 from batchnorm.verification.end_to_end import Agreement, ReferenceOutputs, spacing, verify, verify_float64
 
 __all__ = ["Options", "fold_model", "fold_with_normalization"]
@@ -71,7 +71,7 @@ def fold_model(
         proved = prove_plan(work, graph, runs, options)
         plan = proved.plan
         if isinstance(model, WithNormalizedInput):
-            _require_normalization(plan)
+            _require_normalization(plan, model)
         stored = {name: layer for name, layer in stored.items() if name in plan.parameters.absorbers}
         result = replace(_told(model, work, proved), sizes=runs.told, unseen=runs.warnings)
         if plan.changes:
@@ -223,35 +223,42 @@ def fold_with_normalization(
     result = fold_model(outer, example_inputs, inplace, options, examples, accepts)
     assert result.pairs is not None
     told = [
-        replace(item, norm=outer_name(item.norm), into=outer_name(item.into), sentence=outer_name(item.sentence))
+        replace(
+            item,
+            norm=outer.own_names(item.norm),
+            into=outer.own_names(item.into),
+            sentence=outer.own_names(item.sentence),
+        )
         for item in result.folded
     ]
     left = [
         replace(
             item,
-            norm=outer_name(item.norm),
-            into=None if item.into is None else outer_name(item.into),
-            reason=outer_name(item.reason),
+            norm=outer.own_names(item.norm),
+            into=None if item.into is None else outer.own_names(item.into),
+            reason=outer.own_names(item.reason),
         )
         for item in result.left
     ]
-    lost = [replace(item, parameter=outer_name(item.parameter)) for item in result.lost]
-    weights = [replace(item, name=outer_name(item.name)) for item in result.weights]
+    lost = [replace(item, parameter=outer.own_names(item.parameter)) for item in result.lost]
+    weights = [replace(item, name=outer.own_names(item.name)) for item in result.weights]
     assert result.pictures is not None
-    pictures = Pictures(renamed(result.pictures.folded, outer_name), renamed(result.pictures.left, outer_name))
+    pictures = Pictures(
+        renamed(result.pictures.folded, outer.own_names), renamed(result.pictures.left, outer.own_names)
+    )
     return replace(
         result,
-        model=result.model.get_submodule(INNER),
+        model=result.model.get_submodule(outer.inner_name),
         folded=told,
         left=left,
-        pairs=result.pairs.of_submodule(INNER),
+        pairs=result.pairs.of_submodule(outer.inner_name),
         lost=lost,
         weights=weights,
         pictures=pictures,
     )
 
 
-def _require_normalization(plan: FoldPlan) -> None:
+def _require_normalization(plan: FoldPlan, outer: WithNormalizedInput) -> None:
     """Refuse, before anything is changed, a model that cannot take in the normalization of its input.
 
     Raises:
@@ -259,4 +266,4 @@ def _require_normalization(plan: FoldPlan) -> None:
     """
     reason = next((item.reason for item in plan.left if item.norm == NORMALIZATION), None)
     if reason is not None:
-        raise StateError(f"fold: the normalization of the input cannot be folded. {outer_name(reason)}")
+        raise StateError(f"fold: the normalization of the input cannot be folded. {outer.own_names(reason)}")

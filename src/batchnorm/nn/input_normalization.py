@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.errors import InputError, ShapeError
 
-__all__ = ["INNER", "NORMALIZATION", "WithNormalizedInput", "outer_name"]
+__all__ = ["NORMALIZATION", "WithNormalizedInput"]
 
-INNER, NORMALIZATION = "normalized_model", "input_normalization"
+NORMALIZATION = "input_normalization"
 _KINDS = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 
 
@@ -30,6 +30,10 @@ class WithNormalizedInput(Module):
     Raises:
         InputError: there is no floating-point tensor with channels among the inputs.
         ShapeError: the numbers are not as many as the channels, or not finite, or a deviation is not positive.
+
+    Attributes:
+        inner_name: the name of the model in this one. No name inside the model contains it, so that it is known in a
+            text.
     """
 
     def __init__(self, model: Module, example_inputs: Any, mean: Any, std: Any) -> None:
@@ -47,7 +51,11 @@ class WithNormalizedInput(Module):
             raise ShapeError(f"fold: input_std: expected positive numbers; got {deviation.tolist()}.")
         norm.running_var = deviation.square().to(first)
         self.add_module(NORMALIZATION, norm.to(first.device).eval())
-        self.add_module(INNER, model)
+        own = [name for names in (model.named_modules(), model.named_parameters()) for name, _ in names]
+        self.inner_name = "normalized_model"
+        while any(self.inner_name in name for name in own):
+            self.inner_name += "_"
+        self.add_module(self.inner_name, model)
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,12 +63,16 @@ class WithNormalizedInput(Module):
         first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         normalized = self.get_submodule(NORMALIZATION)(first)
         args, kwargs = tree_map(lambda leaf: normalized if leaf is first else leaf, (args, kwargs))
-        return self.get_submodule(INNER)(*args, **kwargs)
+        return self.inner(*args, **kwargs)
 
+    @property
+    def inner(self) -> Module:
+        """The model that takes normalized inputs."""
+        return self.get_submodule(self.inner_name)
 
-def outer_name(text: str) -> str:
-    """Return names in a text as the model itself has them."""
-    return text.replace(f"{INNER}.", "").replace(INNER, "the model")
+    def own_names(self, text: str) -> str:
+        """Return names in a text as the model itself has them."""
+        return text.replace(f"{self.inner_name}.", "").replace(self.inner_name, "the model")
 
 
 def _vector(name: str, value: float | Sequence[float] | Tensor, channels: int) -> Tensor:
