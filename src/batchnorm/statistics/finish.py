@@ -6,10 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from batchnorm.models.snapshot import Values, restored_if_raised
 from batchnorm.nn.select import NormModule
 from batchnorm.statistics.agreement import Borrowed
-from batchnorm.statistics.buffers import write_all
+from batchnorm.statistics.buffers import written
 from batchnorm.statistics.outcome import Outcome
 from batchnorm.statistics.population import LayerPopulation, Population
 from batchnorm.statistics.ranks import Ranks
@@ -41,33 +40,24 @@ def finish(
         left.append(Left("(functional)", "its running statistics are not buffers of the model"))
     layers: list[LayerStatistics] = []
     changes: list[tuple[Tensor, Tensor]] = []
-    written: list[Written] = []
+    before: list[Written] = []
     for site, tally in tallies.items():
         new = new_values(site, tally)
         old = {key: getattr(site.owner, key).detach().clone() for key in new}
         changes += [(getattr(site.owner, key), value) for key, value in new.items()]
-        written += [Written(f"{site.name}.{key}".lstrip("."), site.owner, key, value) for key, value in old.items()]
+        before += [Written(f"{site.name}.{key}".lstrip("."), site.owner, key, value) for key, value in old.items()]
         layers.append(_layer(site, tally, old, new))
-    kept = borrowed.to_keep((item.owner, item.key) for item in written)
+    kept = borrowed.to_keep((item.owner, item.key) for item in before)
     changes += [(getattr(owner, key), value) for _, owner, key, value in kept]
-    written += [Written(name, owner, key, getattr(owner, key).detach().clone()) for name, owner, key, _ in kept]
+    before += [Written(name, owner, key, getattr(owner, key).detach().clone()) for name, owner, key, _ in kept]
     if kept:
         outcome = replace(outcome, notes=(*outcome.notes, borrowed.note([name for name, *_ in kept])))
     population = Population({site.name: _population(site, tally) for site, tally in tallies.items()})
-    result = RecalibrateResult(plan, outcome, layers, left, written, population)
+    result = RecalibrateResult(plan, outcome, layers, left, before, population)
     ranks.agree("ready to write")
-    _write(changes, ranks)  # the last that happens: an interrupt after it would leave the new values
+    with written(changes):  # the last that happens: an interrupt after it would leave the new values
+        ranks.agree("written")  # or else another process could not write its own
     return result
-
-
-def _write(changes: list[tuple[Tensor, Tensor]], ranks: Ranks) -> None:
-    """Write all changes; take them back if another process cannot write its own."""
-    if ranks.size == 1:
-        write_all(changes)
-        return
-    with restored_if_raised(Values(buffer for buffer, _ in changes)):
-        write_all(changes)
-        ranks.agree("written")
 
 
 def _layer(site: Site, tally: Tally, old: dict[str, Tensor], new: dict[str, Tensor]) -> LayerStatistics:

@@ -12,10 +12,9 @@ from torch.nn import Module, SyncBatchNorm
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from batchnorm.errors import StateError
-from batchnorm.models.snapshot import Values, restored_if_raised
 from batchnorm.nn.freeze import is_frozen
 from batchnorm.nn.select import named_norms
-from batchnorm.statistics.buffers import write_all
+from batchnorm.statistics.buffers import written
 from batchnorm.statistics.stream import part_of
 
 if TYPE_CHECKING:
@@ -94,12 +93,10 @@ def buffers_of_rank_0(trainer: Any, module: Module) -> Iterator[None]:
         return
     kept_apart = set(wrapper.parameters_to_ignore)
     buffers = [buffer for name, buffer in module.named_buffers() if name not in kept_apart]
-    before = Values(buffers)
     theirs = [buffer.detach().clone(memory_format=torch.contiguous_format) for buffer in buffers]
     for value in theirs:
         distributed.broadcast(value, 0)
-    with restored_if_raised(before):
-        write_all(list(zip(buffers, theirs, strict=True)))
+    with written(list(zip(buffers, theirs, strict=True))):
         yield
 
 
