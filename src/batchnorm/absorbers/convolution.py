@@ -36,6 +36,8 @@ class Convolution(LinearOperator):
     kind: ClassVar[str] = "convolution"
     transposed: ClassVar[bool] = False
     _prefix: ClassVar[str] = "conv"
+    _layers: ClassVar[Sequence[Any]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    _placed: ClassVar[Collection[str]] = ("stride", "padding", "dilation")
     _not_taken: ClassVar[Collection[str]] = ("transposed", "output_padding")
 
     def __init__(self, n: int) -> None:
@@ -118,19 +120,12 @@ class Convolution(LinearOperator):
 
     def settings(self, args: Mapping[str, Any]) -> Module:
         """Return the layer with its settings."""
-        weight, groups, n = args["weight"], args["groups"], self.trailing
-        kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
-        padding = args["padding"] if isinstance(args["padding"], str) else sizes(args["padding"], n)
-        conv: Module = kind(
-            weight.shape[1] * groups,
-            weight.shape[0],
-            tuple(weight.shape[2:]),
-            stride=sizes(args["stride"], n),
-            padding=padding,
-            dilation=sizes(args["dilation"], n),
-            groups=groups,
-            bias=False,
-            device="meta",
+        weight, groups = args["weight"], args["groups"]
+        channels = [weight.shape[0], weight.shape[1] * groups]  # (Cout, Cin), and the other way round if transposed
+        into, out = channels if self.transposed else channels[::-1]
+        placed = {key: v if isinstance(v := args[key], str) else sizes(v, self.trailing) for key in self._placed}
+        conv: Module = self._layers[self.trailing - 1](
+            into, out, tuple(weight.shape[2:]), **placed, groups=groups, bias=False, device="meta"
         )
         return conv
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn, ops
 from torch.fx import Node
-from torch.nn import Module
 
-from batchnorm.absorbers.convolution import Convolution, sizes
+from batchnorm.absorbers.convolution import Convolution
 from batchnorm.absorbers.linear_operator import columns_of_each_group, rows
 from batchnorm.dataflow.graph import Call, Value
 from batchnorm.dataflow.refusal import Refusal
@@ -27,6 +26,8 @@ class TransposedConvolution(Convolution):
     kind: ClassVar[str] = "transposed convolution"
     transposed: ClassVar[bool] = True
     _prefix: ClassVar[str] = "conv_transpose"
+    _layers: ClassVar[Sequence[Any]] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    _placed: ClassVar[Collection[str]] = (*Convolution._placed, "output_padding")
     _not_taken: ClassVar[Collection[str]] = ("transposed",)
 
     def _overload(self) -> Any:
@@ -53,24 +54,6 @@ class TransposedConvolution(Convolution):
         """Return the input, at each position of which every element of the weight is used once."""
         value: Value = call.args["input"]
         return value
-
-    def settings(self, args: Mapping[str, Any]) -> Module:
-        """Return the layer with its settings."""
-        weight, groups, n = args["weight"], args["groups"], self.trailing
-        kind: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[n - 1]
-        conv: Module = kind(
-            weight.shape[0],
-            weight.shape[1] * groups,
-            tuple(weight.shape[2:]),
-            stride=sizes(args["stride"], n),
-            padding=sizes(args["padding"], n),
-            output_padding=sizes(args["output_padding"], n),
-            dilation=sizes(args["dilation"], n),
-            groups=groups,
-            bias=False,
-            device="meta",
-        )
-        return conv
 
     def call_of(self, layer: Any, read: Node, weight: Node, bias: Node | None) -> tuple[Any, tuple[Any, ...]]:
         """Return the target and the arguments of a node that computes a layer."""
