@@ -138,7 +138,7 @@ class Parameters:
         self.changed[absorber.weight_name] = new.weight
         if absorber.bias_name is not None and new.bias is not None:
             self.changed[absorber.bias_name] = new.bias
-        if new.border is not None:
+        if new.border is not None and new.border is not self.borders.get(absorber.name):
             try:
                 bordered(self.model.get_submodule(absorber.name), new.border)
             except StateError as error:

@@ -12,7 +12,7 @@ from torch.nn import Identity, Module, Parameter
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.folding.planning.merged_parameters import Parameters
 from batchnorm.folding.planning.plan import FoldPlan
-from batchnorm.models.parameters import find_tensor
+from batchnorm.models.parameters import find_tensor, put_parameter
 from batchnorm.nn.bordered import bordered
 
 __all__ = ["replace_by_id", "replace_modules", "rewrite", "round_parameters"]
@@ -68,8 +68,7 @@ def _require_nearest(data: Tensor, value: Tensor, name: str) -> None:
 def rewrite(model: Module, plan: FoldPlan, parameters: dict[str, Parameter]) -> None:
     """Set the new parameters; replace norms that go or become multiply-adds, and convolutions that get a border."""
     for name, parameter in parameters.items():
-        place, _, slot = name.rpartition(".")
-        model.get_submodule(place)._parameters[slot] = parameter
+        put_parameter(model, name, parameter)
     stand_ins = {step.module: step.stays.build(model.get_submodule(step.module)) for step in plan.steps}
     for name, border in plan.parameters.borders.items():
         stand_ins[name] = bordered(model.get_submodule(name), border)
