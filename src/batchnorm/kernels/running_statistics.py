@@ -54,12 +54,13 @@ def commit_if_finite(
         counters: of the layer.
         followed: whether torch follows the operators, so that nothing may be done but by them.
     """
-    if followed or library is None or not takes_steps(mean, var, counters):
+    if followed:
         with torch.no_grad():
-            finite = (_finite if followed else _finite_in_three)(new_mean, new_var)
-            if followed:
-                _commit(new_mean, new_var, mean, var, counters, finite, None)
-                return
+            _commit(new_mean, new_var, mean, var, counters, _finite(new_mean, new_var))
+        return
+    if library is None or not takes_steps(mean, var, counters):
+        with torch.no_grad():
+            finite = _finite_in_three(new_mean, new_var)
             torch.where(finite, new_mean, mean, out=mean)
             torch.where(finite, new_var, var, out=var)
             _count(counters, finite)
@@ -105,7 +106,7 @@ def _commit(
     var: Tensor,
     counters: Counters,
     finite: Tensor,
-    excused: Tensor | None,
+    excused: Tensor | None = None,
 ) -> None:
     mean.copy_(torch.where(finite, new_mean, mean))
     var.copy_(torch.where(finite, new_var, var))

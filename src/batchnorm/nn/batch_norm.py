@@ -295,7 +295,7 @@ class BatchNorm1d(_Layer, torch.nn.BatchNorm1d):
         inplace: the input may be overwritten, see there too.
         skip_nonfinite: keep batches with NaN or infinity out of the running statistics, see
             :func:`batchnorm.nonfinite_batches`. False calls torch's own kernel on accelerators just as torch's layer
-            does, which saves a dozen small operators a step; on the CPU they are kept out all the same.
+            does, which saves ten small operators a step; on the CPU they are kept out all the same.
 
     Raises:
         ShapeError: the input has another number of dimensions, or a single value per channel in training (a
