@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, TypeAlias
 
+from benchmarks.figures import save, subplots
 from benchmarks.fold.__main__ import ROWS as FOLD_ROWS
 from benchmarks.fold.tables import tally
 from benchmarks.fold.tools import OURS, OURS_EXPORTED, TOOLS
@@ -31,20 +32,13 @@ def main() -> None:
 
 def draw(path: Path) -> None:
     """Draw a panel a claim; the file's suffix says in which format."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "batchnorm", "font.size": 10})
-    from matplotlib import pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+    figure, (left, middle, right) = subplots(1, 3, fonttype="path", figsize=(13, 3.4), layout="constrained")
     _measured(left, _rows(RECALIBRATE_ROWS, "exact"))
     _folded(middle, _rows(FOLD_ROWS, "networks"))
     _trained(right, Rows(read([TRAIN_ROWS])).select(group="layers", phase=WHOLE))
     for panel in (left, middle, right):
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _rows(path: Path, question: str) -> list[Row]:

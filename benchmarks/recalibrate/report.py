@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import save, subplots
 from benchmarks.recalibrate.__main__ import ROWS
 from benchmarks.sheets import render
 from benchmarks.train_step.rows import ROOT
@@ -51,13 +52,7 @@ def main() -> None:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the error of the variance at every norm, from the first to the deepest."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "batchnorm", "font.size": 10})
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True, sharey=True)
+    figure, panels = subplots(1, 2, figsize=(9, 3.6), sharex=True, sharey=True)
     for panel, index, title in ((panels[0], 0, "mean, in standard deviations"), (panels[1], 1, "variance, relative")):
         for row in rows:
             if row["method"] in _STYLES:
@@ -71,9 +66,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     panels[0].set_ylabel("largest error of a channel")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncol=4, frameon=False)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import save, subplots
 from benchmarks.train_step.compare import LAYOUTS, WHOLE, WORKS, Rows
 from benchmarks.train_step.competitors import COPY
 from benchmarks.train_step.tables import TITLES
@@ -21,18 +22,12 @@ _STYLES = {
 
 def draw(rows: Rows, path: Path) -> None:
     """Draw a panel for each work and layout at the largest batch; the file's suffix says in which format."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "batchnorm", "font.size": 10})
-    from matplotlib import pyplot as plt
-
     rows = rows.select(group="layers", phase=WHOLE)
     batch = max(int(str(value)) for value in rows.values("batch"))
     rows = rows.select(batch=batch)
     works, layouts = rows.values("work"), rows.values("layout")
     size = (4.2 * len(works), 3.4 * len(layouts) + 0.9)
-    figure, panels = plt.subplots(len(layouts), len(works), figsize=size, sharey=True, squeeze=False)
+    figure, panels = subplots(len(layouts), len(works), figsize=size, sharey=True, squeeze=False)
     for across, layout in zip(panels, layouts, strict=True):
         for panel, work in zip(across, works, strict=True):
             _panel(panel, rows.select(work=work, layout=layout))
@@ -49,9 +44,7 @@ def draw(rows: Rows, path: Path) -> None:
     figure.legend(list(named.values()), list(named), loc="upper center", ncols=6, frameon=False)
     figure.suptitle(f"Training, forward + backward, float32, batch {batch}: lower is faster", y=0.945, fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.94))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _panel(panel: Any, rows: Rows) -> None:

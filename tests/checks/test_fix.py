@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.checks.flows import TwoWays
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -89,15 +90,6 @@ def test_a_fix_in_a_renamed_place_is_reported_with_its_keys() -> None:
 
 
 def test_a_fix_that_would_be_wrong_in_the_other_mode_is_not_applied() -> None:
-    class TwoWays(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.conv(x)
-            return self.norm(y) if self.training else y
-
     fixed = check(TwoWays(), X).fix()
     assert fixed.applied == []
     assert "in eval mode: the model runs other code" in fixed.left[0].reason

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from tests.checks.flows import TwoWays
+from torch import nn
 
 from batchnorm.checks import check
 from batchnorm.checks.rules import RULES
@@ -86,15 +87,6 @@ def test_other_sizes_count_only_where_the_model_runs() -> None:
 
 
 def test_a_finding_that_is_none_in_this_mode_is_told() -> None:
-    class TwoWays(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.conv(x)
-            return self.norm(y) if self.training else y
-
     model = TwoWays()
     findings = check(model, X).findings
     runs = Several(((X,),), ("the example",))
