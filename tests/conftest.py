@@ -26,6 +26,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     random.seed(seed)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to the sweeps all but each n-th case of a test that says so by ``pytest.mark.every(n)``."""
+    for item in items:
+        every = item.get_closest_marker("every")
+        if every is not None and _place(item) % every.args[0]:
+            item.add_marker(pytest.mark.sweep)
+
+
+def _place(item: Any) -> int:
+    """Return the sum of the indices: each n-th case meets all values of two parameters, if one has n or more."""
+    names = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    first = [name.split(",")[0].strip() if isinstance(name, str) else name[0] for name in names]
+    return sum(item.callspec.indices[name] for name in first)
+
+
 @dataclass(frozen=True)
 class Opened:
     """A page in a browser: what the console said, what was requested, and how it is laid out, in pixels."""

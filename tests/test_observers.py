@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import batchnorm
 from batchnorm import observers
 from batchnorm.functional import use_backend
 from batchnorm.nn import BatchNorm1d, BatchNorm2d
-from batchnorm.observers import recomputing
+from batchnorm.observers import OperatorMode, recomputing
 
 BACKENDS = ["torch", "native", "reference"]
 
@@ -28,7 +30,6 @@ NO_QUESTIONS = {
     "torch.nn.modules.conv._ConvNd": "the class of all convolutions",
     "torch._ops": "classes of operators",
     "torch.ops.aten.": "operators",
-    "torch.utils._python_dispatch.TorchDispatchMode": "the class that dispatch modes derive from",
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass": "whether a class of tensors wraps others",
     "torch.utils._pytree.": "nested containers",
     "torch.export.pt2_archive._package.load_pt2": "a reader of files",
@@ -109,6 +110,45 @@ def test_every_way_to_ask_is_found(source):
 def test_every_exception_is_in_use():
     used = {n for path in Path(batchnorm.__file__).parent.rglob("*.py") for n in private_names(path.read_text())}
     assert all(any(f"{name}.".startswith(allowed) for name in used) for allowed in NO_QUESTIONS)
+
+
+WITHOUT_A_COMPILER = """
+import sys, torch, batchnorm
+from torch import nn
+torch.manual_seed(0)
+model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), torch.randn(5, 3, 8, 8)
+model(x)
+model.eval()
+batchnorm.fold(model, x)
+batchnorm.check(model, x)
+batchnorm.diagnose(model, [x])
+batchnorm.recalibrate(model, [x])
+with batchnorm.watch(model) as watching:
+    model(x)
+print(*{"torch._dynamo", "sympy"} & set(sys.modules))
+"""
+
+
+def test_no_verb_loads_the_compiler_where_nothing_is_compiled():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_A_COMPILER], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_a_compiler_that_is_loaded_treats_a_mode_as_it_treats_one_of_torch():
+    met = []
+    for base in (TorchDispatchMode, OperatorMode):
+
+        class Adding(base):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                return func(*args, **(kwargs or {})) + 1
+
+        torch._dynamo.reset()
+        graphs = []
+        negated = torch.compile(lambda x: -x, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)  # noqa: B023
+        with Adding():
+            values = negated(torch.ones(3)).tolist()
+        met.append((values, len(graphs), negated(torch.ones(3)).tolist(), len(graphs)))
+    assert met[0] == met[1]
 
 
 class Quiet(TorchDispatchMode):

@@ -26,6 +26,7 @@ from torch.utils import _python_dispatch as dispatch
 
 __all__ = [
     "Observer",
+    "OperatorMode",
     "attach",
     "by_forward_mode",
     "compiler_stance",
@@ -192,6 +193,29 @@ def eager_stance() -> Any:
     from torch._dynamo import eval_frame
 
     return eval_frame.DynamoStance("force_eager")
+
+
+class OperatorMode(dispatch.TorchDispatchMode):
+    """A dispatch mode of this library: torch's, which keeps the compiler from compiling the mode's own code.
+
+    torch's base class loads the compiler for that when the first operator is met: two seconds, also in a program that
+    compiles nothing. This one sees whether it is loaded.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        own = cls.__dict__.get("__torch_dispatch__")
+        super().__init_subclass__(**options)  # type: ignore[no-untyped-call]
+        if own is None:
+            return
+        never_compiled = cls.__torch_dispatch__
+
+        def torch_dispatch(*call: Any) -> Any:
+            return (never_compiled if "torch._dynamo" in sys.modules else own)(*call)
+
+        frames = torch._C._dynamo.eval_frame
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        frames.set_code_exec_strategy(torch_dispatch.__code__, skip)
+        cls.__torch_dispatch__ = torch_dispatch  # type: ignore[method-assign]
 
 
 # -- this library ------------------------------------------------------------------------------------------------------

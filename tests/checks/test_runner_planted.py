@@ -276,6 +276,7 @@ CASES = [
 ]
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize(("code", "unit", "name", "training"), CASES)
 def test_what_was_planted_is_found_and_nothing_else(
     code: str, unit: Callable[[Kind], nn.Module], name: str, training: bool

@@ -148,6 +148,7 @@ def examples() -> list[Any]:
     return [pytest.param(line, id=line) for name, line in lines if line.startswith("batchnorm") and name != "demo"]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("line", examples())
 def test_the_examples_of_the_help_work_when_pasted(
     command: Callable[..., Any], here: Path, weights: Path, line: str

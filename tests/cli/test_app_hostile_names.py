@@ -127,6 +127,7 @@ def hostile(here: Path) -> Path:
     return here
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_names_of_layers_and_classes_do_nothing(name: str, hostile: Path, command: Any) -> None:
     ran = command(*COMMANDS[name])
@@ -193,6 +194,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.parametrize("words", ERRORS, ids=range(len(ERRORS)))
 def test_nor_do_they_in_errors(words: list[str], debug: bool, hostile: Path, command: Any) -> None:

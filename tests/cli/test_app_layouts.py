@@ -17,6 +17,7 @@ VERBS = {
 }
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_verb_reads_a_checkpoint_by_its_values(

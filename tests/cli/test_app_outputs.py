@@ -37,6 +37,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(Path, "replace", rename)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_where_one_file_cannot_be_written_all_are_as_they_were(
     name: str, here: Path, weights: Path, command: Any, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from torch import nn
 import batchnorm
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("metric", HIGHER, ids=lambda metric: metric.__name__)
 def test_which_way_is_better_is_found_out(net, labelled, metric) -> None:
     batches = labelled(metric)
@@ -59,6 +60,7 @@ def test_a_metric_of_outputs_alone_judges_nothing(net, batches) -> None:
     assert result.findings[0].cause == "never_updated"
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("metric", HIGHER, ids=lambda metric: metric.__name__)
 def test_frozen_statistics_that_harm_are_a_fault(net, labelled, metric) -> None:
     batches = labelled(metric)

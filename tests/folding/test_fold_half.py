@@ -25,6 +25,7 @@ def network(*, ours: bool) -> nn.Module:
     return batchnorm.convert(model).model.eval() if ours else model.eval()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("way", ["convert, then cast", "cast, then convert", "torch's"])
 def test_folds_in_half_precision(dtype: torch.dtype, way: str) -> None:

@@ -16,6 +16,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize(("layout", "which", "dim", "channels"), EVERY)
 def test_folding_and_all_ways_back(layout, which, dim, channels, tmp_path):
     model = model_of(layout, which=which, dim=dim, channels=channels)
@@ -35,6 +36,7 @@ def test_folding_and_all_ways_back(layout, which, dim, channels, tmp_path):
     torch.testing.assert_close(unfold(result.model, path)(x), result.model(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
 @pytest.mark.parametrize("dim", [2, 3])
 def test_folded_weights_keep_their_layout(layout, dim):
@@ -45,6 +47,7 @@ def test_folded_weights_keep_their_layout(layout, dim):
     assert len(kept) == 4
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_inputs_and_options(layout):
     model, x = model_of("channels_last"), input_of(layout)
@@ -54,6 +57,7 @@ def test_inputs_and_options(layout):
     torch.testing.assert_close(result.model(x), model(normalized), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "every second", "odd strides"])
 def test_exported_programs(layout):
     model, x = model_of(layout), input_of(layout)

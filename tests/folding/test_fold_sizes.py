@@ -200,6 +200,7 @@ BY_VALUE = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", BY_VALUE)
 def test_what_depends_on_values_is_no_constant(name):
     way, values = BY_VALUE[name]

@@ -54,6 +54,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("kwargs", [
     {}, {"bias": False}, {"padding": 1}, {"padding": "same", "dilation": 2}, {"padding": 2, "stride": 2},
@@ -65,6 +66,7 @@ def test_convolution(n, kwargs):
     expect(lively(net), randn(2, 4, *[7] * n), ["1→0"])
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("kwargs", [
     {}, {"bias": False}, {"stride": 2, "padding": 1, "output_padding": 1}, {"groups": 2},
@@ -118,6 +120,7 @@ class NormAct(nn.BatchNorm2d):
         return self.act(x)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("norm", [
     nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, eps=0.1), nn.SyncBatchNorm(4), Functional(4), NormAct(4),
 ], ids=lambda norm: type(norm).__name__)  # fmt: skip
@@ -150,6 +153,7 @@ class NormThen(nn.BatchNorm2d):
         return self.function(super().forward(x))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("norm", "stays"), [
     (NormAct(4, nn.ReLU()), "ReLU()"),
     (NormAct(4, nn.Sequential(nn.SiLU(inplace=True), nn.Dropout(0.3))), "SiLU(inplace=True)"),
@@ -367,6 +371,7 @@ class UsesWeightElsewhere(TwoReaders):
         return self.bn(F.conv2d(x, self.conv.weight, None))
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("net", "folded", "reason"), [
     (TwoReaders, False, "output of conv2d in conv is also read by add in the model"),
     (ReturnsBoth, False, "read by the caller of the model"),
@@ -585,6 +590,7 @@ class Ignores(nn.Conv2d):
         return F.conv2d(x, self.weight, None)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("conv", "reason"), [
     (lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), None),
     (lambda: parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), None),
@@ -965,6 +971,7 @@ def test_norm_after_norm_becomes_one():
     expect(lively(net), IMAGES, ["a→b"], {"b": "reads an input of the model"})
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", TRAVELS)
 def test_map_travels(name):
     net, inputs, folded = TRAVELS[name]
@@ -997,6 +1004,7 @@ STAYS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", STAYS)
 def test_what_a_map_cannot_cross(name):
     run, reason = STAYS[name]

@@ -65,6 +65,7 @@ def run(function, x, arguments, dtype=None):
     return {"output": y, **{k: fresh[k] for k in STATE[:2]}, **{f"d {k}": v for k, v in gradients.items()}}, dy
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torchs_inputs_give_torchs_numbers_bit_for_bit(op, dtype):
     for x, arguments in samples_of(op, dtype):
@@ -78,6 +79,7 @@ def test_torchs_inputs_give_torchs_numbers_bit_for_bit(op, dtype):
         assert ours["output"].stride() == torchs["output"].stride()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torchs_inputs_on_the_reference_give_torchs_numbers_in_float64(op, dtype):
     for x, arguments in samples_of(op, dtype):
@@ -123,6 +125,7 @@ def bounds_of(x, dy, arguments, exact):
     return {name: factor * bound for name, bound in size.items()}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_torchs_inputs_pass_gradcheck(op, backend, order):
@@ -178,6 +181,7 @@ def test_activation_and_residual_equal_their_composition(backend, training, acti
         torch.testing.assert_close(a, b, rtol=0, atol=1e3 * torch.finfo(torch.float64).eps)
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])

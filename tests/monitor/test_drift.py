@@ -42,6 +42,7 @@ def skewed(g: torch.Generator, n: int) -> Tensor:
 KINDS = [independent, smooth_maps, one_value_per_sample, skewed]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [16, 64])
 def test_false_alarms_keep_the_level_even_at_the_edge_of_the_tolerance(kind, n: int) -> None:

@@ -118,6 +118,7 @@ def same_by_operators(
     assert by_hooks == seen(make(), calls, before)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("make", [Shared, Many, lambda: Shared(batchnorm.nn.BatchNorm2d)])

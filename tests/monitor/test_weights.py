@@ -182,6 +182,7 @@ def seen(model: nn.Module, batches: list, population=None, **options):
     return w.result()
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("seed", range(6))
 def test_data_of_several_sizes_is_as_stored_and_drift_at_one_size_is_seen(case, seed: int) -> None:

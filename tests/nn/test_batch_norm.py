@@ -82,6 +82,7 @@ def inputs_of(module_db, dim, dtype, training):
             yield entry.constructor_input, layout
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS)
@@ -101,6 +102,7 @@ def test_torchs_inputs_give_torchs_numbers_bit_for_bit(module_db, dim, dtype, tr
         assert list(a.state_dict()) == list(b.state_dict())
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS)
@@ -160,6 +162,7 @@ def test_torchs_error_inputs_raise_torchs_errors(module_db, dim, backend):
             layer(x)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("dim", DIMS)

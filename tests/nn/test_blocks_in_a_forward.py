@@ -42,6 +42,7 @@ def model_of(block, norm=nn.BatchNorm2d):
     return model.eval()
 
 
+@pytest.mark.every(4)
 @every_block
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, batchnorm.nn.BatchNorm2d])
 @pytest.mark.parametrize("grad", [True, False])
@@ -56,6 +57,7 @@ def test_all_norms_are_folded(block, norm, grad):
     torch.testing.assert_close(result.unfold()(X), model(X))
 
 
+@pytest.mark.every(3)
 @every_block
 @pytest.mark.parametrize("strict", [True, False])
 def test_the_exported_program_is_that_of_the_model_without_the_block(block, strict):

@@ -34,6 +34,7 @@ def test_what_is_padded_with_is_the_border(make) -> None:
     assert torch.equal(bordered(conv, torch.zeros(4))(x), conv(x))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("make", CONVS)
 def test_an_exported_program_takes_any_batch_and_size(make) -> None:
     torch.manual_seed(0)

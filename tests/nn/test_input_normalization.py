@@ -33,6 +33,7 @@ def normalized(x: torch.Tensor) -> torch.Tensor:
     return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_the_folded_model_takes_raw_pixels(padding: int, inplace: bool) -> None:

@@ -11,6 +11,7 @@ from batchnorm import check, convert, freeze, revert, watch
 EVERY = [*((layout, "contiguous") for layout in DENSE), *(("channels_last", layout) for layout in LAYOUTS)]
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize(("layout", "of_input"), EVERY)
 @pytest.mark.parametrize("fuse", [False, True])
 def test_converted_models_train_alike_and_go_back(layout, of_input, fuse):

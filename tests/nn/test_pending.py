@@ -126,6 +126,7 @@ ADDITIONS = {
 }
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("add", ADDITIONS)
 @pytest.mark.parametrize("name", FUNCTIONS)

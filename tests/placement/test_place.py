@@ -258,6 +258,7 @@ def one_sample(net: Branching, x: Tensor) -> Tensor:
     return torch.stack([net.last(F.relu(net.a(x[0])))])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("forward", "layer", "phrase"),
     [

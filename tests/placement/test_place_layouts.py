@@ -28,6 +28,7 @@ def bare(layout: str) -> nn.Module:
     return lay_out(model.append(nn.Linear(4, 3)), LAYOUTS[layout])
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("layout", "of_input"), EVERY)
 def test_norms_are_placed_as_in_a_contiguous_model(layout: str, of_input: str) -> None:
     model, x = bare(layout), input_of(of_input)
@@ -47,6 +48,7 @@ def test_norms_are_placed_as_in_a_contiguous_model(layout: str, of_input: str) -
         assert torch.equal(old[key], value), key
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("layout", DENSE)
 def test_what_is_placed_trains_alike(layout: str) -> None:
     model, x = bare(layout), input_of(layout, batch=8)

@@ -125,6 +125,7 @@ def test_many_names_lie_and_get_room() -> None:
     assert size(to_svg(Plot("", "", "", [Series("s", crowd, range(300), "bar")])))[1] < 300
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("log_y", [False, True])
 @pytest.mark.parametrize(
     "values",

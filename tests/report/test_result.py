@@ -130,6 +130,7 @@ def tables(document: Document) -> list[Table]:
     return [block for section in document.sections for block in section.blocks if isinstance(block, Table)]
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("verbose", [False, True])
 @pytest.mark.parametrize("width", [80, 120])
 def test_no_line_is_too_wide_and_no_name_or_header_is_broken(result: Result, width: int, verbose: bool) -> None:

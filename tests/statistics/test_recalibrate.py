@@ -395,6 +395,7 @@ def compiled(model: nn.Module) -> nn.Module:
     return module
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("wrap", [scripted, exported, compiled, nn.DataParallel])
 def test_wrapped_models(wrap: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from batchnorm.statistics import recalibrate, update_bn
 OPTIONS: list[dict[str, Any]] = [{}, {"order": "parallel"}, {"memory": 0}, {"memory": 1000, "cache": True}]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("model_made_inside", [True, False])
 def test_it_measures_the_same(options: dict[str, Any], model_made_inside: bool, tmp_path: Any) -> None:

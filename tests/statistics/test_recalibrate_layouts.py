@@ -24,6 +24,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("norm", ["torch", "ours"])
 def test_models_are_measured_and_put_back(layout, norm, tmp_path):
@@ -42,6 +43,7 @@ def test_models_are_measured_and_put_back(layout, norm, tmp_path):
     assert same(state_of(model), before)
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [{"order": "parallel"}, {"memory": 4000}, {"memory": 4000, "cache": True}], ids=str)
 def test_batches_of_every_layout_give_what_their_values_give(layout, options, tmp_path):

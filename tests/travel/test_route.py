@@ -132,6 +132,7 @@ def hooked(net: Any, x: Tensor) -> Tensor:
     return F.relu(net.bn(x)) + net.b(x)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("run", [output, nonlinear, written_into, follows_itself, hooked])
 def test_where_the_others_cannot_take_it_in(run):
     hook = nn.Identity()

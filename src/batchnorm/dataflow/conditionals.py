@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from batchnorm.observers import OperatorMode
 
 __all__ = ["COND", "run_both"]
 
@@ -19,7 +20,7 @@ COND = torch.ops.batchnorm.cond.default
 """Stands, in a dataflow, for the choice between the results of branches. It is never run."""
 
 
-def run_both(mode: TorchDispatchMode, func: HigherOrderOperator, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
+def run_both(mode: OperatorMode, func: HigherOrderOperator, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
     """Run both branches of ``torch.cond`` such that the mode sees what they call.
 
     Other inputs may take the branch that these do not take, so whoever reads something there reads it.

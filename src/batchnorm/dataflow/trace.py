@@ -24,7 +24,6 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -39,6 +38,7 @@ from batchnorm.models.snapshot import untouched
 from batchnorm.models.transaction import on_failure
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.operators import named_arguments
+from batchnorm.observers import OperatorMode
 
 __all__ = ["Observer", "trace"]
 
@@ -80,7 +80,7 @@ def trace(
     return Graph(tracer.calls, tracer.module_calls, tuple(tracer.inputs), tuple(tracer.outputs))
 
 
-class _Tracer(TorchDispatchMode):
+class _Tracer(OperatorMode):
     """Records every operator call, and which module's forward it happened in."""
 
     supports_higher_order_operators = True

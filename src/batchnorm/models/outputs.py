@@ -71,6 +71,9 @@ def difference(a: Tensor, b: Tensor) -> Difference:
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
     a, b = to_float64(a), to_float64(b)
+    largest = magnitude(a - b) if a.numel() else 0.0
+    if math.isfinite(largest):  # as nearly always: then all numbers are
+        return Difference(largest, a.numel())
     finite = torch.isfinite(a)
     if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()) or not torch.equal(
         torch.stack([a.isnan(), finite]), torch.stack([b.isnan(), torch.isfinite(b)])

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.observers import (
+    OperatorMode,
     dispatch_modes,
     in_backward,
     pop_dispatch_mode,
@@ -68,7 +68,7 @@ class Forward:
     uneventful: Sequence[str | None] = ()
     running: list[Running] = field(default_factory=list)
     entered: int = 0
-    mode: TorchDispatchMode | None = None
+    mode: OperatorMode | None = None
 
 
 class _Local(threading.local):
@@ -265,7 +265,7 @@ class Forwards(ABC):
                     hook.remove()
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(OperatorMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled while it is on, and torch's guard against that costs more than all the rest
@@ -283,7 +283,7 @@ class _Mode(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _take_off(mode: TorchDispatchMode) -> None:
+def _take_off(mode: OperatorMode) -> None:
     """Take a mode off this thread, from under those that were put on later; nothing happens if it is not on."""
     if mode not in dispatch_modes():
         return

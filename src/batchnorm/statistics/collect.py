@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.errors import NonFiniteError, ShapeError
 from batchnorm.functional.dispatch import choose_split
@@ -19,6 +18,7 @@ from batchnorm.kernels.contract import Request
 from batchnorm.kernels.reference import REFERENCE
 from batchnorm.models.calling import below_autograd
 from batchnorm.moments import Moments, expand_mask
+from batchnorm.observers import OperatorMode
 from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.operators import NormCall, run_with_functions
 from batchnorm.statistics.sites import Site, Sites
@@ -30,7 +30,7 @@ _CHUNK = 1 << 20
 """How many values are turned into float64 at a time: 8 MiB, whatever the size of the batch."""
 
 
-class Collector(TorchDispatchMode):
+class Collector(OperatorMode):
     """Measures what the chosen norms of a model meet; by what they normalize it, a subclass says.
 
     Their buffers are left alone; every other norm runs as it would without this mode, except that it cannot update its

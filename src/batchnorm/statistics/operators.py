@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from batchnorm.nn.operators import eps_key, is_norm_operator, named_arguments
+from batchnorm.observers import OperatorMode
 
 __all__ = ["NormCall", "run_with_functions"]
 
@@ -22,7 +22,7 @@ def _is_norm(func: Any) -> bool:
     return is_norm_operator(func) and any(a.name == "running_mean" for a in func._schema.arguments)
 
 
-def run_with_functions(mode: TorchDispatchMode, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
+def run_with_functions(mode: OperatorMode, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
     """Run an operator that is given functions, such as ``torch.cond``, so that the mode sees what these call.
 
     For a mode that supports higher-order operators and is, as always in its ``__torch_dispatch__``, switched off.

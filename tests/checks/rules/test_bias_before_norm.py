@@ -197,6 +197,7 @@ def test_a_bias_before_a_norm_that_a_block_keeps_on_its_running_statistics_count
     assert found() == ["BN001"]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     "forward",
     [

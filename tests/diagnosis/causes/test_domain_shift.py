@@ -4,6 +4,7 @@ import pytest
 import torch
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "change",
     [lambda x: x + 1.5, lambda x: 0.3 * x, lambda x: 2 * x - 1, lambda x: -x],

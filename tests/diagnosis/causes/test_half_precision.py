@@ -46,6 +46,7 @@ def _in_bfloat16(model, batch):
         return model(batch)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("value", [5.0, 0.375, -96.0])
 @pytest.mark.parametrize("variance", [None, 2.0])
 def test_numbers_written_by_hand_were_not_rounded(net, found, value: float, variance: float | None) -> None:

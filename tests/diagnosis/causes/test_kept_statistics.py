@@ -11,6 +11,7 @@ from batchnorm.diagnosis.case import Case
 from batchnorm.diagnosis.causes.kept_statistics import KeptStatistics
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("metric", HIGHER, ids=lambda metric: metric.__name__)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("count", [1, 6])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("buffer", "value"),
     [

@@ -320,6 +320,7 @@ ROADS: dict[str, tuple[Callable[[Records, Path], None], bool]] = {
 }
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("road", ROADS)
 def test_no_road_to_code_is_open(road: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)

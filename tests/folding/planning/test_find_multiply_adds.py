@@ -203,6 +203,7 @@ def test_an_activation_that_cannot_go_along_stays(run, relu):
     assert_same(result, net)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     "activation",
     [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0.0, 6.0), nn.SiLU(), nn.GELU(), nn.LeakyReLU(0.2), nn.Sigmoid(), nn.Tanh()],

@@ -61,6 +61,7 @@ def assert_folded(model, x, *, left=0, beside=1):
 X = randn(2, 4, 7, 7)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("groups", "bias"), [(1, True), (2, False), (4, True)])
 @pytest.mark.parametrize(
     "settings",
@@ -93,6 +94,7 @@ def test_one_and_three_dimensions_and_linear_layers():
     assert_folded(branches(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4)), randn(8, 4))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "conv",
     [
@@ -143,6 +145,7 @@ FACTORS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("wiring", FACTORS.values(), ids=FACTORS.keys())
 def test_factors_on_either_way_to_the_sum(wiring):
     model = branches(nn.Conv2d(4, 4, 3, padding=1), wiring=wiring, other=nn.Conv2d(4, 4, 1))
@@ -169,6 +172,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("wiring", OTHERS.values(), ids=OTHERS.keys())
 def test_where_others_would_notice_the_norm_stays(wiring):
     model = branches(nn.Conv2d(4, 4, 3, padding=1), wiring=wiring)

@@ -279,6 +279,7 @@ SOME = [
 ]
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("pattern", SOME)
 def test_every_pattern_as_a_program(pattern):
     model, inputs = pattern.build(), pattern.inputs(0)
@@ -325,6 +326,7 @@ class Parts(nn.Module):
         return self.block(x) + F.conv2d(x, conv.weight)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("use", ["call", "calls", "read"])
 @pytest.mark.parametrize("tracer", [torch.fx.Tracer, Leaves])
 @pytest.mark.parametrize("inplace", [False, True])

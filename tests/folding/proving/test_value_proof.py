@@ -31,6 +31,7 @@ def make(layer, norm, dtype=torch.float32):
     return net.to(dtype)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("layer", "norm", "shape"), LAYERS)
 def test_what_is_right_is_within_the_bounds(layer, norm, shape, dtype):

@@ -50,6 +50,7 @@ def scaling() -> nn.BatchNorm2d:
     return norm
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("net", "into", "way", "sentence", "crossed"), [
     (Parts(lambda m, x: torch.tanh(m.bn(m.a(x)))),
      "a", "back", "Its scale and shift go back into the convolution a.", ()),

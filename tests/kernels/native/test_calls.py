@@ -226,6 +226,7 @@ CORNERS = [
 WAYS = [None, *ACTIVATIONS, "leaky_relu(0.2)"]
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", available_isas())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", CORNERS, ids=str)
@@ -239,6 +240,7 @@ def test_corners(shape, dtype, name):
             check(Case(shape, dtype, layout, layout, residual, activation, isa=name, threads=number))
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", available_isas())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", WAYS)
@@ -260,6 +262,7 @@ def test_every_activation_with_and_without_residual(activation, dtype, name):
                 )
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_input_gradient_and_residual(layout, dtype):

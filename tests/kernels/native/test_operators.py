@@ -19,12 +19,13 @@ import batchnorm
 from batchnorm.functional import active_backend, batch_norm, use_backend
 from batchnorm.functional.operator import batch_norm_operator
 from batchnorm.kernels.native import calls, missing, operators
-from batchnorm.kernels.native.backend import ALWAYS
+from batchnorm.kernels.native.backend import _EVALUATION_FUSED, _PLANES, SMALLEST
 
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 C = 16
-N = ALWAYS // (C * 16)
+# from here on planes are the kernels' in training, and with something fused in evaluation too
+N = max(SMALLEST, _PLANES, _EVALUATION_FUSED) // (C * 16)
 LARGE, SMALL = (N, C, 16), (2, C, 16)
 
 
@@ -48,6 +49,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_every_operator_is_what_it_says(layout, dtype):
@@ -151,6 +153,7 @@ def assert_each_same(got, expected, xs):
         assert_same(got[name], values, x, name)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [LARGE, SMALL], ids=["above the threshold", "below"])
 def test_compiled_layers_equal_eager_ones(shape, training):
@@ -205,6 +208,7 @@ def test_a_compiled_step_calls_the_native_operators():
 # -- exported and scripted ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [LARGE, SMALL], ids=["above the threshold", "below"])
 def test_exported_programs_hold_torchs_operators_only(shape, training):

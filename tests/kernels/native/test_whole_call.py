@@ -79,6 +79,7 @@ def test_gradients_are_those_of_the_reference(activation, training):
             assert ((a - b).abs() <= 16 * torch.finfo(a.dtype).eps * b.abs()).all()
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "relu", "relu6", "gelu"])
 @pytest.mark.parametrize("with_residual", [False, True])

@@ -68,6 +68,7 @@ def gaps(model: nn.Module, batches: list[Tensor]) -> dict[str, float]:
     return found
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("seed", [3, 5, 16, 19, 20, 22, 26, 29])
 def test_random_ways_come_to_rest(seed: int) -> None:
     """Of these, plain repetition leaves all from 16 on unsettled."""
@@ -119,6 +120,7 @@ class Overshoots(nn.Module):
         return out
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gamma", [0.5, 2.0, 10.0, 100.0])
 def test_a_norm_that_overshoots_comes_to_rest(gamma: float, dtype: torch.dtype) -> None:

@@ -57,6 +57,7 @@ def assert_alike(a: tuple[Any, nn.Module, int], b: tuple[Any, nn.Module, int], *
         torch.testing.assert_close(one.uncertainty, other.uncertainty, **tolerance)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("estimator", ["pooled", "within"])
 @pytest.mark.parametrize(("size", "tail"), [(1, 0), (2, 1), (5, 3)])
 def test_joined_batches_give_what_single_ones_give(size: int, tail: int, estimator: Any) -> None:

@@ -79,6 +79,7 @@ def test_batches_of_conjugated_numbers_are_taken() -> None:
     assert_alike(model, expected(network(), batches))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("tolerance", [None, 1e-4])
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_loader_with_workers_may_be_walked_again_before_it_has_ended(persistent: bool, tolerance: Any) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn import Module
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from batchnorm.observers import OperatorMode
 
 __all__ = ["Constants", "attribute"]
 
@@ -65,7 +66,7 @@ class _NoConstantError(Exception):
     """The value is drawn at random, or written into what it is computed of."""
 
 
-class _Pure(TorchDispatchMode):
+class _Pure(OperatorMode):
     """Refuses operators that are random or write into what they read."""
 
     def __torch_dispatch__(

@@ -141,8 +141,8 @@ def _plan(
     layout = layout_of(like_it)
     if layout is None:
         return None
-    new = torch.empty_like(like_it)
-    lies_so = like_it.is_contiguous() or layout_of(new) == layout
+    new = like_it if like_it.is_contiguous() else torch.empty_like(like_it)  # which loads sympy for meta tensors
+    lies_so = new is like_it or layout_of(new) == layout
     if planes and layout.kind == NARROW:
         layout = layout._replace(kind=PLANES)
     return CallPlan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.models.calling import below_autograd, compiled_modules_eager
+from batchnorm.observers import OperatorMode
 from batchnorm.statistics.operators import NormCall, run_with_functions
 from batchnorm.statistics.sequential.run_memory import RunMemory
 from batchnorm.statistics.sequential.thread_context import ThreadContext
@@ -192,10 +193,14 @@ class ModelRun:
     def _hand_over(self, reply: Any, patience: float | None) -> Any:
         self._replies.put(reply)
         del reply
-        try:
-            return self._requests.get(timeout=patience)
-        except Empty:
-            raise Stuck(f"no operator was called for {patience:.0f} seconds") from None
+        # Second by second: Python sees an interrupt that comes in the moment before a wait only when the wait is over.
+        left = math.inf if patience is None else patience
+        while left > 0:
+            try:
+                return self._requests.get(timeout=min(left, 1.0))
+            except Empty:
+                left -= 1.0
+        raise Stuck(f"no operator was called for {patience:.0f} seconds")
 
     def _do(self, work: _Work) -> Any:
         try:
@@ -252,7 +257,7 @@ class _Raised:
     error: Exception
 
 
-class _Stops(TorchDispatchMode):
+class _Stops(OperatorMode):
     """Hands every operator of a run to whoever waits for it; views, which compute nothing, are made here."""
 
     supports_higher_order_operators = True
