@@ -23,6 +23,8 @@ from batchnorm.nn.scale_shift import ScaleShift
 
 __all__ = ["refold"]
 
+_ITSELF = "the top of the model"
+
 
 @transaction("refold")
 def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -> Module:
@@ -110,12 +112,12 @@ def _require_original(model: Module, pairs: Pairs) -> None:
         same = (there.__module__, there.__qualname__) == (expected.__module__, expected.__qualname__)
         alike = there.__name__ == expected.__name__  # a torch layer, and the one that convert makes of it
         wanted, got = (f"{t.__module__}.{t.__name__}" if alike else t.__name__ for t in (expected, there))
-        _require(same, f"expected a {wanted} at {name}; got a {got}")
+        _require(same, f"expected a {wanted} at {name or _ITSELF}; got a {got}")
     for name in pairs.bordered:
         conv = modules.get(name)
         _require(
             name in pairs.norms or isinstance(conv, _ConvNd),
-            f"expected a convolution at {name}; got a {type(conv).__name__}",
+            f"expected a convolution at {name or _ITSELF}; got a {type(conv).__name__}",
         )
     for name, tensor in pairs.parameters.items():
         place, _, slot = name.rpartition(".")

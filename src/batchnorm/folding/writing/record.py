@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from batchnorm.folding.planning.replacement import Replacement
 from batchnorm.folding.writing.record_data import read_about
 from batchnorm.folding.writing.replacement_data import from_data, to_data
 from batchnorm.models.copying import copy_model
-from batchnorm.models.parameters import find_tensor
+from batchnorm.models.modules import twin
+from batchnorm.models.parameters import find_tensor, is_within, qualified
 
 if TYPE_CHECKING:
     from batchnorm.folding.planning.multiply_add import MultiplyAdd
@@ -87,9 +88,10 @@ class Pairs:
         old = {name: find_tensor(model, name) for name in parameters if name not in of_plain}
         # a norm that takes in another one and then goes itself leaves no parameter behind to be recognized by
         staying = {n: p for n, p in parameters.items() if n in of_plain or n.rpartition(".")[0] not in places}
+        twins = {id(module): twin(module) for module in places.values()}  # the model itself becomes what is to stand
         return cls(
             old,
-            places,
+            {name: twins[id(module)] for name, module in places.items()},
             {name: digest(new) for name, new in staying.items()},
             padded,
             stays,
@@ -97,7 +99,7 @@ class Pairs:
             {
                 name: other
                 for name, other in ties(model).items()
-                if any(n in old or _is_within(n, places) for n in (name, other))
+                if any(n in old or any(is_within(n, place) for place in places) for n in (name, other))
             },
         )
 
@@ -111,7 +113,9 @@ class Pairs:
         digests, moved = dict(self.digests), dict(self.moved)
         for item in multiply_adds:
             built = item.build(model)
-            digests |= {f"{item.module}.{name}": digest(new) for name, new in built.named_parameters(recurse=False)}
+            digests |= {
+                qualified(item.module, name): digest(new) for name, new in built.named_parameters(recurse=False)
+            }
             if item.moved is not None:
                 own = model.get_submodule(item.moved)
                 names = (name for name, m in model.named_modules(remove_duplicate=False) if m is own)
@@ -121,8 +125,11 @@ class Pairs:
     def of_submodule(self, name: str) -> Pairs:
         """Return those of one submodule, with the names that it knows them by."""
 
+        def inside(n: str) -> str:
+            return "" if n == name else n.removeprefix(f"{name}.")
+
         def own(names: Iterable[str]) -> dict[str, str]:
-            return {n: n.removeprefix(f"{name}.") for n in names if n.startswith(f"{name}.")}
+            return {n: inside(n) for n in names if n == name or is_within(n, name)}
 
         return Pairs(
             {short: self.parameters[n] for n, short in own(self.parameters).items()},
@@ -131,8 +138,8 @@ class Pairs:
             tuple(own(self.bordered).values()),
             {short: self.stays[n] for n, short in own(self.stays).items()},
             {short: self.added[n] for n, short in own(self.added).items()},
-            {short: self.ties[n].removeprefix(f"{name}.") for n, short in own(self.ties).items()},
-            {short: self.moved[n].removeprefix(f"{name}.") for n, short in own(self.moved).items()},
+            {short: inside(self.ties[n]) for n, short in own(self.ties).items()},
+            {short: inside(self.moved[n]) for n, short in own(self.moved).items()},
         )
 
     def save(self, path: str | Path) -> Path:
@@ -210,12 +217,6 @@ class Pairs:
             about["ties"],
             about["moved"],
         )
-
-
-def _is_within(name: str, places: Collection[str]) -> bool:
-    """Whether a parameter belongs to one of the modules of these names."""
-    parts = name.split(".")
-    return any(".".join(parts[:n]) in places for n in range(1, len(parts)))
 
 
 def _is_of(stays: Replacement | None, name: str) -> bool:

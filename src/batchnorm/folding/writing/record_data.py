@@ -66,12 +66,12 @@ def _other(path: Any, why: str) -> InputError:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and all(value.split("."))
+    """Whether it is the name of a module; the model itself has an empty one."""
+    return isinstance(value, str) and (not value or all(value.split(".")))
 
 
 def _is_parameter(value: Any) -> bool:
-    """Whether it is the name of a parameter or module: the model itself may be the module."""
-    return isinstance(value, str)
+    return isinstance(value, str) and all(value.split("."))
 
 
 def _is_size(value: Any) -> bool:
@@ -94,7 +94,7 @@ def _list_of(holds: _Holds) -> _Holds:
     return lambda value: isinstance(value, list) and all(map(holds, value))
 
 
-def _by_name(holds: _Holds, names: _Holds = _is_parameter) -> _Holds:
+def _by_name(holds: _Holds, names: _Holds = _is_name) -> _Holds:
     return lambda value: isinstance(value, dict) and all(names(key) and holds(item) for key, item in value.items())
 
 
@@ -126,12 +126,12 @@ def _is_part(value: Any) -> bool:
 
 
 _PARTS: Mapping[str, _Holds] = {
-    "added": _by_name(_list_of(_is_size)),
-    "norms": _by_name(_is_norm, _is_name),
-    "stays": _by_name(_list_of(_is_part), _is_name),
-    "same": _by_name(_is_name, _is_name),
-    "digests": _by_name(_is_text),
-    "bordered": _list_of(_is_text),
-    "ties": _by_name(_is_parameter),
-    "moved": _by_name(_is_name, _is_name),
+    "added": _by_name(_list_of(_is_size), _is_parameter),
+    "norms": _by_name(_is_norm),
+    "stays": _by_name(_list_of(_is_part)),
+    "same": _by_name(_is_name),
+    "digests": _by_name(_is_text, _is_parameter),
+    "bordered": _list_of(_is_name),
+    "ties": _by_name(_is_parameter, _is_parameter),
+    "moved": _by_name(_is_name),
 }
