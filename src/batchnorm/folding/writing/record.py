@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from batchnorm.files.tensor_memory import bytes_of
 from batchnorm.folding.planning.own_weights import ties
 from batchnorm.folding.planning.replacement import Replacement
 from batchnorm.folding.writing.record_data import read_about
-from batchnorm.folding.writing.replacement_data import from_data, to_data
+from batchnorm.folding.writing.replacement_data import Part, from_data, to_data
 from batchnorm.models.copying import copy_model
 from batchnorm.models.modules import twin
 from batchnorm.models.parameters import find_tensor, is_within, qualified
@@ -197,6 +197,7 @@ class Pairs:
         parameters = {key.removeprefix("parameters/"): t for key, t in tensors.items() if key.startswith("parameters/")}
         try:
             built = {name: _build(name, settings, tensors, like) for name, settings in about["norms"].items()}
+            _require_sizes(about["stays"], tensors)
             stays = {name: from_data(parts) for name, parts in about["stays"].items()}
         except StateError:
             raise
@@ -230,17 +231,43 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(bytes_of(tensor).cpu().numpy().tobytes() + str(tensor.dtype).encode()).hexdigest()
 
 
+def _require_sizes(stays: Mapping[str, Sequence[Part]], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a multiply-add of other channels than its norm had.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, parts in stays.items():
+        known = {t.numel() for key, t in tensors.items() if key.rpartition("/")[0] == f"norms/{name}"}
+        for part in parts:
+            if not isinstance(part, str) and "channels" in part and part["channels"] not in known:
+                raise ValueError(f"{name} had other channels")
+
+
 def _settings(norm: Module) -> dict[str, Any]:
-    known = {key: getattr(norm, key, None) for key in _SETTINGS}
-    return {"class": f"{type(norm).__module__}.{type(norm).__qualname__}", **known}
+    name = f"{type(norm).__module__}.{type(norm).__qualname__}"
+    if _plain(name) is None:  # nobody reads settings of others, which may be of any type
+        return {"class": name, **dict.fromkeys(_SETTINGS)}
+    known = {key: getattr(norm, key) for key in _SETTINGS}
+    momentum = None if known["momentum"] is None else float(known["momentum"])
+    return {"class": name, **known, "eps": float(known["eps"]), "momentum": momentum}
+
+
+def _plain(name: str) -> type[Module] | None:
+    """Return the class of that full name, if settings alone build its norms."""
+    kind = _PLAIN.get(name.rpartition(".")[2])
+    return kind if kind is not None and name == f"{kind.__module__}.{kind.__qualname__}" else None
 
 
 def _build(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], like: Module | None) -> Module:
     parts = {key.rpartition("/"): tensor for key, tensor in tensors.items()}
     state = {key: tensor for (place, _, key), tensor in parts.items() if place == f"norms/{name}"}
-    kind = _PLAIN.get(settings["class"].rpartition(".")[2])
-    if kind is not None and settings["class"] == f"{kind.__module__}.{kind.__qualname__}":
-        norm = kind(**{key: settings[key] for key in _SETTINGS})
+    kind = _plain(settings["class"])
+    if kind is not None:
+        if None in (settings[key] for key in _SETTINGS if key != "momentum"):
+            raise ValueError("a setting is missing")
+        # without memory: the tensors of the file are put in, whatever size the text says
+        norm = kind(**{key: settings[key] for key in _SETTINGS}, device="meta")
     elif like is not None and name in dict(like.named_modules(remove_duplicate=False)):
         norm = copy_model("unfold", like.get_submodule(name), _KEEP)
     else:
@@ -249,4 +276,6 @@ def _build(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
             "original architecture."
         )
     norm.load_state_dict(state, assign=True)  # in the types that they had
+    if kind is not None and not bool((state["running_var"].double() + settings["eps"] > 0).all()):
+        raise ValueError("a variance is negative")
     return norm
