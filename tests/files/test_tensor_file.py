@@ -1,6 +1,10 @@
 """What is read is what was written, or a sentence says that it is not."""
 
+import copy
+import json
+import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,3 +78,39 @@ def test_what_cannot_be_written_is_an_oserror(tmp_path: Path) -> None:
     with pytest.raises(OSError):  # noqa: PT011 - any
         write_tensors(tmp_path / "nowhere" / "f", "kind", TENSORS)
     assert list(tmp_path.iterdir()) == []
+
+
+def places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [way, *(found for key, item in items for found in places(item, (*way, key)))]
+
+
+def with_other(value: Any, way: tuple[Any, ...], text: str) -> str:
+    changed = place = copy.deepcopy(value)
+    for key in way[:-1]:
+        place = place[key]
+    place[way[-1]] = "@"
+    return json.dumps(changed).replace('"@"', text)
+
+
+OTHERS = ["null", "true", "-1", "1e999", "NaN", str(2**70), '""', r'"\ud800"', '"F4"', '"F8_E8M0"', '"C64"', "[]", "{}"]
+
+
+def test_a_header_in_which_any_part_is_something_else_is_one_sentence(path: Path) -> None:
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    own = json.loads(header["__metadata__"]["batchnorm"])
+    texts = [with_other(header, way, other) for way in places(header)[1:] for other in OTHERS]
+    texts += [with_other(header, ("__metadata__", "batchnorm"), json.dumps(with_other(own, way, other)))
+              for way in places(own)[1:] for other in OTHERS]  # fmt: skip
+    texts += [with_other(header, ("__metadata__", "batchnorm"), json.dumps(text)) for text in (*OTHERS, "[" * 10**5)]
+    refused = 0
+    for text in texts:
+        encoded = text.encode()
+        path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + body)
+        try:
+            read_tensors(path, "kind", "something")
+        except InputError:
+            refused += 1
+    assert refused > 0.95 * len(texts)  # an axis of no size may be written in two ways

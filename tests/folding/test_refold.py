@@ -196,3 +196,63 @@ def test_weights_that_were_tied_are_apart(tmp_path):
         deployed = batchnorm.refold(build(), pairs)
         deployed.load_state_dict(result.model.state_dict())
         assert torch.equal(deployed(tokens), result.model(tokens))
+
+
+def normalized_weight(*settings: int, **more: int) -> nn.Module:
+    return parametrizations.weight_norm(nn.Conv2d(*settings, **more))
+
+
+NORMALIZED = {"input_mean": [1.0, 2.0, 3.0], "input_std": [2.0, 3.0, 0.5]}
+ITSELF = {
+    "padded convolution": (lambda: nn.Conv2d(3, 4, 3, padding=1, bias=False), NORMALIZED),
+    "convolution": (lambda: nn.Conv2d(3, 4, 3), NORMALIZED),
+    "padded convolution of a computed weight": (lambda: normalized_weight(3, 4, 3, padding=1), NORMALIZED),
+    "convolution of a computed weight": (lambda: normalized_weight(3, 4, 3), NORMALIZED),
+    "norm": (lambda: nn.BatchNorm2d(3), {"fuse": True}),
+    "norm of this library": (lambda: batchnorm.nn.BatchNorm2d(3, activation="relu"), NORMALIZED | {"fuse": True}),
+    "norm and activation": (lambda: NormAct(3), NORMALIZED | {"fuse": True}),
+    "norm that calls an activation": (lambda: NormTanh(3), {"fuse": True}),
+    "norm and normalization": (lambda: nn.BatchNorm2d(3), NORMALIZED),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", ITSELF)
+def test_a_model_that_is_itself_what_folding_replaces(tmp_path, name, inplace) -> None:
+    """No place holds it, so that it becomes what is to stand there; its record knows it by an empty name."""
+    make, how = ITSELF[name]
+
+    def build(seed: int = 1) -> nn.Module:
+        torch.manual_seed(seed)
+        model = make()
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+        return model.eval()
+
+    x = X * 3 + 2
+    model, before = build(), build()
+    mean, std = (torch.tensor(how.get(key, 1.0 if key == "input_std" else 0.0)).view(-1, 1, 1) for key in
+                 ("input_mean", "input_std"))  # fmt: skip
+    expected = before((x - mean) / std)
+    result = batchnorm.fold(model, x, inplace=inplace, **how)
+    assert (result.model is model) is inplace
+    torch.testing.assert_close(result.model(x), expected, rtol=1e-4, atol=1e-4)
+    for pairs in (result.pairs, result.save_pairs(tmp_path / "pairs.safetensors")):
+        deployed = batchnorm.refold(build(seed=2), pairs)
+        assert type(deployed) is type(result.model)
+        deployed.load_state_dict(result.model.state_dict())
+        assert torch.equal(deployed(x), result.model(x))
+        for folded in (result.model, deployed):
+            back = batchnorm.unfold(folded, pairs, like=build(seed=2))
+            assert type(back).__name__ == type(before).__name__
+            assert list(back.state_dict()) == list(before.state_dict())
+            assert all(torch.equal(value, before.state_dict()[key]) for key, value in back.state_dict().items())
+    assert batchnorm.unfold(result.model, result.pairs, inplace=True) is result.model
+    assert torch.equal(result.model((x - mean) / std), expected)
+
+
+def test_another_model_itself_is_refused() -> None:
+    result = batchnorm.fold(nn.BatchNorm2d(3).eval(), X, fuse=True)
+    with pytest.raises(StateError, match="refold: expected a BatchNorm2d at the top of the model; got a Linear"):
+        batchnorm.refold(nn.Linear(3, 3), result.pairs)

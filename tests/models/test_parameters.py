@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.models.parameters import find_tensor, put_parameter
+from batchnorm.models.parameters import find_tensor, is_within, put_parameter, qualified
 
 
 def model() -> nn.Module:
@@ -36,3 +36,11 @@ def test_a_parameter_takes_the_place_of_another_or_empties_it() -> None:
     assert net[1].bias is bias
     put_parameter(net, "1.bias", None)
     assert find_tensor(net, "1.bias") is None
+
+
+def test_names_of_what_is_in_a_module_and_in_the_model_itself() -> None:
+    assert (qualified("0.bn", "weight"), qualified("", "weight")) == ("0.bn.weight", "weight")
+    assert is_within("0.bn.weight", "0")
+    assert not is_within("01.weight", "0")
+    assert is_within("weight", "")
+    assert not is_within("", "")

@@ -86,7 +86,7 @@ def _metadata(found: Mapping[str, str]) -> Mapping[str, Any]:
 
 
 def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
-    known = hashlib.sha256(about.encode())
+    known = hashlib.sha256(about.encode(errors="surrogatepass"))  # half a character, which JSON may hold
     for key, tensor in sorted(tensors.items()):
         known.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         known.update(bytes_of(tensor).numpy().tobytes())

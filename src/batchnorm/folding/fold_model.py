@@ -30,7 +30,8 @@ from batchnorm.folding.report.sentences import tell
 from batchnorm.folding.result import FoldResult
 from batchnorm.folding.writing.record import Pairs
 from batchnorm.folding.writing.rewrite import replace_modules, rewrite
-from batchnorm.models.parameters import find_tensor
+from batchnorm.models.modules import become
+from batchnorm.models.parameters import find_tensor, qualified
 from batchnorm.models.several import Several
 from batchnorm.models.snapshot import Structure, restored_if_raised
 from batchnorm.nn.input_normalization import NORMALIZATION, WithNormalizedInput
@@ -200,7 +201,7 @@ def _change(target: Module, proved: ProvedPlan, stored: dict[str, Module]) -> tu
     going += [(target.get_submodule(item.module), item.stays(target)) for item in plan.multiply_adds]
     pairs = Pairs.of(target, parameters, going, plan.parameters.borders).with_multiply_adds(target, plan.multiply_adds)
     old = dict(pairs.parameters)
-    old |= {f"{name}.weight": layer._parameters["weight"] for name, layer in stored.items()}
+    old |= {qualified(name, "weight"): layer._parameters["weight"] for name, layer in stored.items()}
     weights = folded_weights(plan.parameters.absorbers.values(), old, parameters)
     with restored_if_raised(Structure(target.modules())):
         replace_modules(target, stored)
@@ -220,6 +221,7 @@ def fold_with_normalization(
     accepts: Accepts | None = None,
 ) -> FoldResult:
     """Fold a model together with the normalization of its input, and return the result for the model itself."""
+    before = outer.inner
     result = fold_model(outer, example_inputs, inplace, options, examples, accepts)
     assert result.pairs is not None
     told = [
@@ -246,9 +248,13 @@ def fold_with_normalization(
     pictures = Pictures(
         renamed(result.pictures.folded, outer.own_names), renamed(result.pictures.left, outer.own_names)
     )
+    model = result.model.get_submodule(outer.inner_name)
+    if inplace and model is not before:  # the model itself is what was replaced
+        become(before, model)
+        model = before
     return replace(
         result,
-        model=result.model.get_submodule(outer.inner_name),
+        model=model,
         folded=told,
         left=left,
         pairs=result.pairs.of_submodule(outer.inner_name),

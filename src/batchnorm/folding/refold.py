@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import Identity, Module, Parameter
 from torch.nn.modules.conv import _ConvNd
 
@@ -22,6 +23,8 @@ from batchnorm.nn.bordered import bordered
 from batchnorm.nn.scale_shift import ScaleShift
 
 __all__ = ["refold"]
+
+_ITSELF = "the top of the model"
 
 
 @transaction("refold")
@@ -91,9 +94,19 @@ def _like(stand_in: Module, old: Module) -> Module:
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
     if like is None or not any(True for _ in stand_in.parameters()):
         return stand_in
+    for layer in stand_in.modules():
+        own, weight = getattr(old, "weight", None), layer._parameters.get("weight")
+        if weight is not None and weight.is_meta and isinstance(own, Tensor):
+            _require(own.shape == weight.shape, f"expected {_told(weight.shape)} in {type(old).__name__}; got "
+                     f"{_told(own.shape)}")  # fmt: skip
     copied = copy_model("refold", stand_in, "")
-    # beside half-precision data its parameters are of float32
-    return copied.to(like.device) if isinstance(copied, ScaleShift) else copied.to(like)
+    if any(parameter.is_meta for parameter in copied.parameters()):
+        copied.to_empty(device=like.device)
+        for parameter in copied.parameters():
+            torch.nn.init.zeros_(parameter)
+    if isinstance(copied, ScaleShift):  # beside half-precision data its parameters are of float32
+        return copied.to(like.device, like.dtype if like.dtype == torch.float64 else torch.float32)
+    return copied.to(like)
 
 
 def _require_original(model: Module, pairs: Pairs) -> None:
@@ -110,13 +123,18 @@ def _require_original(model: Module, pairs: Pairs) -> None:
         same = (there.__module__, there.__qualname__) == (expected.__module__, expected.__qualname__)
         alike = there.__name__ == expected.__name__  # a torch layer, and the one that convert makes of it
         wanted, got = (f"{t.__module__}.{t.__name__}" if alike else t.__name__ for t in (expected, there))
-        _require(same, f"expected a {wanted} at {name}; got a {got}")
+        _require(same, f"expected a {wanted} at {name or _ITSELF}; got a {got}")
     for name in pairs.bordered:
         conv = modules.get(name)
         _require(
             name in pairs.norms or isinstance(conv, _ConvNd),
-            f"expected a convolution at {name}; got a {type(conv).__name__}",
+            f"expected a convolution at {name or _ITSELF}; got a {type(conv).__name__}",
         )
+    for name, shape in pairs.added.items():
+        place, _, slot = name.rpartition(".")
+        size = _size_of(modules.get(place))
+        _require(size is None or shape == (size,), f"expected a {slot} of {size} numbers at {place or _ITSELF}; "
+                 f"got {_told(shape)}")  # fmt: skip
     for name, tensor in pairs.parameters.items():
         place, _, slot = name.rpartition(".")
         present = place in modules and slot in modules[place]._parameters
@@ -124,6 +142,12 @@ def _require_original(model: Module, pairs: Pairs) -> None:
         now = find_tensor(model, name)
         shapes = tuple(None if t is None else tuple(t.shape) for t in (tensor, now))
         _require(shapes[0] == shapes[1], f"expected {_told(shapes[0])} at {name}; got {_told(shapes[1])}")
+
+
+def _size_of(module: Module | None) -> int | None:
+    """Return how many numbers a bias of a module has; None if it does not tell."""
+    names = ("out_channels", "out_features", "num_features")
+    return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)), None)
 
 
 def _require(holds: bool, otherwise: str) -> None:

@@ -13,7 +13,8 @@ from batchnorm.errors import StateError
 from batchnorm.folding.writing.record import Pairs, digest
 from batchnorm.folding.writing.record_data import fitting
 from batchnorm.models.copying import copy_model
-from batchnorm.models.parameters import find_tensor, put_parameter
+from batchnorm.models.modules import put_module
+from batchnorm.models.parameters import find_tensor, put_parameter, qualified
 from batchnorm.models.preconditions import require_module
 from batchnorm.models.snapshot import Structure
 from batchnorm.models.transaction import on_failure, transaction
@@ -72,7 +73,7 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
 
 
 def _put_modules_back(target: Module, known: Pairs) -> None:
-    activations = {name: target.get_submodule(f"{holder}.activation") for name, holder in known.moved.items()}
+    activations = {name: target.get_submodule(qualified(holder, "activation")) for name, holder in known.moved.items()}
     norms = list({id(norm): norm for norm in known.norms.values()}.values())
     # all in one: what they have in common stays one
     together = copy_model("unfold", ModuleList(norms), "Keep the original model instead.")
@@ -82,18 +83,13 @@ def _put_modules_back(target: Module, known: Pairs) -> None:
     copies = dict(zip(map(id, norms), together.children(), strict=True))
     for name, norm in known.norms.items():
         copies[id(norm)].train(target.get_submodule(name).training)
-        _put(target, name, copies[id(norm)])
+        put_module(target, name, copies[id(norm)])
     for name, activation in activations.items():
-        _put(target, name, activation)
+        put_module(target, name, activation)
     convs = {name: target.get_submodule(name) for name in known.bordered if name not in known.norms}
     twins = {id(conv): plain(conv) for conv in convs.values()}
     for name, conv in convs.items():
-        _put(target, name, twins[id(conv)])
-
-
-def _put(model: Module, name: str, module: Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    model.get_submodule(parent)._modules[leaf] = module
+        put_module(target, name, twins[id(conv)])
 
 
 def _tie(model: Module, tied: Mapping[str, str]) -> None:
@@ -109,7 +105,7 @@ def _require_folded(model: Module, pairs: Pairs) -> None:
         if not _has(lambda name=name: model.get_submodule(name)):  # type: ignore[misc]
             raise StateError(f"unfold: the model has no module {name}. Pass the one that was folded, or its like.")
     places = {**{name: "convolution" for name in pairs.bordered if name not in pairs.norms},
-              **{f"{holder}.activation": "activation" for holder in pairs.moved.values()}}  # fmt: skip
+              **{qualified(holder, "activation"): "activation" for holder in pairs.moved.values()}}  # fmt: skip
     for name, kind in places.items():
         if not _has(lambda name=name: model.get_submodule(name)):  # type: ignore[misc]
             raise StateError(f"unfold: the model has no {kind} {name}. Pass the one that was folded, or its like.")

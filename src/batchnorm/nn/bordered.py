@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.errors import StateError
+from batchnorm.models.modules import twin
 
 __all__ = ["BorderedConv1d", "BorderedConv2d", "BorderedConv3d", "bordered", "plain"]
 
@@ -76,9 +77,9 @@ def bordered(conv: Module, border: Tensor) -> Module:
     kind = type(conv) if isinstance(conv, _Bordered) else _OF.get(type(conv))
     if kind is None or not isinstance(conv, _ConvNd) or conv.padding_mode != "zeros":
         raise StateError(f"{type(conv).__name__} is no convolution of torch's that pads with zeros.")
-    twin = _as(conv, kind)
-    twin._buffers["border"] = border.to(conv.weight)
-    return twin
+    other = twin(conv, kind)
+    other._buffers["border"] = border.to(conv.weight)
+    return other
 
 
 def plain(conv: Module) -> Module:
@@ -86,13 +87,6 @@ def plain(conv: Module) -> Module:
     kind = next((cls for cls, other in _OF.items() if isinstance(conv, other)), None)
     if kind is None:
         raise StateError(f"{type(conv).__name__} is no convolution that pads with a border.")
-    twin = _as(conv, kind)
-    del twin._buffers["border"]
-    return twin
-
-
-def _as(conv: Module, kind: type[Module]) -> Module:
-    """Return a module of another class with the same contents, in registers of its own."""
-    twin = kind.__new__(kind)
-    twin.__dict__ = {key: dict(value) if isinstance(value, dict) else value for key, value in conv.__dict__.items()}
-    return twin
+    other = twin(conv, kind)
+    del other._buffers["border"]
+    return other

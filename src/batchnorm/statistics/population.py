@@ -122,7 +122,8 @@ class Population:
         if odd is not None:
             raise InputError(
                 f"{path}: expected a population that Population.save wrote; of {odd!r} it does not hold the six "
-                "tensors that belong to a norm, all but one of float64 and of one length."
+                "tensors that belong to a norm, all but one of float64 and of one length, or a count, a sum of squares "
+                "or an error in it is none."
             )
         return cls({name: _layer(name, tensors) for name in names})
 
@@ -136,8 +137,15 @@ def _is_layer(name: str, tensors: Mapping[str, Tensor]) -> bool:
     )
     of_norm = tensors.get(f"{name}/of_norm", torch.tensor(True))
     kind_is_known = of_norm.shape == () and of_norm.dtype == torch.bool
-    has_batches = batches is not None and batches.shape == () and not batches.is_floating_point()
-    return is_whole and has_batches and kind_is_known
+    has_batches = batches is not None and batches.shape == () and batches.dtype == torch.int64 and int(batches) >= 0
+    return is_whole and has_batches and kind_is_known and _can_be(name, tensors)
+
+
+def _can_be(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the numbers can be counts, sums of squares and errors; where NaN was met, all but counts are NaN."""
+    count, _, *never_negative = (tensors[f"{name}/{part}"] for part in _PARTS)
+    is_count = torch.isfinite(count).all() and (count >= 0).all()
+    return bool(is_count) and not any(bool((t < 0).any()) for t in never_negative)
 
 
 def _layer(name: str, tensors: Mapping[str, Tensor]) -> LayerPopulation:

@@ -13,6 +13,7 @@ from batchnorm.absorbers.table import absorber_of
 from batchnorm.dataflow.graph import Call, Graph, Value
 from batchnorm.dataflow.refusal import Refusal, listed
 from batchnorm.models.hooks import hooks_of
+from batchnorm.models.parameters import qualified
 
 __all__ = ["AbsorbingLayer", "find_absorbing_layer"]
 
@@ -40,12 +41,12 @@ class AbsorbingLayer:
     @property
     def weight_name(self) -> str:
         """The qualified name of its weight."""
-        return f"{self.name}.{self.weight}".removeprefix(".")
+        return qualified(self.name, self.weight)
 
     @property
     def bias_name(self) -> str | None:
         """The qualified name of its bias."""
-        return None if self.bias is None else f"{self.name}.{self.bias}".removeprefix(".")
+        return None if self.bias is None else qualified(self.name, self.bias)
 
 
 def find_absorbing_layer(model: Module, graph: Graph, calls: tuple[Call, ...], *, needs_bias: bool) -> AbsorbingLayer:

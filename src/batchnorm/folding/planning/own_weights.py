@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from batchnorm.absorbers.table import linear_operator_of
 from batchnorm.dataflow.graph import Call, Graph, ModuleCall, Value
 from batchnorm.dataflow.refusal import Refusal
-from batchnorm.models.parameters import find_tensor, put_parameter
+from batchnorm.models.parameters import find_tensor, is_within, put_parameter, qualified
 
 __all__ = ["ComputedWeights", "same_weights", "ties", "untie"]
 
@@ -29,10 +29,10 @@ def ties(model: Module) -> dict[str, str]:
         for slot, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            qualified = f"{name}.{slot}".removeprefix(".")
-            known = first.setdefault(id(parameter), (qualified, id(module), slot))
+            full = qualified(name, slot)
+            known = first.setdefault(id(parameter), (full, id(module), slot))
             if known[1:] != (id(module), slot):
-                found[qualified] = known[0]
+                found[full] = known[0]
     return found
 
 
@@ -71,11 +71,12 @@ class ComputedWeights:
             by_name.setdefault(run.name, []).append(run)
         for name, runs in by_name.items():
             calls = [call for run in runs for call in run.calls if call.index in self._seen]
-            if name and len(calls) == len(runs) and all(map(_only_computes, runs, calls)) and self._same(calls):
+            if len(calls) == len(runs) and all(map(_only_computes, runs, calls)) and self._same(calls):
                 layer = self._layer(calls[0], runs[0].module)
                 if layer is not None:
                     found[name] = layer
-        return found
+        # of a module and what it wraps, the inner one: the names of its parameters stay
+        return {name: layer for name, layer in found.items() if not any(is_within(other, name) for other in found)}
 
     def _same(self, calls: Sequence[Call]) -> bool:
         """Whether every run used the same weight."""
@@ -102,7 +103,9 @@ def same_weights(one: Module, two: Module) -> bool:
 
 def _only_computes(run: ModuleCall, call: Call) -> bool:
     """Whether a run takes one tensor, computes a weight of its state alone, and returns what the operator gives."""
-    if not run.plain or run.inputs != (call.args["input"],) or run.outputs != (call.output,) or _has_hooks(run.module):
+    if not run.plain or run.inputs != (call.args["input"],) or run.outputs != (call.output,):
+        return False
+    if any(map(_has_hooks, run.module.modules())):
         return False
     own: set[Value] = set()
     for other in run.calls:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from batchnorm.files.tensor_memory import bytes_of
 from batchnorm.folding.planning.own_weights import ties
 from batchnorm.folding.planning.replacement import Replacement
 from batchnorm.folding.writing.record_data import read_about
-from batchnorm.folding.writing.replacement_data import from_data, to_data
+from batchnorm.folding.writing.replacement_data import Part, from_data, to_data
 from batchnorm.models.copying import copy_model
-from batchnorm.models.parameters import find_tensor
+from batchnorm.models.modules import twin
+from batchnorm.models.parameters import find_tensor, is_within, qualified
 
 if TYPE_CHECKING:
     from batchnorm.folding.planning.multiply_add import MultiplyAdd
@@ -87,9 +88,10 @@ class Pairs:
         old = {name: find_tensor(model, name) for name in parameters if name not in of_plain}
         # a norm that takes in another one and then goes itself leaves no parameter behind to be recognized by
         staying = {n: p for n, p in parameters.items() if n in of_plain or n.rpartition(".")[0] not in places}
+        twins = {id(module): twin(module) for module in places.values()}  # the model itself becomes what is to stand
         return cls(
             old,
-            places,
+            {name: twins[id(module)] for name, module in places.items()},
             {name: digest(new) for name, new in staying.items()},
             padded,
             stays,
@@ -97,7 +99,7 @@ class Pairs:
             {
                 name: other
                 for name, other in ties(model).items()
-                if any(n in old or _is_within(n, places) for n in (name, other))
+                if any(n in old or any(is_within(n, place) for place in places) for n in (name, other))
             },
         )
 
@@ -111,7 +113,9 @@ class Pairs:
         digests, moved = dict(self.digests), dict(self.moved)
         for item in multiply_adds:
             built = item.build(model)
-            digests |= {f"{item.module}.{name}": digest(new) for name, new in built.named_parameters(recurse=False)}
+            digests |= {
+                qualified(item.module, name): digest(new) for name, new in built.named_parameters(recurse=False)
+            }
             if item.moved is not None:
                 own = model.get_submodule(item.moved)
                 names = (name for name, m in model.named_modules(remove_duplicate=False) if m is own)
@@ -121,8 +125,11 @@ class Pairs:
     def of_submodule(self, name: str) -> Pairs:
         """Return those of one submodule, with the names that it knows them by."""
 
+        def inside(n: str) -> str:
+            return "" if n == name else n.removeprefix(f"{name}.")
+
         def own(names: Iterable[str]) -> dict[str, str]:
-            return {n: n.removeprefix(f"{name}.") for n in names if n.startswith(f"{name}.")}
+            return {n: inside(n) for n in names if n == name or is_within(n, name)}
 
         return Pairs(
             {short: self.parameters[n] for n, short in own(self.parameters).items()},
@@ -131,8 +138,8 @@ class Pairs:
             tuple(own(self.bordered).values()),
             {short: self.stays[n] for n, short in own(self.stays).items()},
             {short: self.added[n] for n, short in own(self.added).items()},
-            {short: self.ties[n].removeprefix(f"{name}.") for n, short in own(self.ties).items()},
-            {short: self.moved[n].removeprefix(f"{name}.") for n, short in own(self.moved).items()},
+            {short: inside(self.ties[n]) for n, short in own(self.ties).items()},
+            {short: inside(self.moved[n]) for n, short in own(self.moved).items()},
         )
 
     def save(self, path: str | Path) -> Path:
@@ -190,6 +197,7 @@ class Pairs:
         parameters = {key.removeprefix("parameters/"): t for key, t in tensors.items() if key.startswith("parameters/")}
         try:
             built = {name: _build(name, settings, tensors, like) for name, settings in about["norms"].items()}
+            _require_sizes(about["stays"], tensors)
             stays = {name: from_data(parts) for name, parts in about["stays"].items()}
         except StateError:
             raise
@@ -212,12 +220,6 @@ class Pairs:
         )
 
 
-def _is_within(name: str, places: Collection[str]) -> bool:
-    """Whether a parameter belongs to one of the modules of these names."""
-    parts = name.split(".")
-    return any(".".join(parts[:n]) in places for n in range(1, len(parts)))
-
-
 def _is_of(stays: Replacement | None, name: str) -> bool:
     """Whether a parameter of that name is one of what stands in for a module."""
     parts = () if stays is None else stays.parts
@@ -229,17 +231,43 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(bytes_of(tensor).cpu().numpy().tobytes() + str(tensor.dtype).encode()).hexdigest()
 
 
+def _require_sizes(stays: Mapping[str, Sequence[Part]], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a multiply-add of other channels than its norm had.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, parts in stays.items():
+        known = {t.numel() for key, t in tensors.items() if key.rpartition("/")[0] == f"norms/{name}"}
+        for part in parts:
+            if not isinstance(part, str) and "channels" in part and part["channels"] not in known:
+                raise ValueError(f"{name} had other channels")
+
+
 def _settings(norm: Module) -> dict[str, Any]:
-    known = {key: getattr(norm, key, None) for key in _SETTINGS}
-    return {"class": f"{type(norm).__module__}.{type(norm).__qualname__}", **known}
+    name = f"{type(norm).__module__}.{type(norm).__qualname__}"
+    if _plain(name) is None:  # nobody reads settings of others, which may be of any type
+        return {"class": name, **dict.fromkeys(_SETTINGS)}
+    known = {key: getattr(norm, key) for key in _SETTINGS}
+    momentum = None if known["momentum"] is None else float(known["momentum"])
+    return {"class": name, **known, "eps": float(known["eps"]), "momentum": momentum}
+
+
+def _plain(name: str) -> type[Module] | None:
+    """Return the class of that full name, if settings alone build its norms."""
+    kind = _PLAIN.get(name.rpartition(".")[2])
+    return kind if kind is not None and name == f"{kind.__module__}.{kind.__qualname__}" else None
 
 
 def _build(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], like: Module | None) -> Module:
     parts = {key.rpartition("/"): tensor for key, tensor in tensors.items()}
     state = {key: tensor for (place, _, key), tensor in parts.items() if place == f"norms/{name}"}
-    kind = _PLAIN.get(settings["class"].rpartition(".")[2])
-    if kind is not None and settings["class"] == f"{kind.__module__}.{kind.__qualname__}":
-        norm = kind(**{key: settings[key] for key in _SETTINGS})
+    kind = _plain(settings["class"])
+    if kind is not None:
+        if None in (settings[key] for key in _SETTINGS if key != "momentum"):
+            raise ValueError("a setting is missing")
+        # without memory: the tensors of the file are put in, whatever size the text says
+        norm = kind(**{key: settings[key] for key in _SETTINGS}, device="meta")
     elif like is not None and name in dict(like.named_modules(remove_duplicate=False)):
         norm = copy_model("unfold", like.get_submodule(name), _KEEP)
     else:
@@ -248,4 +276,6 @@ def _build(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
             "original architecture."
         )
     norm.load_state_dict(state, assign=True)  # in the types that they had
+    if kind is not None and not bool((state["running_var"].double() + settings["eps"] > 0).all()):
+        raise ValueError("a variance is negative")
     return norm

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from batchnorm.errors import BatchNormError, InputError, StateError
+from batchnorm.folding.writing.forms import (
+    Holds,
+    by_name,
+    is_bool,
+    is_name,
+    is_number,
+    is_number_from_zero,
+    is_parameter,
+    is_size,
+    is_text,
+    list_of,
+    or_none,
+)
+from batchnorm.folding.writing.replacement_data import is_part
 
 __all__ = ["fitting", "read_about"]
 
-_Holds = Callable[[Any], bool]
+_FOLDABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def read_about(path: Any, text: str, tensors: Collection[str]) -> dict[str, Any]:
+def read_about(path: Any, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the text in a file of pairs as data, all of whose parts are there, of their types, and fit together.
 
     Args:
         path: of the file, for the message.
         text: what stands in it beside the tensors.
-        tensors: their names.
+        tensors: those, by name.
 
     Raises:
         InputError: a part is missing, or is something else.
@@ -40,6 +57,9 @@ def read_about(path: Any, text: str, tensors: Collection[str]) -> dict[str, Any]
     of_parameters = {name.removeprefix("parameters/") for name in tensors if name.startswith("parameters/")}
     if of_parameters & set(about["added"]):
         raise _other(path, "a parameter is there that folding is said to have added")
+    odd = next((name for name, tensor in tensors.items() if not _is_foldable(name, tensor)), None)
+    if odd is not None:
+        raise _other(path, f"its {odd} is of {tensors[odd].dtype}, or not finite, so that it was never folded")
     return about
 
 
@@ -65,73 +85,36 @@ def _other(path: Any, why: str) -> InputError:
     return InputError(f"{path}: expected the pairs of a fold, which FoldResult.save_pairs writes; {why}.")
 
 
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and all(value.split("."))
-
-
-def _is_parameter(value: Any) -> bool:
-    """Whether it is the name of a parameter or module: the model itself may be the module."""
-    return isinstance(value, str)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _or_none(holds: _Holds) -> _Holds:
-    return lambda value: value is None or holds(value)
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _list_of(holds: _Holds) -> _Holds:
-    return lambda value: isinstance(value, list) and all(map(holds, value))
-
-
-def _by_name(holds: _Holds, names: _Holds = _is_parameter) -> _Holds:
-    return lambda value: isinstance(value, dict) and all(names(key) and holds(item) for key, item in value.items())
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-_NORM: Mapping[str, _Holds] = {
-    "class": _is_text,
-    "num_features": _or_none(_is_size),
-    "eps": _or_none(_is_number),
-    "momentum": _or_none(_is_number),
-    "affine": _or_none(_is_bool),
-    "track_running_stats": _or_none(_is_bool),
-}
+def _is_foldable(name: str, tensor: Tensor) -> bool:
+    """Whether folding computes with such a parameter, or such a tensor of a norm; others have a usual type."""
+    if name.startswith("parameters/") or name.rpartition("/")[2] in ("running_mean", "running_var", "weight", "bias"):
+        return tensor.dtype in _FOLDABLE and bool(torch.isfinite(tensor).all())
+    if name.endswith("/num_batches_tracked"):
+        return tensor.dtype == torch.int64
+    return tensor.dtype in _FOLDABLE or not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _is_norm(value: Any) -> bool:
     return isinstance(value, dict) and all(key in value and holds(value[key]) for key, holds in _NORM.items())
 
 
-def _is_setting(value: Any) -> bool:
-    return value is None or isinstance(value, str | bool) or _is_number(value) or _list_of(_is_size)(value)
+_NORM: Mapping[str, Holds] = {
+    "class": is_text,
+    "num_features": or_none(is_size),
+    "eps": or_none(is_number_from_zero),
+    "momentum": or_none(is_number),
+    "affine": or_none(is_bool),
+    "track_running_stats": or_none(is_bool),
+}
 
 
-def _is_part(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value.get("class") if isinstance(value, dict) else None, str)
-                                      and all(map(_is_setting, value.values())))  # fmt: skip
-
-
-_PARTS: Mapping[str, _Holds] = {
-    "added": _by_name(_list_of(_is_size)),
-    "norms": _by_name(_is_norm, _is_name),
-    "stays": _by_name(_list_of(_is_part), _is_name),
-    "same": _by_name(_is_name, _is_name),
-    "digests": _by_name(_is_text),
-    "bordered": _list_of(_is_text),
-    "ties": _by_name(_is_parameter),
-    "moved": _by_name(_is_name, _is_name),
+_PARTS: Mapping[str, Holds] = {
+    "added": by_name(list_of(is_size), is_parameter),
+    "norms": by_name(_is_norm),
+    "stays": by_name(list_of(is_part)),
+    "same": by_name(is_name),
+    "digests": by_name(is_text, is_parameter),
+    "bordered": list_of(is_name),
+    "ties": by_name(is_parameter, is_parameter),
+    "moved": by_name(is_name),
 }

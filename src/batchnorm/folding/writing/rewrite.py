@@ -12,6 +12,7 @@ from torch.nn import Identity, Module, Parameter
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.folding.planning.merged_parameters import Parameters
 from batchnorm.folding.planning.plan import FoldPlan
+from batchnorm.models.modules import become
 from batchnorm.models.parameters import find_tensor, put_parameter
 from batchnorm.nn.bordered import bordered
 
@@ -85,8 +86,10 @@ def replace_modules(model: Module, new: Mapping[str, Module]) -> None:
 
 
 def replace_by_id(model: Module, new: Mapping[int, Module]) -> None:
-    """Replace modules, wherever they stand, with those that are given by their ids."""
+    """Replace modules, wherever they stand, with those of their ids; the model itself becomes its own one."""
     for module in list(model.modules()):  # as they stand now: a stand-in may hold what another stands in for
         for name, child in list(module._modules.items()):
             if id(child) in new:
                 module._modules[name] = new[id(child)]
+    if id(model) in new:
+        become(model, new[id(model)])
