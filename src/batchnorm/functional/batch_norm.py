@@ -130,33 +130,34 @@ def normalize(
     """Do what :func:`batch_norm` does, and count the batch in training; messages open with ``where``."""
     if getattr(input, "dtype", None) in HALF:
         weight, bias = (_widen_parameter(running_mean, parameter, input.dtype) for parameter in (weight, bias))
-    state = input, running_mean, running_var, weight, bias, training, momentum, eps
-    whole_call = *state, activation, residual, inplace, counters
+    call = (input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, inplace)
     extras = activation is not None or residual is not None
     backend = None if mask is not None else dispatch.quick_choice(input, training, extras)
     if backend is dispatch.NATIVE:  # which takes nothing that has to be checked
-        y = backend.serve(*whole_call, False)
+        y = backend.serve(call, counters, False)
         if y is not None:
             return y
         backend = None
     if extras or mask is not None:
         check_extras(_text(where), input, activation, residual, mask)
+    forced = False
     if backend is None:
+        forced = dispatch.is_forced()
         backend = dispatch.choose(Request(input, weight, bias, training, activation, residual, mask))
     if mask is None:
         try:
-            y = backend.serve(*whole_call, dispatch.is_forced())
+            y = backend.serve(call, counters, forced)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-            _check(where, *state)
+            _check(where, *call[:8])
             raise
         if y is not None:
             return y
         if not isinstance(backend, Backend):
             backend = dispatch.instead_of_torch(Request(input, weight, bias, training, activation, residual))
-    _check(where, *state)
+    _check(where, *call[:8])
     if training and mask is not None:
         check_valid_counts(_text(where), input, mask)
-    return _operator()(*state, mask, residual, activation, backend.name, counters.batches, counters.refused)
+    return _operator()(*call[:8], mask, residual, activation, backend.name, counters.batches, counters.refused)
 
 
 def _widen_parameter(running: Tensor | None, parameter: Tensor | None, half: torch.dtype) -> Tensor | None:
