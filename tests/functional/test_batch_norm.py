@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchnorm.errors import InputError, ShapeError
-from batchnorm.functional import batch_norm, moments, use_backend
+from batchnorm.errors import ShapeError
+from batchnorm.functional import batch_norm, use_backend
 from batchnorm.kernels import ACCURACY, ACTIVATIONS, Transform
 from batchnorm.kernels.accuracy import backward_bounds, train_forward_bound
 from batchnorm.moments import Moments
@@ -381,24 +381,3 @@ def test_forward_mode_where_torch_has_it():
     value = x.detach()
     _, tangent = torch.func.jvp(f, (value,), (torch.ones_like(value),))
     assert (tangent.abs() <= 1e3 * torch.finfo(torch.float64).eps).all()  # a norm does not see a constant shift
-
-
-# -- moments ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", [None, "torch", "reference"])
-def test_moments_are_those_of_the_batch(backend):
-    x, _, _ = case(dtype=torch.float32)
-    mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(3)) > 0.3
-    with backend_or_dispatch(backend):
-        plain, masked = moments(x), moments(x, mask)
-    assert torch.equal(plain.mean, Moments.of(x).mean)
-    assert torch.equal(masked.m2, Moments.of(x, mask=mask).m2)
-    assert not plain.mean.requires_grad
-
-
-def test_moments_refuse_what_has_no_channels():
-    with pytest.raises(InputError, match=r"moments: expected an input of shape \(N, C\)"):
-        moments(torch.zeros(3))
-    with pytest.raises(InputError, match=r"moments: expected a floating-point input; got torch.int64"):
-        moments(torch.zeros(3, 2).long())

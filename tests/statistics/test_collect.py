@@ -6,13 +6,9 @@ import pytest
 import torch
 
 import batchnorm
-from batchnorm.errors import InputError
-from batchnorm.functional import dispatch, register, unregister, use_backend
+from batchnorm.functional import register, unregister, use_backend
 from batchnorm.kernels import Reference
 from batchnorm.kernels.native import NATIVE, missing
-from batchnorm.moments import Moments
-from batchnorm.statistics import collect
-from batchnorm.statistics.collect import moments_of
 
 needs_native = pytest.mark.skipif(missing is not None, reason="there are no native kernels here")
 
@@ -73,23 +69,3 @@ def test_a_registered_backend_measures_for_recalibrate():
     finally:
         unregister("counting")
     assert Counting.calls > 0
-
-
-@needs_native
-def test_a_forced_backend_that_cannot_measure_says_so():
-    x, mask = torch.ones(4, 2), torch.tensor([True, True, True, False])
-    with use_backend("native"), pytest.raises(InputError, match=r"use_backend\('native'\) .*: it takes no mask"):
-        moments_of(x, mask)
-    assert dispatch.choose_split(dispatch.Request(x, mask=mask)).name == "reference"
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_reference_takes_large_inputs_in_parts(masked, served, monkeypatch):
-    monkeypatch.setattr(collect, "_CHUNK", 40)
-    x = torch.randn(10, 3, 5, generator=torch.Generator().manual_seed(0)) + 7
-    mask = torch.rand(10, 5, generator=torch.Generator().manual_seed(1)) < 0.7 if masked else None
-    with use_backend("reference"):
-        found = moments_of(x, mask)
-    exact = Moments.of(x, mask=mask)
-    assert served == ["reference"] * 5
-    torch.testing.assert_close([found.count, found.mean, found.m2], [exact.count, exact.mean, exact.m2])

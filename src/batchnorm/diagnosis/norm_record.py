@@ -10,9 +10,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from batchnorm.functional.measure import moments_of
 from batchnorm.moments import Moments, expand_mask
 from batchnorm.nn.operators import eps_key
-from batchnorm.statistics.collect import OnBatch, moments_of
+from batchnorm.statistics.collect import OnBatch
 from batchnorm.statistics.estimators import Pooled
 from batchnorm.statistics.operators import NormCall
 from batchnorm.statistics.sites import Site, Sites

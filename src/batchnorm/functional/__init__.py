@@ -1,6 +1,7 @@
 """Batch normalization as a function, with activation, residual and mask, and the choice of who computes it."""
 
-from batchnorm.functional.batch_norm import batch_norm, moments
+from batchnorm.functional.batch_norm import batch_norm
 from batchnorm.functional.dispatch import active_backend, backends, register, unregister, use_backend
+from batchnorm.functional.measure import moments
 
 __all__ = ["active_backend", "backends", "batch_norm", "moments", "register", "unregister", "use_backend"]

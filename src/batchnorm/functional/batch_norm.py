@@ -8,15 +8,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from batchnorm.errors import InputError
 from batchnorm.functional import dispatch
 from batchnorm.functional.operator import batch_norm_operator, composite
 from batchnorm.functional.validation import HALF, check_extras, check_valid_counts, first_problem
 from batchnorm.kernels.contract import NO_COUNTERS, Backend, Counters, Request
-from batchnorm.moments import Moments, expand_mask
 from batchnorm.observers import transformed
 
-__all__ = ["batch_norm", "moments"]
+__all__ = ["batch_norm"]
 
 Where: TypeAlias = str | Callable[[], str]
 """What an error message opens with; a callable is asked only if there is an error."""
@@ -130,33 +128,34 @@ def normalize(
     """Do what :func:`batch_norm` does, and count the batch in training; messages open with ``where``."""
     if getattr(input, "dtype", None) in HALF:
         weight, bias = (_widen_parameter(running_mean, parameter, input.dtype) for parameter in (weight, bias))
-    state = input, running_mean, running_var, weight, bias, training, momentum, eps
-    whole_call = *state, activation, residual, inplace, counters
+    call = (input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, inplace)
     extras = activation is not None or residual is not None
     backend = None if mask is not None else dispatch.quick_choice(input, training, extras)
     if backend is dispatch.NATIVE:  # which takes nothing that has to be checked
-        y = backend.serve(*whole_call, False)
+        y = backend.serve(call, counters, False)
         if y is not None:
             return y
         backend = None
     if extras or mask is not None:
         check_extras(_text(where), input, activation, residual, mask)
+    forced = False
     if backend is None:
+        forced = dispatch.is_forced()
         backend = dispatch.choose(Request(input, weight, bias, training, activation, residual, mask))
     if mask is None:
         try:
-            y = backend.serve(*whole_call, dispatch.is_forced())
+            y = backend.serve(call, counters, forced)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-            _check(where, *state)
+            _check(where, *call[:8])
             raise
         if y is not None:
             return y
         if not isinstance(backend, Backend):
             backend = dispatch.instead_of_torch(Request(input, weight, bias, training, activation, residual))
-    _check(where, *state)
+    _check(where, *call[:8])
     if training and mask is not None:
         check_valid_counts(_text(where), input, mask)
-    return _operator()(*state, mask, residual, activation, backend.name, counters.batches, counters.refused)
+    return _operator()(*call[:8], mask, residual, activation, backend.name, counters.batches, counters.refused)
 
 
 def _widen_parameter(running: Tensor | None, parameter: Tensor | None, half: torch.dtype) -> Tensor | None:
@@ -183,38 +182,3 @@ def _check(where: Where, input: Tensor, *call: Any) -> None:
 
 def _text(where: Where) -> str:
     return where if isinstance(where, str) else where()
-
-
-def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
-    r"""Return the count, mean and M2 of every channel: what a batch adds to the statistics of a population.
-
-    .. math::
-
-        \mathrm{mean} = \frac1n \sum_i x_i \qquad M_2 = \sum_i (x_i - \mathrm{mean})^2
-
-    Args:
-        x: shape (N, C) or (N, C, \*space), any memory layout, floating point.
-        mask: bool, True where a position is valid; shape (N, \*space), or one that broadcasts to the input's.
-
-    Returns:
-        Moments in float64, shape (C,), without gradients; M2 has no divisor, see
-        :meth:`~batchnorm.moments.Moments.variance`. Two batches' moments add up with ``+``.
-
-    Raises:
-        InputError: x has fewer than 2 dimensions or is not floating point; the mask is not boolean or elsewhere.
-        ShapeError: the mask does not fit.
-
-    Example:
-        >>> import torch
-        >>> from batchnorm.functional import moments
-        >>> moments(torch.tensor([[1.0, 10.0], [3.0, 10.0]]))
-        Moments(count=[2.0, 2.0], mean=[2.0, 10.0], m2=[2.0, 0.0])
-    """
-    check_extras("moments", x, None, None, mask)
-    if x.dim() < 2:
-        raise InputError(f"moments: expected an input of shape (N, C) or (N, C, *space); got {tuple(x.shape)}.")
-    if not x.is_floating_point():
-        raise InputError(f"moments: expected a floating-point input; got {x.dtype}. Convert it with x.float().")
-    backend = dispatch.choose_split(Request(x, training=True, mask=mask))
-    full = None if mask is None else expand_mask(mask, x, 1)
-    return backend.moments(x.detach(), full)

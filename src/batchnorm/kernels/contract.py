@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ __all__ = [
     "Reduced",
     "Request",
     "Transform",
+    "WholeCall",
     "normalizers",
 ]
 
@@ -49,6 +50,13 @@ class Counters(NamedTuple):
 
 
 NO_COUNTERS = Counters()
+
+_Optional: TypeAlias = Tensor | None
+WholeCall: TypeAlias = tuple[
+    Tensor, _Optional, _Optional, _Optional, _Optional, bool, float, float, str | None, _Optional, bool
+]
+"""input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual and inplace, as
+:func:`batchnorm.functional.batch_norm` takes them: a plain tuple, for every layer makes one a call."""
 
 
 @dataclass(frozen=True)
@@ -124,27 +132,12 @@ class Candidate(ABC):
         """Return why another had better serve a call that this one could, or None; not asked of a forced backend."""
         return None
 
-    def serve(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        activation: str | None,
-        residual: Tensor | None,
-        inplace: bool,
-        counters: Counters,
-        forced: bool,
-    ) -> Tensor | None:
+    def serve(self, call: WholeCall, counters: Counters, forced: bool) -> Tensor | None:
         """Serve a whole call without mask, with gradients, running statistics and counters, if that is possible.
 
-        The arguments are those of :func:`batchnorm.functional.batch_norm`, ``counters`` to count the batch of a
-        training step in, and whether this backend is ``forced``, so that no other may take the call. They have not been
-        checked: what does not fit together makes it raise whatever it raises, or return None.
+        Beside the call come ``counters`` to count the batch of a training step in, and whether this backend is
+        ``forced``, so that no other may take the call. Nothing has been checked: what does not fit together makes it
+        raise whatever it raises, or return None.
 
         Returns:
             y; None, with nothing done, if the call has to be served otherwise.

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm.kernels.activation import activation_called
-from batchnorm.kernels.contract import Candidate, Counters, Request
+from batchnorm.kernels.contract import Candidate, Counters, Request, WholeCall
 from batchnorm.kernels.native.layout import DTYPES
 from batchnorm.kernels.native.library import library
 from batchnorm.kernels.plain import ORDINARY
@@ -42,76 +42,78 @@ class Torch(Candidate):
         """Serve every call without a mask."""
         return None if request.mask is None else "torch's own batch_norm takes no mask"
 
-    def serve(
-        self,
-        input: Tensor,
-        running_mean: _Optional,
-        running_var: _Optional,
-        weight: _Optional,
-        bias: _Optional,
-        training: bool,
-        momentum: float,
-        eps: float,
-        activation: str | None,
-        residual: _Optional,
-        inplace: bool,
-        counters: Counters,
-        forced: bool,
-    ) -> Tensor | None:
+    def serve(self, call: WholeCall, counters: Counters, forced: bool) -> Tensor | None:
         """Call torch's kernel, then its operators for residual and activation, which have been checked.
 
         In training a channel's step is taken only if it is finite. None where torch's kernel has lost digits.
         """
-        settings = weight, bias, training, momentum, eps
-        y = _batch_norm(input, running_mean, running_var, settings, counters, exact=not forced)
+        input, mean, var, weight, bias, training, momentum, eps, activation, residual, _ = call
+        y: Tensor | None
+        if training:
+            y = _train(input, mean, var, weight, bias, momentum, eps, counters, exact=not forced)
+        else:
+            if (
+                mean is not None
+                and var is not None
+                and _differentiable(input, weight, bias)
+                and not _known_by_buffers()
+            ):
+                mean, var = mean.clone(), var.clone()
+            y = F.batch_norm(input, mean, var, weight, bias, False, momentum, eps)
         return y if y is None or (activation is None and residual is None) else _finish(y, residual, activation)
 
 
 TORCH = Torch()
 
-_Settings: TypeAlias = tuple[_Optional, _Optional, bool, float, float]
-"""weight, bias, training, momentum and eps, as torch's function takes them after the running statistics."""
 
-
-def _batch_norm(
+def _train(
     input: Tensor,
     running_mean: _Optional,
     running_var: _Optional,
-    settings: _Settings,
+    weight: _Optional,
+    bias: _Optional,
+    momentum: float,
+    eps: float,
     counters: Counters,
     *,
     exact: bool,
 ) -> Tensor | None:
-    weight, bias, training, momentum, eps = settings
     known = followed()
-    looked_at = training and exact and not known and _may_lose_digits(input)
+    looked_at = exact and not known and _may_lose_digits(input)
     if running_mean is None or running_var is None:
         if not looked_at:
-            y = F.batch_norm(input, running_mean, running_var, *settings)
+            y = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
         else:
             dtype = torch.float32 if weight is None else weight.dtype
             mean, var = input.new_zeros(2, input.shape[1], dtype=dtype)
             y = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
             if _digits_lost(mean, var, torch.zeros_like(mean), torch.zeros_like(var), 1.0):
                 return None
-        if training:
-            count_call(counters)
-        return y
-    if training and not counters.skip_nonfinite and not input.is_cpu:
-        y = F.batch_norm(input, running_mean, running_var, *settings)
         count_call(counters)
         return y
-    if known and (recorded() or has_dispatch_modes()):
-        return _with_the_buffers(input, running_mean, running_var, settings, counters)
-    if not training and not _differentiable(input, weight, bias):
-        return F.batch_norm(input, running_mean, running_var, *settings)
+    if not counters.skip_nonfinite and not input.is_cpu:
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+        count_call(counters)
+        return y
+    if known and _known_by_buffers():
+        old = None if recorded() else (running_mean.clone(), running_var.clone())
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+        if old is None:
+            count_call(counters)
+        else:
+            keep_finite(*old, running_mean, running_var, counters)
+        return y
     mean, var = running_mean.clone(), running_var.clone()
-    y = F.batch_norm(input, mean, var, *settings)
+    y = F.batch_norm(input, mean, var, weight, bias, True, momentum, eps)
     if looked_at and momentum and _digits_lost(mean, var, running_mean, running_var, momentum):
         return None
-    if training:
-        commit_if_finite(mean, var, running_mean, running_var, counters, followed=known)
+    commit_if_finite(mean, var, running_mean, running_var, counters, followed=known)
     return y
+
+
+def _known_by_buffers() -> bool:
+    """Whether those who follow the call know the norm by its buffers: an exporter, a dispatch mode."""
+    return recorded() or has_dispatch_modes()
 
 
 _at_once = getattr(library, "digits_lost", None)
@@ -136,20 +138,6 @@ def _digits_lost(new_mean: Tensor, new_var: Tensor, mean: Tensor, var: Tensor, m
         of_mean, of_var = torch.sub(new_mean, mean, alpha=1 - momentum), torch.sub(new_var, var, alpha=1 - momentum)
         room = torch.addcmul(of_var, of_mean, of_mean, value=-1.0 / (_LARGEST_RATIO**2 * momentum))
         return room.amin().item() < 0.0
-
-
-def _with_the_buffers(
-    input: Tensor, running_mean: Tensor, running_var: Tensor, settings: _Settings, counters: Counters
-) -> Tensor:
-    """Do the same where others look at the call and know the norm by its buffers: an exporter, a dispatch mode."""
-    training = settings[2]
-    old = (running_mean.clone(), running_var.clone()) if training and not recorded() else None
-    y = F.batch_norm(input, running_mean, running_var, *settings)
-    if old is not None:
-        keep_finite(*old, running_mean, running_var, counters)
-    elif training:
-        count_call(counters)
-    return y
 
 
 def _differentiable(input: Tensor, weight: _Optional, bias: _Optional) -> bool:

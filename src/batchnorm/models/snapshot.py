@@ -73,11 +73,10 @@ class Snapshot:
     list or another object in an attribute holds is not.
 
     Buffers are restored into the tensors they live in, so that whoever shares them sees the old values again; a buffer
-    or parameter that was replaced, added or removed in between is put back, taken out, or returned to its name. The
-    values of parameters are kept too when ``parameters=True``.
+    or parameter that was replaced, added or removed in between is put back, taken out, or returned to its name.
     """
 
-    def __init__(self, model: Module, *, parameters: bool = False) -> None:
+    def __init__(self, model: Module) -> None:
         self._buffers = list(model.buffers())
         for settle in _before_taking:
             settle(self._buffers)
@@ -89,7 +88,7 @@ class Snapshot:
             (slots, dict(slots)) for m in plain for slots in (m._parameters, m._buffers)
         ]
         self._attributes = [(m, _attributes_of(m)) for m in plain if not type(m).__module__.startswith(_NOT_THE_USERS)]
-        self._values = Values(self._buffers + (list(model.parameters()) if parameters else []))
+        self._values = Values(self._buffers)
 
     def restore(self) -> None:
         """Put every mode and value back."""

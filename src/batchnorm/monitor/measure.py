@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Identity, Module
 
 from batchnorm.errors import NonFiniteError, StateError, UnknownNameError, closest
+from batchnorm.functional.measure import moments_of
 from batchnorm.models.calling import Forward, call_on_batch, compiled_modules_eager
 from batchnorm.models.preconditions import lazy_names, require_module
 from batchnorm.models.snapshot import set_eval, untouched
@@ -21,7 +22,7 @@ from batchnorm.models.unsynchronized import unsynchronized
 from batchnorm.moments import Moments
 from batchnorm.nn.redirect import overlooked
 from batchnorm.nn.select import NormModule, listed
-from batchnorm.statistics.collect import moments_of, require_finite
+from batchnorm.statistics.collect import require_finite
 from batchnorm.statistics.failures import explained
 from batchnorm.statistics.population import LayerPopulation, Population
 from batchnorm.statistics.spread import Spread

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import reduce
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -13,21 +11,16 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 
 from batchnorm.errors import NonFiniteError, ShapeError
-from batchnorm.functional.dispatch import choose_split
-from batchnorm.kernels.contract import Request
-from batchnorm.kernels.reference import REFERENCE
+from batchnorm.functional.measure import moments_of
 from batchnorm.models.calling import below_autograd
-from batchnorm.moments import Moments, expand_mask
+from batchnorm.moments import Moments
 from batchnorm.observers import OperatorMode
 from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.operators import NormCall, run_with_functions
 from batchnorm.statistics.sites import Site, Sites
 from batchnorm.statistics.tally import Tally
 
-__all__ = ["Collector", "OnBatch", "counts_of", "moments_of", "require_channels", "require_finite"]
-
-_CHUNK = 1 << 20
-"""How many values are turned into float64 at a time: 8 MiB, whatever the size of the batch."""
+__all__ = ["Collector", "OnBatch", "counts_of", "require_channels", "require_finite"]
 
 
 class Collector(OperatorMode):
@@ -149,21 +142,6 @@ def require_finite(name: str, met: Moments) -> None:
         raise NonFiniteError(
             f"{name or 'the norm'} met NaN or infinity in {len(channels)} of its {met.num_features} channels ({listed})"
         )
-
-
-def moments_of(x: Tensor, mask: Tensor | None) -> Moments:
-    """Return the moments of ``x``, (N, C, ...), by the backend that dispatch chooses.
-
-    The reference computes in float64: it takes a few samples at a time.
-    """
-    backend = choose_split(Request(x, training=True, mask=mask), any_size=True)
-    x, full = x.detach(), None if mask is None else expand_mask(mask, x, 1)
-    if backend is not REFERENCE or x.numel() <= _CHUNK:
-        return backend.moments(x, full)
-    samples = max(1, _CHUNK * len(x) // x.numel())
-    masks = repeat(None) if full is None else full.split(samples)
-    parts = (backend.moments(part, part_mask) for part, part_mask in zip(x.split(samples), masks, strict=False))
-    return reduce(Moments.merge, parts)
 
 
 def counts_of(x: Tensor, met: Moments, mask: Tensor | None) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from batchnorm.errors import StateError
 from batchnorm.kernels.activation import ACTIVATIONS, slope_below_zero
-from batchnorm.kernels.contract import Candidate, Counters, Transform
+from batchnorm.kernels.contract import Candidate, Counters, Transform, WholeCall
 from batchnorm.kernels.native import calls
 from batchnorm.kernels.native.calls import Running, Saved
 from batchnorm.kernels.native.layout import DTYPES, is_dense
@@ -33,30 +33,15 @@ _Optional: TypeAlias = Tensor | None
 class WholeCalls(Candidate):
     """The part of the backend that serves a call as a whole."""
 
-    def serve(
-        self,
-        input: Tensor,
-        running_mean: _Optional,
-        running_var: _Optional,
-        weight: _Optional,
-        bias: _Optional,
-        training: bool,
-        momentum: float,
-        eps: float,
-        activation: str | None,
-        residual: _Optional,
-        inplace: bool,
-        counters: Counters,
-        forced: bool,
-    ) -> _Optional:
+    def serve(self, call: WholeCall, counters: Counters, forced: bool) -> _Optional:
         """Serve the call if it is plain.
 
         A plain call has plain tensors that fit together, nothing is left to check, and nobody observes it. Every other
         call takes the long way, where it is checked in full and errors find their words.
         """
-        x = input
         if observed():
             return None
+        x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, inplace = call
         if not is_plain(x) or x.dim() < 2 or x.dtype not in DTYPES:
             return None
         if activation is not None and not _is_known(activation):

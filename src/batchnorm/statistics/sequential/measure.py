@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from batchnorm.errors import BatchNormError, NonFiniteError, StateError
+from batchnorm.functional.measure import moments_of
 from batchnorm.models.calling import Forward, below_autograd
 from batchnorm.moments import Moments
-from batchnorm.statistics.collect import moments_of, require_finite
+from batchnorm.statistics.collect import require_finite
 from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.failures import explained
 from batchnorm.statistics.outcome import Outcome

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from batchnorm.functional.measure import moments_of
 from batchnorm.models.calling import below_autograd
 from batchnorm.moments import Moments
-from batchnorm.statistics.collect import counts_of, moments_of, require_channels, require_finite
+from batchnorm.statistics.collect import counts_of, require_channels, require_finite
 from batchnorm.statistics.estimators import Estimator
 from batchnorm.statistics.operators import NormCall
 from batchnorm.statistics.parts import Parts
