@@ -36,3 +36,11 @@ pages = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["*.md"]
 # a pattern without a folder matches at every depth; "**" would match one level only
 docstrings = Sybil(parsers=[DocTestParser()], path="src", pattern="*.py")
 pytest_collect_file = (pages + docstrings).pytest()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to the sweeps the page that compiles C++: tests/folding/test_fold_deploy.py does as it says."""
+    for item in items:
+        if item.path.name == "deploy.md":
+            item.add_marker(pytest.mark.sweep)

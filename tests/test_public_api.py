@@ -75,6 +75,7 @@ def unreached(names: list[str]) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are copied by fork")
 def test_what_documentation_and_messages_name_is_reached_by_its_dots_in_a_fresh_process():
     named = named_in_docs() | named_in_messages()
@@ -97,11 +98,11 @@ def test_help_does_not_wait_for_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("file", ["moments.py", "nn/batch_norm.py", "cli/load/example.py"])
-def test_docstring_examples_are_collected_at_every_depth(file: str):
-    path = Path(batchnorm.__file__).parent / file
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(path)]
+def test_docstring_examples_are_collected_at_every_depth():
+    files = ["moments.py", "nn/batch_norm.py", "cli/load/example.py"]
+    paths = [str(Path(batchnorm.__file__).parent / file) for file in files]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *paths]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 0, done.stdout
-    assert "::line:" in done.stdout
+    assert all(f"{file}::line:" in done.stdout for file in files)

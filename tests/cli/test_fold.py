@@ -175,7 +175,9 @@ def test_pairs_are_not_left_behind_when_the_model_cannot_be_written(command: Cal
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no ulimit")
-@pytest.mark.parametrize(("option", "name"), [("-o", "f.pt2"), ("--pairs", "p.safetensors")])
+@pytest.mark.parametrize(
+    ("option", "name"), [pytest.param("-o", "f.pt2", marks=pytest.mark.sweep), ("--pairs", "p.safetensors")]
+)
 def test_a_disk_that_is_full_is_one_sentence(here: Path, option: str, name: str) -> None:
     words = ["-m", "batchnorm", "fold", "-m", "net:build", "-i", SHAPE, option, name]
     limited = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh", sys.executable, *words]

@@ -77,7 +77,7 @@ except CommandError as error:
 """
 
 
-@pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
+@pytest.mark.parametrize("name", [pytest.param("net.pt", marks=pytest.mark.sweep), "net.safetensors"])
 def test_what_cpp_and_rust_say_of_a_full_disk_is_told_in_the_words_of_the_system(tmp_path: Path, name: str) -> None:
     """The size of files is limited: the writers fail as on a full disk, with another reason of the system's."""
     done = subprocess.run([sys.executable, "-c", _FULL, tmp_path / name], capture_output=True, text=True, check=True)

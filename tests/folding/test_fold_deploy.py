@@ -139,7 +139,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inducto
 
 
 @needs_compiler
-@pytest.mark.parametrize("deployed", [sweep("shared modules, control flow"), "borders"], indirect=True)
+@pytest.mark.parametrize("deployed", [sweep("shared modules, control flow"), sweep("borders")], indirect=True)
 def test_a_package_of_aotinductor_gives_the_same_up_to_rounding(deployed: Deployed, tmp_path: Path) -> None:
     package = torch._inductor.aoti_compile_and_package(deployed.program, package_path=str(tmp_path / "folded.pt2"))
     deployed.check(torch._inductor.aoti_load_package(package))

@@ -92,6 +92,7 @@ BY_SIZE = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.sweep), 2])
 @pytest.mark.parametrize("name", BY_SIZE)
 def test_what_depends_on_the_size_is_no_constant(name, batch):
@@ -116,6 +117,7 @@ RIGHT = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.sweep), 2])
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_holds_at_all_sizes_is_folded(name, batch):
@@ -132,6 +134,7 @@ TRACEABLE = [
 ]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", [*TRACEABLE, "running count", "sum over places", "plain", "views", "interpolated"])
 @pytest.mark.parametrize("kind", [pytest.param("graph module", marks=pytest.mark.sweep), "exported"])
 def test_programs(name, kind):

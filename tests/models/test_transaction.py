@@ -214,6 +214,7 @@ def test_interrupts_do_come() -> None:
         Interrupting(5).run(lambda: batchnorm.freeze(network()))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("few", [5, pytest.param(50, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("name", CHANGES)
 def test_interrupted_anywhere_a_change_is_done_or_not(name: str, few: int) -> None:

@@ -112,7 +112,7 @@ def _both(case):
     return case.batches, case.right_batches
 
 
-@pytest.mark.parametrize("architecture", ["mlp", "resnet"])
+@pytest.mark.parametrize("architecture", ["mlp", pytest.param("resnet", marks=pytest.mark.sweep)])
 def test_planting_leaves_the_trained_model_as_it_was(architecture):
     original = trained(architecture, 0)
     tensors, modes = state(original)

@@ -272,15 +272,8 @@ def test_the_original_is_untouched_when_folding_fails(net, monkeypatch):
     assert all(torch.equal(state[name], tensor) for name, tensor in program.state_dict().items())
 
 
-# every third of them, which are some of each family; all patterns by make test-all
-SOME = [
-    pytest.param(pattern, id=pattern.name, marks=pytest.mark.sweep if number % 3 else ())
-    for number, pattern in enumerate(PATTERNS)
-]
-
-
-@pytest.mark.every(6)
-@pytest.mark.parametrize("pattern", SOME)
+@pytest.mark.every(7)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name)
 def test_every_pattern_as_a_program(pattern):
     model, inputs = pattern.build(), pattern.inputs(0)
     as_module = fold(model, inputs)

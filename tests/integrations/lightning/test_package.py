@@ -42,6 +42,7 @@ def test_the_library_itself_does_not_import_it() -> None:
     assert run("import sys, batchnorm.statistics; print([n for n in sys.modules if 'lightning' in n])") == "[]"
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("first", "hidden", "base"),
     [

@@ -94,6 +94,7 @@ def test_both_processes_have_the_statistics_of_the_whole_data(forked: Any) -> No
     assert_whole(answers["whole"], folder)
 
 
+@pytest.mark.sweep
 def test_under_the_other_name_in_processes_that_were_spawned(tmp_path: Path) -> None:
     pytest.importorskip("pytorch_lightning", reason=SKIP)
     assert_whole(run("pytorch_lightning", "ddp_spawn", tmp_path, "whole")["whole"], tmp_path)

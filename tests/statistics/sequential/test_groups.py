@@ -165,7 +165,7 @@ MIXES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-LIKE_ANOTHER = {"tiny", "last", "whether", "halves"}
+LIKE_ANOTHER = {"tiny", "last", "whether", "halves", "mean", "branch", "order", "chosen"}
 
 
 @pytest.mark.parametrize(
