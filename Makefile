@@ -37,7 +37,7 @@ demo: $(VENV)/.demo.stamp ## the tour on real data; prints where the report is
 
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-test: $(VENV)/.tests-of-others.stamp ## the test suite, without the sweeps over many cases that are alike
+test: $(VENV)/.tests-of-others.stamp ## the test suite; of many cases that are alike a part
 	$(PYTEST) -m "not sweep" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.tests-of-others.stamp ## the test suite with all sweeps, and with more examples for each law
