@@ -75,9 +75,46 @@ def test_modules_of_that_name_keep_theirs() -> None:
     ]
     (left,) = result.left
     assert left.norm == "normalized_model.normalized_model.bn"
-    assert left.reason.startswith("No shift can cross relu in the model, ")
-    assert "normalized_model_" not in result.text(verbose=True)
+    assert left.reason.startswith("No shift can cross relu, whose slope changes at zero.")
     assert set(result.model.state_dict()) - {"conv.bias"} <= set(model.state_dict())
+
+
+def test_every_name_and_reason_is_that_of_a_fold_without_the_normalization() -> None:
+    net = nn.Sequential(make(), nn.Tanh(), nn.BatchNorm2d(4), nn.Sigmoid()).eval()
+    alone = batchnorm.fold(net, raw(2, 3, 9, 9))
+    result = batchnorm.fold(net, raw(2, 3, 9, 9), input_mean=MEAN, input_std=STD)
+    assert [item.norm for item in result.folded] == ["input_normalization", *(item.norm for item in alone.folded)]
+    assert result.left == alone.left
+    assert [item.parameter for item in result.ranges] == [item.parameter for item in alone.ranges]
+    assert result.pairs.norms.keys() == alone.pairs.norms.keys()
+    assert result.pairs.digests.keys() == alone.pairs.digests.keys()
+
+
+def test_a_layer_by_itself_is_the_model() -> None:
+    net = nn.Conv2d(3, 4, 3, padding=1)
+    result = batchnorm.fold(net, raw(2, 3, 9, 9), input_mean=MEAN, input_std=STD)
+    x = raw(2, 3, 5, 8)
+    torch.testing.assert_close(result.model(x), net(normalized(x)), rtol=1e-4, atol=1e-4)
+    assert torch.equal(result.unfold()(x), net(x))
+    deployed = batchnorm.refold(copy.deepcopy(net), result.pairs)
+    deployed.load_state_dict(result.model.state_dict())
+    assert torch.equal(deployed(x), result.model(x))
+    assert set(result.pairs.parameters) == {"weight", "bias"}
+
+
+def test_a_module_called_like_the_normalization_keeps_its_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.input_normalization = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.input_normalization(self.conv(x))
+
+    result = batchnorm.fold(Named().eval(), raw(2, 3, 9, 9), input_mean=MEAN, input_std=STD)
+    assert [item.norm for item in result.folded] == ["input_normalization_", "input_normalization"]
+    assert isinstance(result.model.input_normalization, nn.Identity)
+    assert set(result.pairs.norms) == {"input_normalization"}
 
 
 def test_it_is_undone_too(tmp_path) -> None:

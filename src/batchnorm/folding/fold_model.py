@@ -23,7 +23,7 @@ from batchnorm.folding.planning.replacement import Replacement
 from batchnorm.folding.proving.lost_range import lost_ranges
 from batchnorm.folding.proving.proved_plan import Options, ProvedPlan, prove_plan, trial_copy
 from batchnorm.folding.report.cost import Cost
-from batchnorm.folding.report.diagrams import draw_folded, draw_left, renamed
+from batchnorm.folding.report.diagrams import draw_folded, draw_left
 from batchnorm.folding.report.int8_ranges import FoldedWeight, folded_weights
 from batchnorm.folding.report.outcome import Costs, Pictures
 from batchnorm.folding.report.sentences import tell
@@ -34,7 +34,7 @@ from batchnorm.models.modules import become
 from batchnorm.models.parameters import find_tensor, qualified
 from batchnorm.models.several import Several
 from batchnorm.models.snapshot import Structure, restored_if_raised
-from batchnorm.nn.input_normalization import NORMALIZATION, WithNormalizedInput
+from batchnorm.nn.input_normalization import WithNormalizedInput
 from batchnorm.verification.end_to_end import Agreement, ReferenceOutputs, spacing, verify, verify_float64
 
 __all__ = ["Options", "fold_model", "fold_with_normalization"]
@@ -196,7 +196,8 @@ def _touched(model: Module, plan: FoldPlan) -> list[Tensor]:
 def _change(target: Module, proved: ProvedPlan, stored: dict[str, Module]) -> tuple[Pairs, list[FoldedWeight]]:
     """Fold a model for good; return what it had before, and the weights before and after."""
     plan, parameters = proved.plan, proved.parameters
-    going = [(target.get_submodule(step.module), step.stays) for step in plan.steps]
+    own = getattr(target, "normalization_name", None)  # of the input: the model itself never had it
+    going = [(target.get_submodule(step.module), step.stays) for step in plan.steps if step.module != own]
     going += [(target.get_submodule(name), Replacement((layer,))) for name, layer in stored.items()]
     going += [(target.get_submodule(item.module), item.stays(target)) for item in plan.multiply_adds]
     pairs = Pairs.of(target, parameters, going, plan.parameters.borders).with_multiply_adds(target, plan.multiply_adds)
@@ -223,45 +224,11 @@ def fold_with_normalization(
     """Fold a model together with the normalization of its input, and return the result for the model itself."""
     before = outer.inner
     result = fold_model(outer, example_inputs, inplace, options, examples, accepts)
-    assert result.pairs is not None
-    told = [
-        replace(
-            item,
-            norm=outer.own_names(item.norm),
-            into=outer.own_names(item.into),
-            sentence=outer.own_names(item.sentence),
-        )
-        for item in result.folded
-    ]
-    left = [
-        replace(
-            item,
-            norm=outer.own_names(item.norm),
-            into=None if item.into is None else outer.own_names(item.into),
-            reason=outer.own_names(item.reason),
-        )
-        for item in result.left
-    ]
-    lost = [replace(item, parameter=outer.own_names(item.parameter)) for item in result.lost]
-    weights = [replace(item, name=outer.own_names(item.name)) for item in result.weights]
-    assert result.pictures is not None
-    pictures = Pictures(
-        renamed(result.pictures.folded, outer.own_names), renamed(result.pictures.left, outer.own_names)
-    )
-    model = result.model.get_submodule(outer.inner_name)
+    model = result.model.inner
     if inplace and model is not before:  # the model itself is what was replaced
         become(before, model)
         model = before
-    return replace(
-        result,
-        model=model,
-        folded=told,
-        left=left,
-        pairs=result.pairs.of_submodule(outer.inner_name),
-        lost=lost,
-        weights=weights,
-        pictures=pictures,
-    )
+    return replace(result, model=model)
 
 
 def _require_normalization(plan: FoldPlan, outer: WithNormalizedInput) -> None:
@@ -270,6 +237,6 @@ def _require_normalization(plan: FoldPlan, outer: WithNormalizedInput) -> None:
     Raises:
         StateError: it cannot.
     """
-    reason = next((item.reason for item in plan.left if item.norm == NORMALIZATION), None)
+    reason = next((item.reason for item in plan.left if item.norm == outer.normalization_name), None)
     if reason is not None:
-        raise StateError(f"fold: the normalization of the input cannot be folded. {outer.own_names(reason)}")
+        raise StateError(f"fold: the normalization of the input cannot be folded. {reason}")

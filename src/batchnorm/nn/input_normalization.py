@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.errors import InputError, ShapeError
 
-__all__ = ["NORMALIZATION", "WithNormalizedInput"]
+__all__ = ["WithNormalizedInput"]
 
-NORMALIZATION = "input_normalization"
 _KINDS = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 
 
 class WithNormalizedInput(Module):
     r"""A model behind :math:`(x - \mathrm{mean}) / \mathrm{std}` of its first input.
+
+    Modules, parameters and buffers have the names here that they have in the model itself, so that a trace shows them
+    under those.
 
     Args:
         model: the model, which takes normalized inputs.
@@ -32,8 +34,9 @@ class WithNormalizedInput(Module):
         ShapeError: the numbers are not as many as the channels, or not finite, or a deviation is not positive.
 
     Attributes:
-        inner_name: the name of the model in this one. No name inside the model contains it, so that it is known in a
-            text.
+        inner: the model, which takes normalized inputs.
+        normalization: the norm before it.
+        normalization_name: what that is called: ``"input_normalization"``, unless the model has a module of that name.
     """
 
     def __init__(self, model: Module, example_inputs: Any, mean: Any, std: Any) -> None:
@@ -50,29 +53,31 @@ class WithNormalizedInput(Module):
         if not bool((deviation > 0).all()):
             raise ShapeError(f"fold: input_std: expected positive numbers; got {deviation.tolist()}.")
         norm.running_var = deviation.square().to(first)
-        self.add_module(NORMALIZATION, norm.to(first.device).eval())
-        own = [name for names in (model.named_modules(), model.named_parameters()) for name, _ in names]
-        self.inner_name = "normalized_model"
-        while any(self.inner_name in name for name in own):
-            self.inner_name += "_"
-        self.add_module(self.inner_name, model)
+        self.normalization = norm.to(first.device).eval()
+        self.inner = model
+        self.normalization_name = "input_normalization"
+        while hasattr(model, self.normalization_name):
+            self.normalization_name += "_"
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Normalize the first tensor and run the model."""
         first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        normalized = self.get_submodule(NORMALIZATION)(first)
+        normalized = self.normalization(first)
         args, kwargs = tree_map(lambda leaf: normalized if leaf is first else leaf, (args, kwargs))
         return self.inner(*args, **kwargs)
 
-    @property
-    def inner(self) -> Module:
-        """The model that takes normalized inputs."""
-        return self.get_submodule(self.inner_name)
+    def named_modules(
+        self, memo: set[Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Module]]:
+        """Yield this module, the normalization, and the model's modules under the names that they have in the model."""
+        yield prefix, self
+        yield f"{prefix}.{self.normalization_name}".removeprefix("."), self.normalization
+        yield from self.inner.named_modules(memo, prefix, remove_duplicate)
 
-    def own_names(self, text: str) -> str:
-        """Return names in a text as the model itself has them."""
-        return text.replace(f"{self.inner_name}.", "").replace(self.inner_name, "the model")
+    def get_submodule(self, target: str) -> Module:
+        """Return the module of a name that :meth:`named_modules` yields; for the empty name the model."""
+        return self.normalization if target == self.normalization_name else self.inner.get_submodule(target)
 
 
 def _vector(name: str, value: float | Sequence[float] | Tensor, channels: int) -> Tensor:

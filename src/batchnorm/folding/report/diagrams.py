@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from batchnorm.dataflow.graph import Call
@@ -15,7 +15,7 @@ from batchnorm.models.parameters import find_tensor
 from batchnorm.report import Diagram, Diagrams, Panel
 from batchnorm.report.document import Role
 
-__all__ = ["draw_folded", "draw_left", "renamed"]
+__all__ = ["draw_folded", "draw_left"]
 
 _MOST_PICTURES, _MOST_CALLS, _MOST_OBSTACLES, _MOST_IN_TITLE = 12, 14, 3, 6
 _ROLES_OF_FOLDED: Sequence[tuple[Role, str]] = (
@@ -50,26 +50,6 @@ def draw_left(plan: FoldPlan, left: Sequence[LeftNorm], calls: dict[str, Call]) 
         calls: the first call of each norm that runs, by the norm's name.
     """
     return _grouped([_left(plan, calls[item.norm], item) for item in left if item.norm in calls], _ROLES_OF_LEFT)
-
-
-def renamed(diagrams: Diagrams, rename: Callable[[str], str]) -> Diagrams:
-    """Return the same with other names of modules and norms."""
-
-    def of_panel(panel: Panel) -> Panel:
-        return replace(panel, nodes=[replace(node, detail=rename(node.detail)) for node in panel.nodes])
-
-    return replace(
-        diagrams,
-        diagrams=[
-            replace(
-                diagram,
-                panels=[of_panel(panel) for panel in diagram.panels],
-                names=[rename(name) for name in diagram.names],
-                caption=rename(diagram.caption),
-            )
-            for diagram in diagrams.diagrams
-        ],
-    )
 
 
 def _folded(plan: FoldPlan, step: Step, told: FoldedNorm) -> _Drawn:

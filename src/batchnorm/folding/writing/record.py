@@ -122,26 +122,6 @@ class Pairs:
                 moved |= dict.fromkeys(names, item.module)
         return replace(self, digests=digests, moved=moved)
 
-    def of_submodule(self, name: str) -> Pairs:
-        """Return those of one submodule, with the names that it knows them by."""
-
-        def inside(n: str) -> str:
-            return "" if n == name else n.removeprefix(f"{name}.")
-
-        def own(names: Iterable[str]) -> dict[str, str]:
-            return {n: inside(n) for n in names if n == name or is_within(n, name)}
-
-        return Pairs(
-            {short: self.parameters[n] for n, short in own(self.parameters).items()},
-            {short: self.norms[n] for n, short in own(self.norms).items()},
-            {short: self.digests[n] for n, short in own(self.digests).items()},
-            tuple(own(self.bordered).values()),
-            {short: self.stays[n] for n, short in own(self.stays).items()},
-            {short: self.added[n] for n, short in own(self.added).items()},
-            {short: inside(self.ties[n]) for n, short in own(self.ties).items()},
-            {short: inside(self.moved[n]) for n, short in own(self.moved).items()},
-        )
-
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all, and return its path."""
         tensors = {f"parameters/{name}": t for name, t in self.parameters.items() if t is not None}
