@@ -24,8 +24,6 @@ WITHOUT_TESTS = set(
     folding/planning/absorbing_layer.py
     folding/planning/merged_parameters.py
     folding/planning/multiply_add.py
-    folding/planning/outcome.py
-    folding/planning/plan.py
     folding/planning/removable_norm.py
     folding/planning/replacement.py
     folding/planning/shared_memory.py

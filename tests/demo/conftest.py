@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +64,7 @@ def _stations() -> DemoResult:
         placed=place(plain, x[:8]),
         watched=watched,
         seconds=12.0,
+        report=Path("tour") / "report.html",
     )
 
 

@@ -283,7 +283,8 @@ def test_wrong_algebra_or_an_interruption_leaves_the_model_bit_identical(monkeyp
     before = state_of(net)
     of_fold, of_settle = "batchnorm.folding.fold_model.", "batchnorm.folding.proving.proved_plan."
     names = [
-        of_fold + name for name in ("trace", "run", "verify", "verify_float64", "trial_copy", "tell", "prove_plan")
+        of_fold + name
+        for name in ("trace", "run", "verify", "verify_float64", "trial_copy", "describe_folded", "prove_plan")
     ]
     names += [of_settle + name for name in ("trace", "make_plan", "round_parameters", "trial_copy")]
     names += ["batchnorm.dataflow.sizes." + name for name in ("trace", "random_like")]

@@ -48,5 +48,5 @@ class DemoResult(Stations, Result):
             "place": self.placed.to_dict(),
             "watch": [{"pictures": row.name, "accuracy": row.accuracy, **row.result.to_dict()} for row in self.watched],
             "seconds": self.seconds,
-            "report": str(self.report) if self.report else None,
+            "report": str(self.report),
         }

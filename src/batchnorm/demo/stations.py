@@ -72,5 +72,5 @@ class Stations:
     checked: CheckResult
     placed: PlaceResult
     watched: list[Watched]
-    seconds: float = 0.0
-    report: Path | None = None
+    seconds: float
+    report: Path

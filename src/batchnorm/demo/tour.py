@@ -100,9 +100,10 @@ def run_demo(
             checked=check(network, example),
             placed=_place(plain, example),
             watched=_watch(network, data),
+            report=Path(output) / "report.html",
+            seconds=time.perf_counter() - started,
         )
-    result.seconds = time.perf_counter() - started
-    result.report = result.to_html(Path(output) / "report.html")
+    result.to_html(result.report)
     return result
 
 

@@ -13,9 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.dataflow.sizes import Accepts
 from batchnorm.errors import ArgumentTypeError, InputError, StateError
-from batchnorm.folding.fold_model import Options, fold_model, fold_with_normalization
+from batchnorm.folding.fold_model import Folded, fold_model
+from batchnorm.folding.planning.plan import Options
 from batchnorm.folding.program.fold_program import fold_program
 from batchnorm.folding.result import FoldResult
+from batchnorm.models.modules import become
 from batchnorm.models.preconditions import require_readable
 from batchnorm.models.transaction import transaction
 from batchnorm.nn.input_normalization import WithNormalizedInput
@@ -116,12 +118,15 @@ def fold(
     """
     others = _listed(examples)
 
-    def fold_module(module: Module, inputs: Any, inplace: bool = False, accepts: Accepts | None = None) -> FoldResult:
+    def fold_module(module: Module, inputs: Any, inplace: bool = False, accepts: Accepts | None = None) -> Folded:
         require_readable("fold", module)
         if input_mean is None and input_std is None:
             return fold_model(module, inputs, inplace, Options(borders, keep_range, fuse), others, accepts)
         outer = WithNormalizedInput(module, inputs, input_mean, input_std)
-        return fold_with_normalization(outer, inputs, inplace, Options(True, keep_range, fuse), others, accepts)
+        folded, pairs, outcome = fold_model(outer, inputs, inplace, Options(True, keep_range, fuse), others, accepts)
+        if inplace and folded.inner is not module:  # the model itself is what was replaced
+            become(module, folded.inner)
+        return Folded(module if inplace else folded.inner, pairs, outcome)
 
     if isinstance(model, GraphModule | ExportedProgram):
         if fuse:
@@ -131,7 +136,8 @@ def fold(
         raise InputError("fold: expected example_inputs, to run the model on; only exported programs hold their own.")
     if isinstance(model, DistributedDataParallel):
         raise StateError("fold: DistributedDataParallel writes into the buffers before each pass. Fold model.module.")
-    return fold_module(model, example_inputs, inplace)
+    folded = fold_module(model, example_inputs, inplace)
+    return FoldResult.of(folded.outcome, model=folded.model, pairs=folded.pairs)
 
 
 def _listed(examples: Any) -> list[Any]:

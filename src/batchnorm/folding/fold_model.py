@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,26 +18,32 @@ from batchnorm.dataflow.sizes import Accepts, Runs, find_runs
 from batchnorm.dataflow.trace import trace
 from batchnorm.errors import InputError, StateError, VerificationError
 from batchnorm.folding.planning.own_weights import ComputedWeights, untie
-from batchnorm.folding.planning.plan import FoldPlan
+from batchnorm.folding.planning.plan import FoldPlan, Options
 from batchnorm.folding.planning.replacement import Replacement
-from batchnorm.folding.proving.lost_range import lost_ranges
-from batchnorm.folding.proving.proved_plan import Options, ProvedPlan, prove_plan, trial_copy
+from batchnorm.folding.proving.lost_range import LostRange, lost_ranges
+from batchnorm.folding.proving.proved_plan import ProvedPlan, prove_plan, trial_copy
 from batchnorm.folding.report.cost import Cost
 from batchnorm.folding.report.diagrams import draw_folded, draw_left
 from batchnorm.folding.report.int8_ranges import FoldedWeight, folded_weights
-from batchnorm.folding.report.outcome import Costs, Pictures
-from batchnorm.folding.report.sentences import tell
-from batchnorm.folding.result import FoldResult
+from batchnorm.folding.report.outcome import Costs, FoldedNorm, FoldOutcome, LeftNorm, Pictures
+from batchnorm.folding.report.sentences import describe_folded
 from batchnorm.folding.writing.record import Pairs
 from batchnorm.folding.writing.rewrite import replace_modules, rewrite
-from batchnorm.models.modules import become
 from batchnorm.models.parameters import find_tensor, qualified
 from batchnorm.models.several import Several
 from batchnorm.models.snapshot import Structure, restored_if_raised
 from batchnorm.nn.input_normalization import WithNormalizedInput
 from batchnorm.verification.end_to_end import Agreement, ReferenceOutputs, spacing, verify, verify_float64
 
-__all__ = ["Options", "fold_model", "fold_with_normalization"]
+__all__ = ["Folded", "fold_model"]
+
+
+class Folded(NamedTuple):
+    """A folded model, what it had before (None if it did not change), and what became of every norm."""
+
+    model: Any
+    pairs: Pairs | None
+    outcome: FoldOutcome
 
 
 def fold_model(
@@ -47,7 +53,7 @@ def fold_model(
     options: Options,
     examples: Sequence[Any] = (),
     accepts: Accepts | None = None,
-) -> FoldResult:
+) -> Folded:
     """Fold a module; see :func:`batchnorm.fold`.
 
     Args:
@@ -74,30 +80,47 @@ def fold_model(
         if isinstance(model, WithNormalizedInput):
             _require_normalization(plan, model)
         stored = {name: layer for name, layer in stored.items() if name in plan.parameters.absorbers}
-        result = replace(_told(model, work, proved), sizes=runs.told, unseen=runs.warnings)
+        described = _described(work, proved)
+        error_float64 = None
         if plan.changes:
             try:
-                agreement, exact = _compared(model, work, proved, runs.of_user, bool(stored))
+                agreement, error_float64 = _compared(model, work, proved, runs.of_user, bool(stored))
             except VerificationError:
-                # who recovers a value from what a norm made of it loses digits, and so does x + (s − 1) x where s is
-                # small: more than rounding explains, perhaps
-                if any(step.inverse_absorbers for step in plan.steps):
-                    without = replace(options, sharing=False)
-                elif any(step.beside is not None for step in plan.steps):
-                    without = replace(options, beside=False)
-                else:
+                without = _without_what_loses_digits(plan)
+                if without is None:
                     raise
                 return fold_model(model, example_inputs, inplace, without, examples, accepts)
-            result = replace(result, error=agreement.error, bound=agreement.bound, error_float64=exact)
-            assert result.costs is not None
             after = Cost.of(work, trace(work, example_inputs))  # it has been folded for the comparison
-            result = replace(result, costs=replace(result.costs, after=after))
+        else:
+            agreement, after = Agreement(0.0, 0.0), described.cost
         del work
         target = model if inplace else trial_copy(model)
-        if plan.changes:
-            pairs, weights = _change(target, proved, stored)
-            result = replace(result, pairs=pairs, weights=weights)
-    return replace(result, model=target)
+        pairs, weights = _change(target, proved, stored) if plan.changes else (None, [])
+    outcome = FoldOutcome(
+        described.folded,
+        described.left,
+        agreement.error,
+        agreement.bound,
+        error_float64,
+        proved.on_random_inputs,
+        runs.told,
+        runs.warnings,
+        described.lost,
+        weights,
+        Costs(described.cost, after),
+        described.pictures,
+    )
+    return Folded(target, pairs, outcome)
+
+
+def _without_what_loses_digits(plan: FoldPlan) -> Options | None:
+    """Return what may be done once rounding does not explain the difference; None where nothing can be left out.
+
+    What recovers a value from what a norm made of it loses digits, and so does x + (s − 1) x where s is small.
+    """
+    if any(step.inverse for step in plan.steps):
+        return replace(plan.options, sharing=False)
+    return replace(plan.options, beside=False) if any(step.beside is not None for step in plan.steps) else None
 
 
 def _with_own_weights(work: Module, runs: Runs) -> tuple[Graph, dict[str, Module]]:
@@ -131,30 +154,31 @@ def _runs_with(work: Module, example_inputs: Any, stored: dict[str, Module]) -> 
     return True
 
 
-# -- what is told ----------------------------------------------------------------------------------------------------
+# -- the description -------------------------------------------------------------------------------------------------
 
 
-def _told(model: Module, work: Module, proved: ProvedPlan) -> FoldResult:
-    """Return the account of a plan, as the example's run shows it, before anything has been compared."""
+class _Described(NamedTuple):
+    """What a model that is not folded yet says of its plan."""
+
+    folded: list[FoldedNorm]
+    left: list[LeftNorm]
+    cost: Cost
+    pictures: Pictures
+    lost: list[LostRange]
+
+
+def _described(work: Module, proved: ProvedPlan) -> _Described:
+    """Describe a plan, as the example's run shows it."""
     plan = proved.plan.of_run(0)
-    becomes = {item.name: item.told for item in plan.multiply_adds}
-    told = tell(plan)
-    left = [replace(item, becomes=becomes.get(item.norm)) for item in plan.left]
-    left.sort(key=lambda item: plan.order[item.norm])
+    becomes = {item.name: item.description for item in plan.multiply_adds}
+    folded = describe_folded(plan)
+    staying = sorted(plan.staying, key=lambda norm: plan.order[norm.name])
+    left = [LeftNorm(norm.name, norm.source, norm.reason, becomes.get(norm.name)) for norm in staying]
     running = {use.name: use.calls[0] for use in norm_uses(work, plan.graph)}
-    reached = [item for item in told if item.norm in running]
-    cost = Cost.of(work, plan.graph)
-    return FoldResult(
-        model,
-        told,
-        left,
-        error=0.0,
-        bound=0.0,
-        on_random_inputs=proved.on_random_inputs,
-        costs=Costs(cost, cost),
-        pictures=Pictures(draw_folded(plan, reached), draw_left(plan, left, running)),
-        lost=lost_ranges(work, plan.parameters, proved.parameters),
-    )
+    reached = [item for item in folded if item.norm in running]
+    pictures = Pictures(draw_folded(plan, reached), draw_left(plan, left, running))
+    lost = lost_ranges(work, plan.parameters, proved.parameters)
+    return _Described(folded, left, Cost.of(work, plan.graph), pictures, lost)
 
 
 # -- the comparison --------------------------------------------------------------------------------------------------
@@ -196,11 +220,11 @@ def _touched(model: Module, plan: FoldPlan) -> list[Tensor]:
 def _change(target: Module, proved: ProvedPlan, stored: dict[str, Module]) -> tuple[Pairs, list[FoldedWeight]]:
     """Fold a model for good; return what it had before, and the weights before and after."""
     plan, parameters = proved.plan, proved.parameters
-    own = getattr(target, "normalization_name", None)  # of the input: the model itself never had it
-    going = [(target.get_submodule(step.module), step.stays) for step in plan.steps if step.module != own]
+    steps = [step for step in plan.steps if step.name != _normalization_of(target)]  # the model itself never had it
+    going = [(target.get_submodule(step.module), step.replacement) for step in steps]
     going += [(target.get_submodule(name), Replacement((layer,))) for name, layer in stored.items()]
-    going += [(target.get_submodule(item.module), item.stays(target)) for item in plan.multiply_adds]
-    pairs = Pairs.of(target, parameters, going, plan.parameters.borders).with_multiply_adds(target, plan.multiply_adds)
+    going += [(target.get_submodule(item.module), item.replacement(target)) for item in plan.multiply_adds]
+    pairs = Pairs.of(target, parameters, going, plan.parameters.borders, plan.multiply_adds)
     old = dict(pairs.parameters)
     old |= {qualified(name, "weight"): layer._parameters["weight"] for name, layer in stored.items()}
     weights = folded_weights(plan.parameters.absorbers.values(), old, parameters)
@@ -213,22 +237,8 @@ def _change(target: Module, proved: ProvedPlan, stored: dict[str, Module]) -> tu
 # -- the normalization of the input ----------------------------------------------------------------------------------
 
 
-def fold_with_normalization(
-    outer: WithNormalizedInput,
-    example_inputs: Any,
-    inplace: bool,
-    options: Options,
-    examples: Sequence[Any] = (),
-    accepts: Accepts | None = None,
-) -> FoldResult:
-    """Fold a model together with the normalization of its input, and return the result for the model itself."""
-    before = outer.inner
-    result = fold_model(outer, example_inputs, inplace, options, examples, accepts)
-    model = result.model.inner
-    if inplace and model is not before:  # the model itself is what was replaced
-        become(before, model)
-        model = before
-    return replace(result, model=model)
+def _normalization_of(model: Module) -> str | None:
+    return model.normalization_name if isinstance(model, WithNormalizedInput) else None
 
 
 def _require_normalization(plan: FoldPlan, outer: WithNormalizedInput) -> None:
@@ -237,6 +247,6 @@ def _require_normalization(plan: FoldPlan, outer: WithNormalizedInput) -> None:
     Raises:
         StateError: it cannot.
     """
-    reason = next((item.reason for item in plan.left if item.norm == outer.normalization_name), None)
+    reason = next((norm.reason for norm in plan.staying if norm.name == outer.normalization_name), None)
     if reason is not None:
         raise StateError(f"fold: the normalization of the input cannot be folded. {reason}")

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch.export import ExportedProgram
 
-from batchnorm.dataflow.threads import one_thread
 from batchnorm.errors import StateError
-from batchnorm.folding.planning.outcome import LeftNorm
-from batchnorm.folding.proving.lost_range import LostRange
-from batchnorm.folding.report.int8_ranges import ChannelRanges, FoldedWeight
 from batchnorm.folding.report.latency import Measured, measure
-from batchnorm.folding.report.outcome import Costs, FoldedNorm, Pictures
+from batchnorm.folding.report.outcome import FoldOutcome
 from batchnorm.folding.report.sections import sections
 from batchnorm.folding.unfold import unfold
 from batchnorm.folding.writing.record import Pairs
@@ -28,67 +22,25 @@ __all__ = ["FoldResult"]
 
 
 @dataclass(frozen=True, repr=False)
-class FoldResult(Result):
-    """The folded model, and an account of every norm.
+class FoldResult(FoldOutcome, Result):
+    """The folded model, and what became of every norm: all of :class:`batchnorm.folding.report.outcome.FoldOutcome`.
 
     Attributes:
         model: the folded model, of the original's class; a program for a program.
-        folded: the norms that were absorbed, in order of execution.
-        left: those that were not, each with its reason; norms that the example inputs do not reach come last.
-        error: greatest absolute difference between the outputs of the two models on the example inputs.
-        bound: what rounding allows there (see :mod:`batchnorm.verification.end_to_end`).
-        error_float64: the same difference when both compute in float64; None where the model does not run in float64,
-            or nothing was folded.
-        on_random_inputs: whether every value was compared on random inputs of the example's shape as well as on the
-            example's; not where the model fails on those. None if nothing was changed.
-        sizes: on what else every value was compared, as phrases: inputs of other sizes and values, other numbers.
-        unseen: what no run has shown, as sentences: sizes at which the model does not run, code that was not reached.
         pairs: what the model had before, for :func:`batchnorm.unfold`; None if nothing was folded, or for a program.
         original: the program that was folded; None for a module.
-        lost: folded weights of which channels lose range in their type (see
-            :mod:`batchnorm.folding.proving.lost_range`).
-        weights: folded weights of convolutions, transposed convolutions and linear layers, before and after.
-        costs: what a pass took before and takes now, counted.
-        pictures: what is around the norms that are folded, and around those that are left; alike ones once.
-        measured: latency and memory before and now, after :meth:`measure`.
+        measured: latency and memory before and now, in the result of :meth:`measure`.
     """
 
     model: Any
-    folded: Sequence[FoldedNorm]
-    left: Sequence[LeftNorm]
-    error: float
-    bound: float
-    error_float64: float | None = None
-    on_random_inputs: bool | None = None
-    pairs: Pairs | None = None
+    pairs: Pairs | None
     original: Any = None
-    sizes: Sequence[str] = ()
-    unseen: Sequence[str] = ()
-    lost: Sequence[LostRange] = ()
-    weights: Sequence[FoldedWeight] = ()
-    costs: Costs | None = None
-    pictures: Pictures | None = None
     measured: Measured | None = None
 
-    @property
-    def warnings(self) -> list[str]:
-        """What was folded and may not please, in sentences: weights that lose range, and what no run has shown."""
-        return [*(str(item) for item in self.lost), *self.unseen]
-
-    @cached_property
-    def ranges(self) -> list[ChannelRanges]:
-        """The ranges of the channels of each folded weight, and what int8 makes of them.
-
-        See :mod:`batchnorm.folding.report.int8_ranges`. They are measured when they are first read: do so before the
-        folded model is trained.
-        """
-        with one_thread():
-            return [weight.ranges() for weight in self.weights]
-
-    @property
-    def changed(self) -> bool:
-        """Whether the model is another one than it was."""
-        return bool(self.folded) or any(item.becomes is not None for item in self.left)
+    @classmethod
+    def of(cls, outcome: FoldOutcome, **own: Any) -> FoldResult:
+        """Return the result of a fold that did this, with what is its own, or differs."""
+        return cls(**{item.name: getattr(outcome, item.name) for item in fields(FoldOutcome)} | own)
 
     def unfold(self) -> Any:
         """Return a copy of the model with the norms and parameters that it had, as :func:`batchnorm.unfold` does.
@@ -130,9 +82,10 @@ class FoldResult(Result):
             raise StateError("FoldResult.measure: nothing was folded, so the model is as fast as it was.")
         inputs = own_inputs(self.original) if example_inputs is None else example_inputs
         before, after = (_runnable(model) for model in (self.unfold(), self.model))
-        measured = replace(self, measured=measure(before, after, inputs, seconds=seconds))
-        record(measured, self.provenance)
-        return measured
+        measured = measure(before, after, inputs, seconds=seconds)
+        result = FoldResult.of(self, model=self.model, pairs=self.pairs, original=self.original, measured=measured)
+        record(result, self.provenance)
+        return result
 
     @property
     def summary(self) -> str:
@@ -147,9 +100,8 @@ class FoldResult(Result):
 
     def document(self) -> Document:
         """Return the report as data."""
-        return Document(
-            f"Fold {type(self.model).__name__}", self.summary, sections(self), "plain" if self.left else "good"
-        )
+        content = sections(self, self.model, self.measured)
+        return Document(f"Fold {type(self.model).__name__}", self.summary, content, "plain" if self.left else "good")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as numbers, strings, lists and dicts."""
@@ -166,7 +118,7 @@ class FoldResult(Result):
             "warnings": self.warnings,
             "lost": [asdict(item) for item in self.lost],
             "ranges": [item.to_dict() for item in self.ranges],
-            "costs": None if self.costs is None else asdict(self.costs),
+            "costs": asdict(self.costs),
             "measured": None if self.measured is None else asdict(self.measured),
         }
 

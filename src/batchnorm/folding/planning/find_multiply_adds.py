@@ -1,4 +1,4 @@
-"""Norms that nobody can absorb: each becomes one multiply-add per channel, with the activation behind it.
+"""Norms that no layer can absorb: each becomes one multiply-add per channel, with the activation behind it.
 
 A norm in evaluation mode reads its input once and writes it once, and so does s·x + t: what can be saved is the pass of
 the activation behind it. Hence a norm is never split into a part that travels and a part that stays: the part would
@@ -7,18 +7,18 @@ cost as much as the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch.nn import Identity, Module
 
 from batchnorm.dataflow.graph import Call, Graph, ModuleCall
-from batchnorm.dataflow.norms import NormUse, norm_uses, require_no_alternative, unreached_norms
+from batchnorm.dataflow.norms import NormUse, require_no_alternative
 from batchnorm.dataflow.operator_kinds import fusible_activation
 from batchnorm.dataflow.refusal import Refusal
+from batchnorm.folding.planning.merged_parameters import Parameters
 from batchnorm.folding.planning.multiply_add import MultiplyAdd, _rounded
-from batchnorm.folding.planning.plan import FoldPlan
 from batchnorm.folding.planning.removable_norm import check_norm
 from batchnorm.folding.planning.splits import norm_map
 from batchnorm.models.hooks import hooks_of
@@ -27,50 +27,44 @@ from batchnorm.models.parameters import find_tensor
 __all__ = ["failing", "find_multiply_adds"]
 
 
-def find_multiply_adds(model: Module, plan: FoldPlan, kept: Collection[str]) -> list[MultiplyAdd]:
-    """Return the norms among those that a plan leaves which can become multiply-adds.
+def find_multiply_adds(
+    model: Module, graph: Graph, parameters: Parameters, uses: Iterable[NormUse], unreached: Sequence[str]
+) -> list[MultiplyAdd]:
+    """Return those norms as multiply-adds that can become one.
 
     Args:
         model: the model; it is not changed.
-        plan: what else is to be done with it.
-        kept: names of norms that are to stay as they are.
+        graph: its dataflow.
+        parameters: what its parameters become.
+        uses: the norms.
+        unreached: names of the norms that do not run.
     """
-    left = {item.norm for item in plan.left} - set(kept)
-    uses = norm_uses(model, plan.graph)
-    unreached = unreached_norms(model, uses)
     found = []
     for use in uses:
-        if use.name not in left:
-            continue
         try:
             require_no_alternative(model, use.owner, unreached)
-            found.append(_leftover(model, plan, use))
+            found.append(_multiply_add(model, graph, parameters, use))
         except Refusal:  # it stays the norm that it is, and the reason why it was not folded is the same
             continue
-    return _with_activations_of_their_own(plan.graph, found)
+    return _with_activations_of_their_own(graph, found)
 
 
-def _leftover(model: Module, plan: FoldPlan, use: NormUse) -> MultiplyAdd:
-    state, stays = check_norm(plan.graph, use)
-    map_ = norm_map(plan.parameters, state)
+def _multiply_add(model: Module, graph: Graph, parameters: Parameters, use: NormUse) -> MultiplyAdd:
+    state, replacement = check_norm(graph, use)
+    map_ = norm_map(parameters, state)
     like = find_tensor(model, state.running_mean)
     assert like is not None
     if not all(bool(torch.isfinite(_rounded(v, like)).all()) for v in (map_.scale, map_.shift)):
         raise Refusal("Its scale or shift is not finite.")
     name = use.calls[0].module
-    item = MultiplyAdd(use, name, state, map_.scale.reshape(-1), map_.shift.reshape(-1), None, None, None)
     norm = model.get_submodule(name)
-    parts = [p for p in stays.parts if not (isinstance(p, str) and type(norm.get_submodule(p)) is Identity)]
+    parts = [p for p in replacement.parts if not (isinstance(p, str) and type(norm.get_submodule(p)) is Identity)]
     if len(parts) > 1:
         raise Refusal("Its module does more than normalize and activate.")
-    if parts:
-        return replace(item, activation=parts[0], function=_function_behind(plan.graph, use))
-    moved = _module_behind(plan.graph, use)
-    return (
-        item
-        if moved is None
-        else replace(item, activation=moved, function=_function_behind(plan.graph, use), moved=moved)
-    )
+    moved = None if parts else _module_behind(graph, use)
+    activation = parts[0] if parts else moved
+    function = None if activation is None else _function_behind(graph, use)
+    return MultiplyAdd(use, name, state, map_.scale.reshape(-1), map_.shift.reshape(-1), activation, function, moved)
 
 
 def _function_behind(graph: Graph, use: NormUse) -> str | None:

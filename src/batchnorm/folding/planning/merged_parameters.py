@@ -47,9 +47,10 @@ class Parameters:
         """Return them as they are."""
         return cls(model, graph, {}, {})
 
-    def copy(self) -> Parameters:
+    def copy(self, *, with_borders: bool = False) -> Parameters:
         """Return them as they are now, to try something with."""
-        return replace(self, changed=dict(self.changed), absorbers=dict(self.absorbers), borders=dict(self.borders))
+        state = dict(self.changed), dict(self.absorbers), dict(self.borders)
+        return Parameters(self.model, self.graph, *state, with_borders)
 
     def named(self, name: str) -> Tensor | None:
         """Return a parameter or buffer as it is now, None for an empty place."""
@@ -77,7 +78,7 @@ class Parameters:
         return tensor.cpu()
 
     def absorb(self, route: Route) -> list[AbsorbingLayer]:
-        """Let the operators at the ends of a way absorb what is carried there; returns who they are.
+        """Let the operators at the ends of a route absorb what is carried there; return their layers in order.
 
         Raises:
             Refusal: one of them cannot.
@@ -99,7 +100,7 @@ class Parameters:
             absorbed = replace(first, bordered=any(end.bordered for _, end in group))
             with Refusal.at(*(call for call, _ in group)):
                 absorbers.append(self._absorb_into(tuple(call for call, _ in group), absorbed))
-        return absorbers
+        return sorted(absorbers, key=lambda layer: layer.calls[0].index)
 
     def absorb_beside(self, calls: Sequence[Call], map_: Map) -> AbsorbingLayer:
         """Let a linear operator add a map of what it reads to what it computes.

@@ -47,8 +47,8 @@ class MultiplyAdd:
         return self.use.name
 
     @property
-    def told(self) -> str:
-        """What stands there now, for a reader."""
+    def description(self) -> str:
+        """What stands in the norm's place, for a reader."""
         return f"one multiply-add per channel{f', with its {self.function}' if self.function else ''}"
 
     def build(self, model: Module) -> ScaleShift:
@@ -65,7 +65,7 @@ class MultiplyAdd:
         built.training = norm.training
         return built
 
-    def stays(self, model: Module) -> Replacement:
+    def replacement(self, model: Module) -> Replacement:
         """Return what stands in the norm's place in ``model``; an activation that moves there is not in it."""
         built = self.build(model)
         built.activation = None

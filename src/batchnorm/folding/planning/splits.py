@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -11,7 +12,21 @@ from batchnorm.folding.planning.merged_parameters import Parameters
 from batchnorm.folding.planning.removable_norm import NormState
 from batchnorm.travel.maps import Map
 
-__all__ = ["attempts", "norm_map"]
+__all__ = ["Split", "norm_map", "splits"]
+
+
+class Split(NamedTuple):
+    """A norm's map as two parts, of which one may be missing.
+
+    Attributes:
+        before: what layers before the norm are to absorb; None for nothing.
+        after: what layers after it are to absorb.
+        with_borders: whether convolutions may be made to pad with other values than zeros for that.
+    """
+
+    before: Map | None
+    after: Map | None
+    with_borders: bool = False
 
 
 def norm_map(parameters: Parameters, state: NormState) -> Map:
@@ -39,14 +54,14 @@ def norm_map(parameters: Parameters, state: NormState) -> Map:
     return Map.of_norm(mean, var, weight, bias, state.eps).each(lambda values: values.cpu())
 
 
-def attempts(map_: Map, with_borders: bool) -> Iterator[tuple[bool, tuple[Map | None, Map | None]]]:
-    """Yield all ways without borders, and after that, as they cost something, those with them."""
-    yield from ((False, way) for way in _ways(map_))
+def splits(map_: Map, with_borders: bool) -> Iterator[Split]:
+    """Yield all splits without borders, and after that, as they cost something, those with them."""
+    yield from (Split(*parts) for parts in _parts(map_))
     if with_borders:
-        yield from ((True, way) for way in _ways(map_))
+        yield from (Split(*parts, with_borders=True) for parts in _parts(map_))
 
 
-def _ways(map_: Map) -> Iterator[tuple[Map | None, Map | None]]:
+def _parts(map_: Map) -> Iterator[tuple[Map | None, Map | None]]:
     r"""Yield how a map can be cut into a part for the operators before the norm and one for those after it.
 
     All of it before; all of it after. Then, with s ≠ 0, the parts

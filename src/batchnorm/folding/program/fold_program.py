@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from types import MethodType
 from typing import Any, TypeAlias
 
@@ -15,6 +14,7 @@ from torch.nn import Module
 
 from batchnorm.dataflow.run import run
 from batchnorm.errors import InputError, StateError, VerificationError
+from batchnorm.folding.fold_model import Folded
 from batchnorm.folding.program.open import Opened, copy_program, open_program
 from batchnorm.folding.program.state import Attributes, Signature
 from batchnorm.folding.program.write_back import close_functions, close_modules
@@ -28,9 +28,7 @@ __all__ = ["Program", "fold_program"]
 Program: TypeAlias = GraphModule | ExportedProgram
 
 
-def fold_program(
-    program: Program, example_inputs: Any, inplace: bool, fold_model: Callable[..., FoldResult]
-) -> FoldResult:
+def fold_program(program: Program, example_inputs: Any, inplace: bool, fold_model: Callable[..., Folded]) -> FoldResult:
     """Fold a program.
 
     Args:
@@ -49,19 +47,21 @@ def fold_program(
         raise StateError("fold: an exported program cannot be changed in place. Take result.model, the folded one.")
     module = _module_of(program) if isinstance(program, ExportedProgram) else program
     opened = open_program(module, inputs)
-    result = fold_model(opened.model, inputs, accepts=_guard(module) if isinstance(program, ExportedProgram) else None)
-    if result.pairs is None:
-        return replace(result, model=program)
-    closed = _closed(program, opened, result.model, result.pairs)
-    error = _difference(result.model, closed, inputs)
-    if not error <= result.bound:
+    folded, pairs, outcome = fold_model(
+        opened.model, inputs, accepts=_guard(module) if isinstance(program, ExportedProgram) else None
+    )
+    if pairs is None:
+        return FoldResult.of(outcome, model=program, pairs=None)
+    closed = _closed(program, opened, folded, pairs)
+    error = _difference(folded, closed, inputs)
+    if not error <= outcome.bound:
         raise VerificationError(
             f"fold: written back into the program, what was folded differs by {error:.3g}; rounding explains at most "
-            f"{result.bound:.3g}. The folded program is not returned, and the original is unchanged."
+            f"{outcome.bound:.3g}. The folded program is not returned, and the original is unchanged."
         )
     if isinstance(program, GraphModule):
         closed = _moved(closed, program if inplace else _twin(program))
-    return replace(result, model=closed, pairs=None, original=program, error=result.error + error)
+    return FoldResult.of(outcome, model=closed, pairs=None, original=program, error=outcome.error + error)
 
 
 def _guard(module: GraphModule) -> Callable[[Any], bool]:

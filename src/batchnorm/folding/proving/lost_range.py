@@ -142,5 +142,5 @@ def norms_that_shrink(steps: Sequence[Step], losses: Sequence[LostRange]) -> dic
 
 
 def _smallest_scale(step: Step) -> float:
-    scales = [map_.scale.abs() for map_ in (step.before, step.after, step.beside) if map_ is not None]
+    scales = [part.map.scale.abs() for part in step.parts]
     return min((float(scale[scale > 0].min()) for scale in scales if bool((scale > 0).any())), default=float("inf"))

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch.nn import Module, Parameter
 
 from batchnorm.dataflow.graph import Graph
-from batchnorm.dataflow.norms import norm_uses
 from batchnorm.dataflow.refusal import Refusal, listed
 from batchnorm.dataflow.run import as_float64, of_runs, run
 from batchnorm.dataflow.sizes import Runs
 from batchnorm.dataflow.threads import threads_for_float64
 from batchnorm.dataflow.trace import trace
 from batchnorm.errors import InputError, VerificationError
-from batchnorm.folding.planning.find_multiply_adds import failing, find_multiply_adds
+from batchnorm.folding.planning.find_multiply_adds import failing
+from batchnorm.folding.planning.make_plan import make_plan
 from batchnorm.folding.planning.multiply_add import MultiplyAdd
-from batchnorm.folding.planning.outcome import LeftNorm
-from batchnorm.folding.planning.plan import FoldPlan, describe_source, make_plan
+from batchnorm.folding.planning.plan import FoldPlan, Options, StayingNorm
 from batchnorm.folding.proving.lost_range import lost_ranges, norms_that_shrink
 from batchnorm.folding.proving.value_proof import Proof
 from batchnorm.folding.writing.rewrite import rewrite, round_parameters
 from batchnorm.models.copying import copy_model
 from batchnorm.models.outputs import NamedTensor, named_tensors
 
-__all__ = ["Options", "ProvedPlan", "prove_plan", "trial_copy"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a fold may do; see :func:`batchnorm.fold`, and for the last two :mod:`batchnorm.folding.planning.plan`."""
-
-    borders: bool = False
-    keep_range: bool = False
-    fuse: bool = False
-    sharing: bool = True
-    beside: bool = True
+__all__ = ["ProvedPlan", "prove_plan", "trial_copy"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,50 +73,44 @@ def prove_plan(model: Module, graph: Graph, runs: Runs, options: Options) -> Pro
         runs: what it runs on.
         options: what may be done.
     """
-    banned: dict[str, str] = {}
+    excluded: dict[str, str] = {}
     kept: dict[str, str] = {}  # norms that do not become multiply-adds either
     while True:
-        plan = make_plan(
-            model, graph, banned, with_borders=options.borders, sharing=options.sharing, beside=options.beside
-        )
-        if options.fuse:
-            plan.multiply_adds = find_multiply_adds(model, plan, kept)
+        plan = make_plan(model, graph, options, excluded, kept)
         parameters, problems = _rounded(model, plan, options.keep_range)
         outputs = None
         if plan.changes and not problems:
             with threads_for_float64(graph):
-                problems, outputs = _problems(model, plan, runs, banned, warm=runs.model is None)
+                problems, outputs = _problems(model, plan, runs, excluded, warm=runs.model is None)
                 if problems and runs.model is not None:  # what a run leaves behind where nobody looks may be why
-                    problems, outputs = _problems(model, plan, runs, banned, warm=True)
+                    problems, outputs = _problems(model, plan, runs, excluded, warm=True)
         if not problems:
-            _tell_what_others_show(model, plan, runs, banned)
-            sources = {use.name: describe_source(graph, use) for use in norm_uses(model, graph)}
-            plan.left += [LeftNorm(name, sources.get(name), reason) for name, reason in banned.items()]
+            plan = replace(plan, staying=_as_the_example_shows(model, plan, runs, excluded))
             return ProvedPlan(plan, parameters, runs.on_random_inputs if plan.changes else None, outputs)
         multiply_adds = {item.name for item in plan.multiply_adds}
         kept |= {name: reason for name, reason in problems.items() if name in multiply_adds}
-        banned |= {name: reason for name, reason in problems.items() if name not in multiply_adds}
+        excluded |= {name: reason for name, reason in problems.items() if name not in multiply_adds}
 
 
-def _tell_what_others_show(model: Module, plan: FoldPlan, runs: Runs, banned: Collection[str]) -> None:
-    """Let norms that stay have the reason that the example alone shows; if it shows none, say which runs do."""
-    if not plan.left or len(runs.all.inputs) == 1:
-        return
-    alone = make_plan(
-        model, plan.graph.of_run(0), banned, with_borders=plan.with_borders, sharing=plan.sharing, beside=plan.beside
-    )
-    reasons = {item.norm: item for item in alone.left}
-    told = []
-    for item in plan.left:
-        known = reasons.get(item.norm)
-        if known is not None:
-            plan.obstacles[item.norm] = alone.obstacles.get(item.norm, ())
-            told.append(known)
-            continue
-        seen = {call.run for call in plan.obstacles.get(item.norm, ())} - {0}
-        where = listed([runs.all.labels[number] for number in sorted(seen)], 1) if seen else "others"
-        told.append(replace(item, reason=f"With the example inputs it could go, but not with {where}. {item.reason}"))
-    plan.left[:] = told
+def _as_the_example_shows(
+    model: Module, plan: FoldPlan, runs: Runs, excluded: Mapping[str, str]
+) -> tuple[StayingNorm, ...]:
+    """Return the norms that stay with the reason that the example alone shows; if it shows none, with which runs do."""
+    if len(runs.all.inputs) == 1 or not {norm.name for norm in plan.staying} - excluded.keys():
+        return plan.staying
+    alone = make_plan(model, plan.graph.of_run(0), replace(plan.options, fuse=False), excluded)
+    known = {norm.name: norm for norm in alone.staying}
+    labels = runs.all.labels
+
+    def shown(norm: StayingNorm) -> StayingNorm:
+        if norm.name in excluded or norm.name in known:
+            return norm if norm.name in excluded else known[norm.name]
+        seen = {call.run for call in norm.obstacles} - {0}
+        where = listed([labels[number] for number in sorted(seen)], 1) if seen else "others"
+        reason = f"With the example inputs it could go, but not with {where}. {norm.reason}"
+        return replace(norm, reason=reason)
+
+    return tuple(shown(norm) for norm in plan.staying)
 
 
 def _rounded(model: Module, plan: FoldPlan, keep_range: bool) -> tuple[dict[str, Parameter], dict[str, str]]:
@@ -145,7 +127,7 @@ def _rounded(model: Module, plan: FoldPlan, keep_range: bool) -> tuple[dict[str,
 
 
 def _problems(
-    model: Module, plan: FoldPlan, runs: Runs, banned: Collection[str], *, warm: bool
+    model: Module, plan: FoldPlan, runs: Runs, excluded: Mapping[str, str], *, warm: bool
 ) -> tuple[dict[str, str], Outputs | None]:
     """Return the norms that must stay, after a look at every value of all runs in float64; and what was returned.
 
@@ -153,7 +135,7 @@ def _problems(
         model: the model.
         plan: what is to be done with it.
         runs: what it runs on.
-        banned: the norms that stay anyway.
+        excluded: the norms that stay anyway.
         warm: whether to run it first, so that it has what it keeps from its first call.
     """
     wide, inputs, is_wide = trial_copy(model).double(), as_float64(runs.all), True
@@ -172,7 +154,7 @@ def _problems(
         trace(wide, inputs, observer=proof.after, returned=returned)
     except InputError as error:
         reason = f"Without it the model stops: {error.__cause__}."
-        return dict.fromkeys(_culprits(model, plan, runs.all, banned), reason), None
+        return dict.fromkeys(_culprits(model, plan, runs.all, excluded), reason), None
     return proof.problems(), Outputs(before, returned.tensors()) if is_wide else None
 
 
@@ -201,28 +183,26 @@ class _Returned:
         return of_runs(self._outputs, self._runs.of_user)
 
 
-def _culprits(model: Module, plan: FoldPlan, example_inputs: Any, banned: Collection[str]) -> list[str]:
+def _culprits(model: Module, plan: FoldPlan, example_inputs: Any, excluded: Mapping[str, str]) -> list[str]:
     """Return what makes the model stop."""
     if not plan.multiply_adds:
-        return _guilty_steps(model, plan, example_inputs, banned)
+        return _guilty_steps(model, plan, example_inputs, excluded)
 
     def stops(items: Sequence[MultiplyAdd]) -> bool:
-        return _stops(model, replace(plan, multiply_adds=list(items)), example_inputs)
+        return _stops(model, replace(plan, multiply_adds=tuple(items)), example_inputs)
 
     return [item.name for item in failing(plan.multiply_adds, stops)]
 
 
-def _guilty_steps(model: Module, plan: FoldPlan, example_inputs: Any, banned: Collection[str]) -> list[str]:
+def _guilty_steps(model: Module, plan: FoldPlan, example_inputs: Any, excluded: Mapping[str, str]) -> list[str]:
     """Return the norms without which the model raises, found by halves."""
     names = [step.name for step in plan.steps]
     if len(names) == 1:
         return names
     found: list[str] = []
     for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-        stay = {*banned, *names} - set(half)
-        part = make_plan(
-            model, plan.graph, stay, with_borders=plan.with_borders, sharing=plan.sharing, beside=plan.beside
-        )
+        stay = {**excluded, **{name: "" for name in names if name not in half}}
+        part = make_plan(model, plan.graph, replace(plan.options, fuse=False), stay)
         if _stops(model, part, example_inputs):
             found += _guilty_steps(model, part, example_inputs, stay)
     if not found:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from batchnorm.dataflow.graph import Call
-from batchnorm.folding.planning.outcome import LeftNorm
 from batchnorm.folding.planning.plan import FoldPlan, Step
 from batchnorm.folding.report.neighbourhood import around, nearest, sources, ways_to
-from batchnorm.folding.report.outcome import FoldedNorm
+from batchnorm.folding.report.outcome import FoldedNorm, LeftNorm
 from batchnorm.folding.report.sentences import crossed_calls
 from batchnorm.models.parameters import find_tensor
 from batchnorm.report import Diagram, Diagrams, Panel
@@ -35,13 +34,13 @@ class _Drawn:
     pattern: object
 
 
-def draw_folded(plan: FoldPlan, told: Sequence[FoldedNorm]) -> Diagrams:
+def draw_folded(plan: FoldPlan, folded: Sequence[FoldedNorm]) -> Diagrams:
     """Return what is around each norm that goes, before and after. The plan's model is not folded yet."""
     steps = {step.name: step for step in plan.steps}
-    return _grouped([_folded(plan, steps[item.norm], item) for item in told], _ROLES_OF_FOLDED)
+    return _grouped([_folded(plan, steps[item.norm], item) for item in folded], _ROLES_OF_FOLDED)
 
 
-def draw_left(plan: FoldPlan, left: Sequence[LeftNorm], calls: dict[str, Call]) -> Diagrams:
+def draw_left(plan: FoldPlan, left: Sequence[LeftNorm], calls: Mapping[str, Call]) -> Diagrams:
     """Return what is around each norm that stays, up to the operators that stand in its way.
 
     Args:
@@ -49,10 +48,12 @@ def draw_left(plan: FoldPlan, left: Sequence[LeftNorm], calls: dict[str, Call]) 
         left: the norms.
         calls: the first call of each norm that runs, by the norm's name.
     """
-    return _grouped([_left(plan, calls[item.norm], item) for item in left if item.norm in calls], _ROLES_OF_LEFT)
+    obstacles = {norm.name: norm.obstacles for norm in plan.staying}
+    drawn = [_left(plan, calls[item.norm], item, obstacles[item.norm]) for item in left if item.norm in calls]
+    return _grouped(drawn, _ROLES_OF_LEFT)
 
 
-def _folded(plan: FoldPlan, step: Step, told: FoldedNorm) -> _Drawn:
+def _folded(plan: FoldPlan, step: Step, norm: FoldedNorm) -> _Drawn:
     absorbers = {call: absorber for absorber in step.into for call in absorber.calls}
     crossed = crossed_calls(step, plan)
     roles: dict[Call, Role] = {**dict.fromkeys(crossed, "crossed"), **dict.fromkeys(absorbers, "changed")}
@@ -65,7 +66,7 @@ def _folded(plan: FoldPlan, step: Step, told: FoldedNorm) -> _Drawn:
     }
     before = view.panel("before", roles)
     after = view.without(plan.gone).panel("after", roles, changed)
-    return _drawn(told.norm, _chain(before), [before, after], told.sentence)
+    return _drawn(norm.norm, _chain(before), [before, after], norm.sentence)
 
 
 def _changed_name(call: Call, absorber: str, bias: str | None, plan: FoldPlan) -> str:
@@ -76,8 +77,7 @@ def _changed_name(call: Call, absorber: str, bias: str | None, plan: FoldPlan) -
     return f"{name} + bias" if new else name
 
 
-def _left(plan: FoldPlan, norm: Call, left: LeftNorm) -> _Drawn:
-    obstacles = plan.obstacles.get(left.norm, ())
+def _left(plan: FoldPlan, norm: Call, left: LeftNorm, obstacles: Collection[Call]) -> _Drawn:
     core = ways_to(plan.graph, norm, obstacles, _MOST_OBSTACLES)
     roles: dict[Call, Role] = dict.fromkeys(core, "plain")
     roles |= dict.fromkeys(core.intersection(obstacles), "blocking")

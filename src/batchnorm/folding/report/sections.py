@@ -3,83 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch.nn import Module
 
-from batchnorm.folding.planning.outcome import LeftNorm
-from batchnorm.folding.proving.lost_range import LostRange
-from batchnorm.folding.report.int8_ranges import ChannelRanges
 from batchnorm.folding.report.int8_ranges import section as range_section
 from batchnorm.folding.report.latency import Measured, Spread
-from batchnorm.folding.report.outcome import Costs, FoldedNorm, Pictures
+from batchnorm.folding.report.outcome import Costs, FoldedNorm, FoldOutcome, LeftNorm
 from batchnorm.folding.report.same_sentence import alike
 from batchnorm.report import Diagrams, Facts, Paragraph, Section, Table
 from batchnorm.report.document import Block, Cell
 
 __all__ = ["sections"]
 
-Told = TypeVar("Told", FoldedNorm, LeftNorm)
+Norm = TypeVar("Norm", FoldedNorm, LeftNorm)
 
 _FEW = 8  # norms have a row each in a terminal, too
 
 
-class Account(Protocol):
-    """What the report is made of: see :class:`batchnorm.folding.result.FoldResult`, which has all of this."""
+def sections(result: FoldOutcome, model: Any, measured: Measured | None) -> list[Section]:
+    """Return the sections of the report; those that need the room of a page are brief in a terminal.
 
-    @property
-    def model(self) -> Any: ...
-    @property
-    def folded(self) -> Sequence[FoldedNorm]: ...
-    @property
-    def left(self) -> Sequence[LeftNorm]: ...
-    @property
-    def error(self) -> float: ...
-    @property
-    def bound(self) -> float: ...
-    @property
-    def error_float64(self) -> float | None: ...
-    @property
-    def on_random_inputs(self) -> bool | None: ...
-    @property
-    def unseen(self) -> Sequence[str]: ...
-    @property
-    def lost(self) -> Sequence[LostRange]: ...
-    @property
-    def ranges(self) -> list[ChannelRanges]: ...
-    @property
-    def costs(self) -> Costs | None: ...
-    @property
-    def pictures(self) -> Pictures | None: ...
-    @property
-    def measured(self) -> Measured | None: ...
-
-
-def sections(result: Account) -> list[Section]:
-    """Return the sections of the report; those that need the room of a page are brief in a terminal."""
+    Args:
+        result: what the fold did.
+        model: the folded model.
+        measured: latency and memory before and now, if they were measured.
+    """
     found: list[Section] = []
-    names = _names(result)
+    names = _names(result, model)
     if result.folded:
-        facts, pictures = _facts(result), _pictures(result.pictures.folded if result.pictures is not None else None)
+        facts, pictures = _facts(result), _pictures(result.pictures.folded)
         brief = _folded(_groups(result.folded, lambda item: item.sentence, names))
         found.append(Section("Folded", [facts, *pictures, _folded([[item] for item in result.folded])], [facts, brief]))
-        if result.costs is not None:
-            found.append(Section("What a pass takes", [_costs(result.costs)], brief=[]))
+        found.append(Section("What a pass takes", [_costs(result.costs)], brief=[]))
     if result.lost:
         remedy = "fold(..., keep_range=True) leaves those norms."
         lines = [Paragraph(str(item), "bad") for item in result.lost]
         found.append(Section("Lost range", [*lines, Paragraph(remedy)]))
     if result.unseen:
         found.append(Section("Not seen", [Paragraph(line, "bad") for line in result.unseen]))
-    if result.measured is not None:
-        found.append(Section("Measured", [_measured(result.measured)]))
+    if measured is not None:
+        found.append(Section("Measured", [_measured(measured)]))
     became = [item for item in result.left if item.becomes is not None]
     if became:
         brief = _became(_groups(became, lambda item: f"{item.becomes}: {item.reason}", names))
         found.append(Section("Left, in another form", [_became([[item] for item in became])], [brief]))
     kept = [item for item in result.left if item.becomes is None]
     if kept:
-        pictures = _pictures(result.pictures.left if result.pictures is not None else None)
+        pictures = _pictures(result.pictures.left)
         brief = _kept(_groups(kept, lambda item: item.reason, names))
         found.append(Section("Left as they are", [*pictures, _kept([[item] for item in kept])], [brief]))
     if (ranges := range_section(result.ranges)) is not None:
@@ -90,14 +61,14 @@ def sections(result: Account) -> list[Section]:
 # -- the tables of norms, a row for each group ------------------------------------------------------------------------
 
 
-def _groups(items: Sequence[Told], says: Callable[[Told], str], names: Collection[str]) -> list[list[Told]]:
+def _groups(items: Sequence[Norm], says: Callable[[Norm], str], names: Collection[str]) -> list[list[Norm]]:
     """Return the norms that a terminal shows as one row: none where they are few."""
     return [[item] for item in items] if len(items) <= _FEW else alike(items, says, names)
 
 
-def _names(result: Account) -> set[str]:
+def _names(result: FoldOutcome, model: Any) -> set[str]:
     """Return the names that may stand in a sentence."""
-    modules = result.model.named_modules() if isinstance(result.model, Module) else ()
+    modules = model.named_modules() if isinstance(model, Module) else ()
     norms: list[FoldedNorm | LeftNorm] = [*result.folded, *result.left]
     into = {name for norm in norms if norm.into for name in norm.into.split(", ")}
     return {norm.norm for norm in norms} | into | {name for name, _ in modules}
@@ -168,7 +139,11 @@ def _scaled(number: int, step: int, units: Sequence[str]) -> str:
     return f"{shown} {units[place]}".rstrip()
 
 
-def _facts(result: Account) -> Facts:
+def _facts(result: FoldOutcome) -> Facts:
+    before, after = result.costs.before, result.costs.after
+    saved = sum(item.saving.multiply_adds for item in result.folded)
+    moved = sum(item.saving.bytes for item in result.folded)
+    whole = before.layers + before.norms
     items: list[tuple[str, Cell]] = [
         ("output error", result.error),
         ("bound", result.bound),
@@ -177,17 +152,10 @@ def _facts(result: Account) -> Facts:
             "every value compared",
             "on the example, and on random inputs" if result.on_random_inputs else "on the example",
         ),
+        ("operators in a pass", f"{before.calls} → {after.calls}"),
+        ("multiply-adds saved", f"{large(saved)} of {large(whole)} ({saved / max(whole, 1):.2%})"),
+        ("memory traffic of activations saved", in_bytes(moved)),
     ]
-    if result.costs is not None:
-        before, after = result.costs.before, result.costs.after
-        saved = sum(item.saving.multiply_adds for item in result.folded)
-        moved = sum(item.saving.bytes for item in result.folded)
-        whole = before.layers + before.norms
-        items += [
-            ("operators in a pass", f"{before.calls} → {after.calls}"),
-            ("multiply-adds saved", f"{large(saved)} of {large(whole)} ({saved / max(whole, 1):.2%})"),
-            ("memory traffic of activations saved", in_bytes(moved)),
-        ]
     return Facts(items)
 
 
@@ -241,5 +209,5 @@ def _quartiles(spread: Spread) -> str:
     return f"{spread.lower * 1e3:.3g}\u00a0–\u00a0{spread.upper * 1e3:.3g}\u00a0ms"
 
 
-def _pictures(diagrams: Diagrams | None) -> list[Block]:
-    return [diagrams] if diagrams is not None and diagrams.diagrams else []
+def _pictures(diagrams: Diagrams) -> list[Block]:
+    return [diagrams] if diagrams.diagrams else []

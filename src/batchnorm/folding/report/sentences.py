@@ -1,4 +1,4 @@
-"""What became of each norm of a plan: who absorbed which part, across what, and what that saves."""
+"""What became of each norm of a plan: which layer absorbed which part, across what, and what that saves."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from batchnorm.dataflow.graph import Call
 from batchnorm.dataflow.operator_kinds import family
 from batchnorm.dataflow.refusal import listed
 from batchnorm.folding.planning.absorbing_layer import AbsorbingLayer
-from batchnorm.folding.planning.plan import FoldPlan, Step
+from batchnorm.folding.planning.plan import FoldPlan, Part, Step
 from batchnorm.folding.report.cost import Saving
 from batchnorm.folding.report.outcome import FoldedNorm
 from batchnorm.models.parameters import find_tensor
+from batchnorm.travel.maps import Map
 
-__all__ = ["crossed_calls", "tell"]
+__all__ = ["crossed_calls", "describe_folded"]
 
 _MOST_NAMED = 4
 
 
-def tell(plan: FoldPlan) -> list[FoldedNorm]:
+def describe_folded(plan: FoldPlan) -> list[FoldedNorm]:
     """Return what becomes of the norms that go, in the order of execution. The plan's model is not folded yet."""
-    told: dict[str, FoldedNorm] = {}
+    described: dict[str, FoldedNorm] = {}
     seen: set[str] = set()
     for step in plan.steps:  # in the order in which they were absorbed: the first to need a bias, or a border, made it
-        new = {key for absorber in step.into for key in _made_for(absorber, step, plan)} - seen
+        new = {key for layer in step.into for key in _made_for(layer, step, plan)} - seen
         seen |= new
-        told[step.name] = _told_of(step, plan, new)
-    return [told[name] for name in sorted(told, key=plan.order.__getitem__)]
+        described[step.name] = _described(step, plan, new)
+    return [described[name] for name in sorted(described, key=plan.order.__getitem__)]
 
 
-def _made_for(absorber: AbsorbingLayer, step: Step, plan: FoldPlan) -> list[str]:
-    """Return what a host did not have before: a bias, and a border, by its name."""
-    name = absorber.bias_name
+def _made_for(layer: AbsorbingLayer, step: Step, plan: FoldPlan) -> list[str]:
+    """Return what a layer did not have before: a bias, and a border, by its name."""
+    name = layer.bias_name
     bias = name is not None and name in plan.parameters.changed and find_tensor(plan.parameters.model, name) is None
-    border = absorber.name in plan.parameters.borders and absorber in _after(step) and not _only_scales(step)
-    return [f"bias of {absorber.name}"] * bias + [f"border of {absorber.name}"] * border
+    shifted = [] if step.on is None or step.on.map.only_scales else [other.name for other in step.on.layers]
+    border = layer.name in plan.parameters.borders and layer.name in shifted
+    return [f"bias of {layer.name}"] * bias + [f"border of {layer.name}"] * border
 
 
-def _told_of(step: Step, plan: FoldPlan, new: Collection[str]) -> FoldedNorm:
+def _described(step: Step, plan: FoldPlan, new: Collection[str]) -> FoldedNorm:
     """Return what becomes of one norm.
 
     Args:
@@ -49,12 +51,12 @@ def _told_of(step: Step, plan: FoldPlan, new: Collection[str]) -> FoldedNorm:
         plan: all that is done.
         new: biases and borders that layers have because of it.
     """
-    bordered = [absorber for absorber in step.into if f"border of {absorber.name}" in new]
-    biased = [call for absorber in step.into if f"bias of {absorber.name}" in new for call in absorber.calls]
-    kinds = dict.fromkeys(absorber.operator.kind for absorber in step.into)
+    bordered = [layer for layer in step.into if f"border of {layer.name}" in new]
+    biased = [call for layer in step.into if f"bias of {layer.name}" in new for call in layer.calls]
+    kinds = dict.fromkeys(layer.operator.kind for layer in step.into)
     return FoldedNorm(
         step.name,
-        ", ".join(absorber.name for absorber in step.into),
+        ", ".join(layer.name for layer in step.into),
         ", ".join(kinds),
         _way(step),
         _sentence(step, plan, bordered),
@@ -62,7 +64,7 @@ def _told_of(step: Step, plan: FoldPlan, new: Collection[str]) -> FoldedNorm:
         Saving.of(
             step.use.calls,
             [call for call in biased if linear_operator_of(call) is not None],
-            [call for absorber in bordered for call in absorber.calls],
+            [call for layer in bordered for call in layer.calls],
         ),
     )
 
@@ -70,11 +72,11 @@ def _told_of(step: Step, plan: FoldPlan, new: Collection[str]) -> FoldedNorm:
 def _way(step: Step) -> Literal["back", "on", "both", "beside"]:
     if step.beside is not None:
         return "beside"
-    return "back" if step.after is None else "on" if step.before is None else "both"
+    return "back" if step.on is None else "on" if step.back is None else "both"
 
 
 def crossed_calls(step: Step, plan: FoldPlan) -> list[Call]:
-    """Return the operators between a norm and those who absorb it, in order: those that stay."""
+    """Return the operators between a norm and the layers that absorb it, in order: those that stay."""
     ends = {*step.use.calls, *(call for absorber in step.into for call in absorber.calls)} | plan.gone
     calls = {value.producer for value in step.crossed if value.producer is not None} - ends
     return sorted(calls, key=lambda call: call.index)
@@ -83,29 +85,17 @@ def crossed_calls(step: Step, plan: FoldPlan) -> list[Call]:
 def _sentence(step: Step, plan: FoldPlan, bordered: Sequence[AbsorbingLayer]) -> str:
     crossed = crossed_calls(step, plan)
     if step.beside is not None:
-        across = list(dict.fromkeys(family(call) for call in crossed))
-        way = f" across {listed(across, _MOST_NAMED)}" if across else ""
         return (
-            f"It is added{way} to {_named(step.into)}, which reads the same and takes its shift into the bias, and its "
-            "scale, less the 1 of the identity that stays, into the middle of the kernel."
+            f"It is added{_across(crossed, ' ')} to {_named(step.into)}, which reads the same and takes its shift into "
+            "the bias, and its scale, less the 1 of the identity that stays, into the middle of the kernel."
         )
-    start = step.use.calls[0].index
-    back = _into(_before(step), [c for c in crossed if c.index < start])
-    on = _into(_after(step), [c for c in crossed if c.index > start])
-    if step.before is None or step.after is None:
-        way, verb = (back, "back") if step.after is None else (on, "on")
-        parts = "scale goes" if _only_scales(step) else "shift goes" if _only_shifts(step) else "scale and shift go"
-        sentence = f"Its {parts} {verb} {way}."
-    else:
-        first, second = _halves(step)
-        sentence = f"It is cut in two: {first} goes back {back}; {second} goes on {on}."
-    inverse = [absorber for absorber in step.into if absorber.name in step.inverse_absorbers]
-    if inverse:
-        named = _named(inverse)
-        says = "takes the inverse in: it reads" if len(inverse) == 1 else "take the inverse in: they read"
+    sentence = _parts(step, crossed)
+    if step.inverse:
+        named = _named(step.inverse)
+        says = "takes the inverse in: it reads" if len(step.inverse) == 1 else "take the inverse in: they read"
         sentence += f" {named[0].upper()}{named[1:]} {says} what that changes."
     if bordered:
-        names = listed([absorber.name for absorber in bordered], _MOST_NAMED)
+        names = listed([layer.name for layer in bordered], _MOST_NAMED)
         sentence += f" {names} {'pads' if len(bordered) == 1 else 'pad'} with −t/s now, of which the norm made zero."
     staying = _staying(plan.parameters.model, step)
     if staying:
@@ -113,20 +103,36 @@ def _sentence(step: Step, plan: FoldPlan, bordered: Sequence[AbsorbingLayer]) ->
     return sentence
 
 
-def _halves(step: Step) -> tuple[str, str]:
-    """Return the parts of a map that is cut in two: see :func:`batchnorm.folding.planning.splits.attempts`."""
-    assert step.before is not None
-    assert step.after is not None
-    if step.before.only_shifts:
+def _parts(step: Step, crossed: Sequence[Call]) -> str:
+    """Return which part of a map goes where."""
+    start = step.use.calls[0].index
+    back = None if step.back is None else _into(step.back, [call for call in crossed if call.index < start])
+    on = None if step.on is None else _into(step.on, [call for call in crossed if call.index > start])
+    if step.back is not None and step.on is not None:
+        first, second = _halves(step.back.map)
+        return f"It is cut in two: {first} goes back {back}; {second} goes on {on}."
+    (part,) = step.parts
+    map_ = part.map
+    subject = "scale goes" if map_.only_scales else "shift goes" if map_.only_shifts else "scale and shift go"
+    return f"Its {subject} {f'on {on}' if back is None else f'back {back}'}."
+
+
+def _halves(before: Map) -> tuple[str, str]:
+    """Return the parts of a map that is cut in two: see :func:`batchnorm.folding.planning.splits.splits`."""
+    if before.only_shifts:
         return "x + t/s", "the scale s"
-    if step.before.only_scales:
+    if before.only_scales:
         return "the scale s", "the shift t"
     return "sign(s)·x + t/|s|", "the scale |s|"
 
 
-def _into(absorbers: Sequence[AbsorbingLayer], crossed: Sequence[Call]) -> str:
-    across = list(dict.fromkeys(family(call) for call in crossed))
-    return f"into {_named(absorbers)}" + (f", across {listed(across, _MOST_NAMED)}" if across else "")
+def _into(part: Part, crossed: Sequence[Call]) -> str:
+    return f"into {_named(part.layers)}{_across(crossed, ', ')}"
+
+
+def _across(crossed: Sequence[Call], separator: str) -> str:
+    operators = list(dict.fromkeys(family(call) for call in crossed))
+    return f"{separator}across {listed(operators, _MOST_NAMED)}" if operators else ""
 
 
 def _named(absorbers: Sequence[AbsorbingLayer]) -> str:
@@ -137,32 +143,8 @@ def _named(absorbers: Sequence[AbsorbingLayer]) -> str:
     return ", and ".join(groups)
 
 
-def _before(step: Step) -> list[AbsorbingLayer]:
-    start = step.use.calls[0].index
-    whole = step.after is None
-    own = [absorber for absorber in step.into if absorber.name not in step.inverse_absorbers]
-    return [absorber for absorber in own if whole or (step.before is not None and absorber.calls[0].index < start)]
-
-
-def _after(step: Step) -> list[AbsorbingLayer]:
-    before = _before(step)
-    return [
-        absorber for absorber in step.into if absorber not in before and absorber.name not in step.inverse_absorbers
-    ]
-
-
-def _only_scales(step: Step) -> bool:
-    part = step.after if step.after is not None else step.before
-    return part is not None and part.only_scales
-
-
-def _only_shifts(step: Step) -> bool:
-    part = step.after if step.after is not None else step.before
-    return part is not None and part.only_shifts
-
-
 def _staying(model: Module, step: Step) -> list[str]:
     """Return what stays of a norm's module, by the names of the classes."""
     norm = model.get_submodule(step.module)
-    parts = [norm.get_submodule(part) if isinstance(part, str) else part for part in step.stays.parts]
+    parts = [norm.get_submodule(part) if isinstance(part, str) else part for part in step.replacement.parts]
     return [type(part).__name__ for part in parts if not isinstance(part, Identity)]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ class Pairs:
         parameters: Mapping[str, Parameter],
         norms: Iterable[tuple[Module, Replacement]],
         bordered: Iterable[str],
+        multiply_adds: Sequence[MultiplyAdd] = (),
     ) -> Pairs:
         """Return what is about to be replaced in a model.
 
@@ -78,17 +79,23 @@ class Pairs:
             parameters: its new parameters, by name.
             norms: the modules that go, and those that are replaced as a whole, each with what is to stand there.
             bordered: names of the convolutions that are to pad with a border.
+            multiply_adds: of its norms, those that are to become one.
         """
         going = {id(norm): stays for norm, stays in norms}
         convs = {id(model.get_submodule(name)) for name in bordered}
-        padded = tuple(name for name, m in model.named_modules(remove_duplicate=False) if id(m) in convs)
-        places = {name: m for name, m in model.named_modules(remove_duplicate=False) if id(m) in going}
+        everywhere = list(model.named_modules(remove_duplicate=False))
+        padded = tuple(name for name, m in everywhere if id(m) in convs)
+        places = {name: m for name, m in everywhere if id(m) in going}
         stays = {name: going[id(module)] for name, module in places.items()}
         of_plain = {name for name in parameters if _is_of(stays.get(name.rpartition(".")[0]), name)}
         old = {name: find_tensor(model, name) for name in parameters if name not in of_plain}
         # a norm that takes in another one and then goes itself leaves no parameter behind to be recognized by
         staying = {n: p for n, p in parameters.items() if n in of_plain or n.rpartition(".")[0] not in places}
         twins = {id(module): twin(module) for module in places.values()}  # the model itself becomes what is to stand
+        for item in multiply_adds:
+            built = item.build(model).named_parameters(recurse=False)
+            staying |= {qualified(item.module, slot): parameter for slot, parameter in built}
+        activations = {id(model.get_submodule(i.moved)): i.module for i in multiply_adds if i.moved is not None}
         return cls(
             old,
             {name: twins[id(module)] for name, module in places.items()},
@@ -101,26 +108,8 @@ class Pairs:
                 for name, other in ties(model).items()
                 if any(n in old or any(is_within(n, place) for place in places) for n in (name, other))
             },
+            {name: activations[id(module)] for name, module in everywhere if id(module) in activations},
         )
-
-    def with_multiply_adds(self, model: Module, multiply_adds: Iterable[MultiplyAdd]) -> Pairs:
-        """Return the same, and what is about to be replaced with multiply-adds.
-
-        Args:
-            model: the model, not folded yet.
-            multiply_adds: of its norms, those that are to become one.
-        """
-        digests, moved = dict(self.digests), dict(self.moved)
-        for item in multiply_adds:
-            built = item.build(model)
-            digests |= {
-                qualified(item.module, name): digest(new) for name, new in built.named_parameters(recurse=False)
-            }
-            if item.moved is not None:
-                own = model.get_submodule(item.moved)
-                names = (name for name, m in model.named_modules(remove_duplicate=False) if m is own)
-                moved |= dict.fromkeys(names, item.module)
-        return replace(self, digests=digests, moved=moved)
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all, and return its path."""

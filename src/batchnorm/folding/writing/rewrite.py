@@ -70,7 +70,7 @@ def rewrite(model: Module, plan: FoldPlan, parameters: dict[str, Parameter]) -> 
     """Set the new parameters; replace norms that go or become multiply-adds, and convolutions that get a border."""
     for name, parameter in parameters.items():
         put_parameter(model, name, parameter)
-    stand_ins = {step.module: step.stays.build(model.get_submodule(step.module)) for step in plan.steps}
+    stand_ins = {step.module: step.replacement.build(model.get_submodule(step.module)) for step in plan.steps}
     for name, border in plan.parameters.borders.items():
         stand_ins[name] = bordered(model.get_submodule(name), border)
     for item in plan.multiply_adds:
