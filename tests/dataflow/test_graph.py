@@ -52,7 +52,7 @@ def test_only_reader_needs_nobody_else(graph):
 def test_other_readers_are_phrases(graph):
     a, b, *_ = graph.calls
     a.output.held_by.append("a hook of c")
-    assert graph.other_readers(a.output, b) == [
+    assert graph.other_readers(a.output, {b}) == [
         "stack in the model",
         "the caller of the model (it is an output)",
         "a hook of c",

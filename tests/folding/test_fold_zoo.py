@@ -192,7 +192,7 @@ def test_without_a_norm_nothing_may_be_overwritten_that_it_copied(reads_twice):
     with torch.no_grad():
         net.bn.weight.abs_()
         net.bn.bias.copy_(net.bn.running_mean * net.bn.weight / (net.bn.running_var + net.bn.eps).sqrt())  # t = 0
-    reason = {"bn": "relu_ would write into what is also read by the caller"} if reads_twice else {}
+    reason = {"bn": "relu_ would write into what the caller of the model"} if reads_twice else {}
     expect(net, randn(2, 3, 6, 6), [] if reads_twice else ["bn→conv"], reason)
 
 
@@ -1095,7 +1095,7 @@ def test_a_norm_called_twice_on_one_value_of_which_one_output_is_written_into(fi
             b = self.bn(x)
             return self.bn(x).relu_(), b
 
-    expect(lively(Net()), randn(2, 3, 6, 6), [], {"bn": "relu_ would write into what is also read by batch_norm in bn"})
+    expect(lively(Net()), randn(2, 3, 6, 6), [], {"bn": "relu_ would write into what batch_norm in bn also reads"})
 
 
 def test_a_norm_called_twice_on_one_value_goes_where_nobody_writes():

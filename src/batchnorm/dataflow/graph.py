@@ -1,4 +1,4 @@
-"""The dataflow of one forward pass, as data: which operator read what, and who else holds its result."""
+"""The dataflow of one forward pass, as data: which operator read what, and what else holds its result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Value:
             ``"constant"`` that came from anywhere else.
         producer: the call that computed it, if one did.
         names: every qualified name of a state tensor; several when it is shared.
-        held_by: who reads it without an operator that the pass could see, as a phrase: ``"a hook of layer1"``.
+        held_by: what reads it without an operator that the pass could see, as a phrase: ``"a hook of layer1"``.
     """
 
     shape: tuple[int, ...]
@@ -102,7 +102,7 @@ class ModuleCall:
     """One run of a module's forward: what went in, what came out, and the operators in between.
 
     ``calls`` are those between its begin and its end, nested modules included. ``plain`` says that it was called with
-    one tensor and nothing else, and returned one tensor: such a run can be stood in for by ``torch.nn.Identity``.
+    one tensor and nothing else, and returned one tensor: ``torch.nn.Identity`` can take the place of such a run.
     ``run`` counts the model's runs, of several.
     """
 
@@ -154,18 +154,14 @@ class Graph:
         return any(value is output for output in self.outputs)
 
     def only_reader(self, value: Value) -> Call | None:
-        """Return the one call that reads ``value`` if nobody else does: no operator, no caller, no hook."""
+        """Return the one call that reads ``value`` if nothing else does: no operator, no caller, no hook."""
         readers = self.readers(value)
         exclusive = len(readers) == 1 and not self.is_output(value) and not value.held_by
         return readers[0] if exclusive else None
 
-    def other_readers(self, value: Value, call: Call) -> list[str]:
-        """Return who reads ``value`` besides ``call``, each as a phrase for a sentence."""
-        return self.others_than(value, {id(call)})
-
-    def others_than(self, value: Value, known: Collection[int]) -> list[str]:
-        """Return who reads ``value`` besides the calls whose ids are given, each as a phrase for a sentence."""
-        others = [f"{c.name} in {c.module or 'the model'}" for c in self.readers(value) if id(c) not in known]
+    def other_readers(self, value: Value, known: Collection[Call]) -> list[str]:
+        """Return what reads ``value`` besides some calls, each as a phrase for a sentence."""
+        others = [f"{c.name} in {c.module or 'the model'}" for c in self.readers(value) if c not in known]
         if self.is_output(value):
             others.append("the caller of the model (it is an output)")
         return others + value.held_by

@@ -55,8 +55,8 @@ def norm_uses(model: Module, graph: Graph) -> list[NormUse]:
 
 def unreached_norms(model: Module, uses: list[NormUse]) -> list[str]:
     """Return the names of the model's norm modules that the pass did not run."""
-    reached = {id(use.owner) for use in uses}
-    return [name for name, module in named_norms(model).items() if id(module) not in reached]
+    reached = {use.owner for use in uses}
+    return [name for name, module in named_norms(model).items() if module not in reached]
 
 
 def alternative_to(model: Module, norm: Module, unreached: Iterable[str]) -> str | None:

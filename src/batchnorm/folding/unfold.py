@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
 from batchnorm.errors import StateError
@@ -19,9 +19,6 @@ from batchnorm.models.preconditions import require_module
 from batchnorm.models.snapshot import Structure
 from batchnorm.models.transaction import on_failure, transaction
 from batchnorm.nn.bordered import plain
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["unfold"]
 
@@ -101,28 +98,23 @@ def _tie(model: Module, tied: Mapping[str, str]) -> None:
 
 
 def _require_folded(model: Module, pairs: Pairs) -> None:
-    for name in pairs.norms:
-        if not _has(lambda name=name: model.get_submodule(name)):  # type: ignore[misc]
-            raise StateError(f"unfold: the model has no module {name}. Pass the one that was folded, or its like.")
-    places = {**{name: "convolution" for name in pairs.bordered if name not in pairs.norms},
-              **{qualified(holder, "activation"): "activation" for holder in pairs.moved.values()}}  # fmt: skip
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places = {**dict.fromkeys(pairs.bordered, "convolution"), **dict.fromkeys(pairs.norms, "module")}
+    places |= {qualified(holder, "activation"): "activation" for holder in pairs.moved.values()}
     for name, kind in places.items():
-        if not _has(lambda name=name: model.get_submodule(name)):  # type: ignore[misc]
+        if name not in modules:
             raise StateError(f"unfold: the model has no {kind} {name}. Pass the one that was folded, or its like.")
     for name, before in pairs.parameters.items():
-        if not _has(lambda name=name: find_tensor(model, name)):  # type: ignore[misc]
-            continue
-        now = find_tensor(model, name)
+        now = _find(model, name)
         if now is not None and before is not None and before.shape != now.shape:
             raise StateError(
                 f"unfold: expected {name} of shape {tuple(now.shape)}, which the model has; the pairs have it of "
                 f"{tuple(before.shape)}. Pass the pairs of this model's fold."
             )
     for name, known in pairs.digests.items():
-        if not _has(lambda name=name: find_tensor(model, name)):  # type: ignore[misc]
+        tensor = _find(model, name)
+        if tensor is None:
             raise StateError(f"unfold: the model has no parameter {name}. Pass the one that was folded, or its like.")
-        tensor = find_tensor(model, name)
-        assert tensor is not None
         if digest(tensor) != known:
             raise StateError(
                 f"unfold: {name} is not what folding made of it: it was trained, quantized or cast since, so that the "
@@ -130,11 +122,11 @@ def _require_folded(model: Module, pairs: Pairs) -> None:
             )
 
 
-def _has(get: Callable[[], Any]) -> bool:
+def _find(model: Module, name: str) -> Tensor | None:
     try:
-        return get() is not None
+        return find_tensor(model, name)
     except (AttributeError, KeyError):
-        return False
+        return None
 
 
 def _device_of(model: Module, pairs: Pairs) -> torch.device:

@@ -93,7 +93,7 @@ def _sites_after(graph: Graph, flow: Flow, layer: Call) -> Iterator[Placement]:
         chosen = activations or passing or sums
         if not chosen:
             return
-        others += graph.other_readers(value, chosen[0])
+        others += graph.other_readers(value, chosen[:1])
         if activations:
             break
         summed = summed or chosen is sums

@@ -65,7 +65,7 @@ def _spread(map_: Map, axis: int, size: int) -> Map:
 @backward("add", "sub")
 def add_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands:
     r"""Let a + α b become s(a + α b) + t: both are scaled, the first one is shifted."""
-    map_, first, other, alpha = wanted[0], call.args["self"], call.args["other"], _alpha(call)
+    map_, first, other, alpha = wanted[0], call.args["self"], call.args["other"], added_factor(call)
     if first is other:
         # a + α a is shifted by t where a is shifted by t / (1 + α)
         return [(first, Map(map_.scale, map_.shift / (1 + alpha)))]
@@ -84,7 +84,7 @@ def add_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands
 @forward("add", "sub")
 def add_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Sequence[Map]:
     r"""Return (s a + t) + α (s b + u) = s(a + α b) + t + α u: both have to be scaled alike."""
-    first, other, alpha = call.args["self"], call.args["other"], _alpha(call)
+    first, other, alpha = call.args["self"], call.args["other"], added_factor(call)
     constant = _constant(call, known)
     if constant is not None:
         value, added, factor = constant
@@ -102,14 +102,15 @@ def _aligned(map_: Map, call: Call) -> Map:
     return map_.each(lambda values: values.reshape([1] * (dim - values.dim()) + list(values.shape)))
 
 
-def _alpha(call: Call) -> float:
+def added_factor(call: Call) -> float:
+    """Return what a sum multiplies its second operand by."""
     alpha = float(call.args.get("alpha", 1))
     return -alpha if call.name.startswith("sub") else alpha
 
 
 def _constant(call: Call, known: Knowledge) -> tuple[Value, Any, float] | None:
     """Return the operand that varies, what is added to it, and its factor; None where both operands vary."""
-    first, other, alpha = call.args["self"], call.args["other"], _alpha(call)
+    first, other, alpha = call.args["self"], call.args["other"], added_factor(call)
     if (plain := number(other)) is not None:
         return first, alpha * plain, 1.0
     if isinstance(other, Value) and other.kind == "state":
@@ -128,7 +129,7 @@ def _constant(call: Call, known: Knowledge) -> tuple[Value, Any, float] | None:
 def mul_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands:
     """Let k x become s k x + t, by x becoming s x + t/k; where k is computed too, the first operand takes a scale."""
     map_ = wanted[0]
-    constant = _factor(call, known)
+    constant = varying_factor(call, known)
     if constant is not None:
         value, factor = constant
         if not map_.only_scales and not bool((torch.as_tensor(factor) != 0).all()):
@@ -146,7 +147,7 @@ def mul_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands
 @forward("mul", "div")
 def mul_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Sequence[Map]:
     """Return k(s x + t) = s(k x) + k t; where k is computed too, only a scale can cross."""
-    constant = _factor(call, known)
+    constant = varying_factor(call, known)
     if constant is not None:
         value, factor = constant
         map_ = _aligned(given[value], call)
@@ -161,13 +162,15 @@ def mul_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) -> Seq
     return [Map(scale, torch.zeros_like(scale))]
 
 
-def _factor(call: Call, known: Knowledge) -> tuple[Value, Any] | None:
+def varying_factor(call: Call, known: Knowledge) -> tuple[Value, Any] | None:
     """Return the operand that varies and what it is multiplied by; None where both operands vary."""
     first, other = call.args["self"], call.args["other"]
     divides = call.name.startswith("div")
     if divides and call.args.get("rounding_mode") is not None:
         raise Refusal(f"{call.name} rounds.")
     if (plain := number(other)) is not None:
+        if divides and plain == 0:
+            raise Refusal(f"{location(call)} divides by zero.")
         return first, 1 / plain if divides else plain
     if isinstance(other, Value) and other.kind == "state":
         factor = known.tensor(other)

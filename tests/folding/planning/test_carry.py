@@ -105,5 +105,5 @@ def test_what_nothing_absorbs_is_refused() -> None:
 
 
 def test_an_input_of_the_model_is_not_overwritten_once_the_norm_copies_it_no_more() -> None:
-    with pytest.raises(Refusal, match="would write into what is also read by"):
+    with pytest.raises(Refusal, match="mul_ would write into what the caller of the model, whose"):
         carried(lambda m, x: m.b(m.bn(x).mul_(2)), Split(None, SCALE))

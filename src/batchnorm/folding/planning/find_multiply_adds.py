@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch.nn import Identity, Module
@@ -25,6 +26,8 @@ from batchnorm.models.hooks import hooks_of
 from batchnorm.models.parameters import find_tensor
 
 __all__ = ["failing", "find_multiply_adds"]
+
+Item = TypeVar("Item")
 
 
 def find_multiply_adds(
@@ -98,11 +101,11 @@ def _run_of(graph: Graph, reader: Call) -> ModuleCall | None:
 def _with_activations_of_their_own(graph: Graph, found: Sequence[MultiplyAdd]) -> list[MultiplyAdd]:
     """Return the same, without activations that also run elsewhere: those go on running where they stand."""
     fused = [call for item in found if item.moved is not None for call in item.use.calls]
-    ends = {id(graph.only_reader(call.output)) for call in fused}
+    ends = {graph.only_reader(call.output) for call in fused}
 
     def elsewhere(name: str) -> bool:
         module = graph.runs_of(name)[0].module
-        return any(id(c) not in ends for run in graph.module_calls if run.module is module for c in run.calls)
+        return any(c not in ends for run in graph.module_calls if run.module is module for c in run.calls)
 
     return [
         item
@@ -112,7 +115,7 @@ def _with_activations_of_their_own(graph: Graph, found: Sequence[MultiplyAdd]) -
     ]
 
 
-def failing(items: Sequence[MultiplyAdd], fails: Callable[[Sequence[MultiplyAdd]], bool]) -> list[MultiplyAdd]:
+def failing(items: Sequence[Item], fails: Callable[[Sequence[Item]], bool]) -> list[Item]:
     """Return those with which something fails, found by halves; all of them if none of the halves alone fails."""
     if len(items) == 1:
         return list(items)

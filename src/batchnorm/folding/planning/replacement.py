@@ -94,26 +94,26 @@ def _parts(graph: Graph, run: ModuleCall, norm: Call, name: str) -> tuple[str | 
         _refuse_others(run, norm)
         raise Refusal("Its module does more than take one tensor and return it normalized.")
     parts: list[str | Module] = []
-    value, done = norm.output, {id(norm)}
+    value, done = norm.output, {norm}
     children = _children(graph, run, name)
     while run.outputs != (value,):
         child = next((c for c in children if c.plain and c.inputs == (value,) and len(c.outputs) == 1), None)
         if child is not None:
             parts.append(child.name.removeprefix(f"{name}."))
-            done |= {id(call) for call in child.calls}
+            done |= set(child.calls)
             children.remove(child)
             value = child.outputs[0]
             continue
-        call = next((c for c in run.calls if id(c) not in done and _is_activation_of(c, value)), None)
+        call = next((c for c in run.calls if c not in done and _is_activation_of(c, value)), None)
         if call is None:
             _refuse_others(run, norm)
             raise Refusal("Its module does more than take one tensor and return it normalized.")
         parts.append(_ACTIVATIONS[family(call)](call.args))
-        done.add(id(call))
+        done.add(call)
         value = call.output
     # submodules that hand on what they get come after the last operator, or between others
     parts += [c.name.removeprefix(f"{name}.") for c in children if c.calls == [] and c.inputs == c.outputs == (value,)]
-    if any(id(call) not in done for call in run.calls):
+    if not done.issuperset(run.calls):
         _refuse_others(run, norm)
     return tuple(parts)
 
@@ -128,8 +128,7 @@ def _children(graph: Graph, run: ModuleCall, name: str) -> list[ModuleCall]:
     ]
     if not named:
         return []
-    within = {id(call) for call in run.calls}
-    return [other for other in named if other is not run and all(id(call) in within for call in other.calls)]
+    return [other for other in named if other is not run and set(run.calls).issuperset(other.calls)]
 
 
 def _is_activation_of(call: Call, value: Value) -> bool:

@@ -30,21 +30,21 @@ def require_not_written_into(graph: Graph, use: NormUse, gone: Collection[Call])
     What is written into its output is written into its input then, and into what that is a view of.
 
     Raises:
-        Refusal: somebody else reads that.
+        Refusal: something else reads that.
     """
     for call in use.calls:
         writers = [c for value in _aliases(graph, call.output) for c in graph.readers(value) if c.writes_into(value)]
         if not writers:
             continue
         for value, reader in _same_memory(call, gone):
-            others = graph.others_than(value, {id(reader)})  # another call of the norm hands the same memory on
+            others = graph.other_readers(value, [reader])  # another call of the norm hands the same memory on
             if others or value.producer is None:
-                who = others[0] if others else "the caller of the model, whose input it is"
-                raise Refusal(f"{location(writers[0])} would write into what is also read by {who}.", calls=writers[:1])
+                other = others[0] if others else "the caller of the model, whose input it is,"
+                raise Refusal(f"{location(writers[0])} would write into what {other} also reads.", calls=writers[:1])
 
 
 def _same_memory(call: Call, gone: Collection[Call]) -> Iterator[tuple[Value, Call]]:
-    """Yield what a call reads, and what that may share its memory with, from call to call before it; who reads each."""
+    """Yield what a call reads and what that may share its memory with, back from call to call; each with its reader."""
     value = norm_input(call)
     yield value, call
     while (producer := value.producer) is not None and (producer in gone or _may_alias(producer)):

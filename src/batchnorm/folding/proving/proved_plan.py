@@ -14,7 +14,7 @@ from batchnorm.dataflow.run import as_float64, of_runs, run
 from batchnorm.dataflow.sizes import Runs
 from batchnorm.dataflow.threads import threads_for_float64
 from batchnorm.dataflow.trace import trace
-from batchnorm.errors import InputError, VerificationError
+from batchnorm.errors import InputError
 from batchnorm.folding.planning.find_multiply_adds import failing
 from batchnorm.folding.planning.make_plan import make_plan
 from batchnorm.folding.planning.multiply_add import MultiplyAdd
@@ -151,7 +151,7 @@ def _problems(
     rewrite(wide, plan, round_parameters(wide, plan.parameters))
     returned = _Returned(runs)
     try:
-        trace(wide, inputs, observer=proof.after, returned=returned)
+        trace(wide, inputs, observer=proof.compare, returned=returned)
     except InputError as error:
         reason = f"Without it the model stops: {error.__cause__}."
         return dict.fromkeys(_culprits(model, plan, runs.all, excluded), reason), None
@@ -160,7 +160,7 @@ def _problems(
 
 def _first_run(wide: Module, plan: FoldPlan, inputs: Any, runs: Runs) -> tuple[Proof, list[NamedTensor]]:
     proof, returned = Proof(plan), _Returned(runs)
-    trace(wide, inputs, observer=proof.before, returned=returned)
+    trace(wide, inputs, observer=proof.record, returned=returned)
     return proof, returned.tensors()
 
 
@@ -184,33 +184,20 @@ class _Returned:
 
 
 def _culprits(model: Module, plan: FoldPlan, example_inputs: Any, excluded: Mapping[str, str]) -> list[str]:
-    """Return what makes the model stop."""
-    if not plan.multiply_adds:
-        return _guilty_steps(model, plan, example_inputs, excluded)
+    """Return the norms without which the model stops, multiply-adds first."""
+    names = [step.name for step in plan.steps]
 
-    def stops(items: Sequence[MultiplyAdd]) -> bool:
+    def stops_without(going: Sequence[str]) -> bool:
+        stay = {**excluded, **{name: "" for name in names if name not in going}}
+        part = make_plan(model, plan.graph, replace(plan.options, fuse=False), stay)
+        return _stops(model, part, example_inputs)
+
+    def stops_with(items: Sequence[MultiplyAdd]) -> bool:
         return _stops(model, replace(plan, multiply_adds=tuple(items)), example_inputs)
 
-    return [item.name for item in failing(plan.multiply_adds, stops)]
-
-
-def _guilty_steps(model: Module, plan: FoldPlan, example_inputs: Any, excluded: Mapping[str, str]) -> list[str]:
-    """Return the norms without which the model raises, found by halves."""
-    names = [step.name for step in plan.steps]
-    if len(names) == 1:
-        return names
-    found: list[str] = []
-    for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-        stay = {**excluded, **{name: "" for name in names if name not in half}}
-        part = make_plan(model, plan.graph, replace(plan.options, fuse=False), stay)
-        if _stops(model, part, example_inputs):
-            found += _guilty_steps(model, part, example_inputs, stay)
-    if not found:
-        raise VerificationError(
-            "The folded model fails on the example inputs, though neither half of its norms alone makes it fail. It is "
-            "not returned; the original is unchanged."
-        )
-    return found
+    if plan.multiply_adds:
+        return [item.name for item in failing(plan.multiply_adds, stops_with)]
+    return failing(names, stops_without)
 
 
 def _stops(model: Module, plan: FoldPlan, example_inputs: Any) -> bool:

@@ -48,12 +48,12 @@ class _Kept:
 
     tensor: Tensor
     magnitude: float
-    step: Step | MultiplyAdd | None
+    norm: Step | MultiplyAdd
 
 
 @dataclass(eq=False)
 class Proof:
-    """Two runs of a model, the second one folded by a plan: :meth:`before` and :meth:`after` are their observers.
+    """Two runs of a model, the second one folded by a plan: :meth:`record` and :meth:`compare` are their observers.
 
     Attributes:
         plan: what was done between the runs.
@@ -62,9 +62,9 @@ class Proof:
     plan: FoldPlan
     # by the index of the call that returns it in the second run, and its place among the outputs
     _kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)
-    _place: int = 0
+    _position: int = 0
     _problems: dict[str, str] = field(default_factory=dict)
-    _lost: str = ""
+    _divergence: str = ""
 
     def __post_init__(self) -> None:
         gone = self.plan.gone
@@ -80,9 +80,9 @@ class Proof:
             for call in absorber.calls
         }
 
-    def _watch(self, gone: set[Call]) -> dict[int, tuple[tuple[int, int], Step | MultiplyAdd | None]]:
+    def _watch(self, gone: set[Call]) -> dict[int, tuple[tuple[int, int], Step | MultiplyAdd]]:
         """Return which calls' outputs are kept in the first run: for which output of the second, and whose they are."""
-        watched: dict[int, tuple[tuple[int, int], Step | MultiplyAdd | None]] = {}
+        watched: dict[int, tuple[tuple[int, int], Step | MultiplyAdd]] = {}
         for step in self.plan.steps:
             for call in step.use.calls:
                 value = call.args["input"]
@@ -105,7 +105,7 @@ class Proof:
                     watched[call.index] = ((call.index, 0), item)
         return watched
 
-    def before(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+    def record(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Look at one operator of the model as it is."""
         if call.index not in self._watched:
             return
@@ -116,36 +116,37 @@ class Proof:
             magnitude = max(scale_of(leaf) for leaf in [*read, tensor] if leaf.is_floating_point())
             self._kept[key] = _Kept(tensor.detach().clone(), magnitude, step)
 
-    def after(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+    def compare(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Look at one operator of the folded model."""
-        if self._lost:
+        if self._divergence:
             return
         if call.module in self.plan.parameters.borders and linear_operator_of(call) is None:
             return  # it pads
-        expected = self._calls[self._place] if self._place < len(self._calls) else None
+        expected = self._calls[self._position] if self._position < len(self._calls) else None
         if (
             expected is None
             or _kind(expected) != _kind(call)
             or (is_norm(call) and not _is_state(call, "running_mean"))
         ):
-            self._lose_at(call, expected)
+            self._diverge_at(call, expected)
             return
-        self._place += 1
+        self._position += 1
         step, absorber = self._absorbers.get(expected.index, (None, None))
         if step is not None and absorber is not None and not _is_state(call, "bias", absorber.bias_name):
             self._problems[step.name] = f"The forward of {absorber.name} does not use its parameter {absorber.bias!r}."
         for number, tensor in enumerate(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
             kept = self._kept.pop((expected.index, number), None)
             if kept is not None and not self._problems:
-                self._compare(call, kept, tensor)
+                self._require_same(call, kept, tensor)
 
-    def _compare(self, call: Call, kept: _Kept, tensor: Tensor) -> None:
+    def _require_same(self, call: Call, kept: _Kept, tensor: Tensor) -> None:
         error = _error(kept.tensor, tensor)
         if not error <= _bound(kept.tensor.dtype) * max(kept.magnitude, scale_of(tensor)):
-            name = "" if kept.step is None else kept.step.name
-            self._problems[name] = f"Folded, {location(call)} errs by {error:.3g}, more than float64 explains."
+            self._problems[kept.norm.name] = (
+                f"Folded, {location(call)} errs by {error:.3g}, more than float64 explains."
+            )
 
-    def _lose_at(self, call: Call, expected: Call | None) -> None:
+    def _diverge_at(self, call: Call, expected: Call | None) -> None:
         """Note that the model does something else than before."""
         end = len(self.plan.graph.calls) if expected is None else expected.index
         if is_norm(call):  # of a module that is registered no more
@@ -153,7 +154,7 @@ class Proof:
             last = max(steps, key=lambda step: max(c.index for c in step.use.calls if c.index < end), default=None)
             if last is not None:
                 self._problems[last.name] = "The model still calls the norm, by a reference of its own."
-        self._lost = f"Folded, the model takes another way at {location(call)}."
+        self._divergence = f"Folded, the model takes another way at {location(call)}."
 
     def problems(self) -> dict[str, str]:
         """Return the norms that must stay, with the reason: the first in the order of execution, or all if unknown.
@@ -162,10 +163,10 @@ class Proof:
         """
         if self._problems:
             return self._problems
-        if not self._lost and self._place < len(self._calls):
-            self._lost = "Folded, the model runs fewer operators than before."
+        if not self._divergence and self._position < len(self._calls):
+            self._divergence = "Folded, the model runs fewer operators than before."
         suspects = self.plan.multiply_adds or self.plan.steps
-        return dict.fromkeys((suspect.name for suspect in suspects), self._lost) if self._lost else {}
+        return dict.fromkeys((suspect.name for suspect in suspects), self._divergence) if self._divergence else {}
 
 
 def _kind(call: Call) -> str:
