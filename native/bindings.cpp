@@ -155,6 +155,9 @@ NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);  // plans are cached until the process ends
     m.doc() = "Native kernels of batch normalization; batchnorm.kernels.native is how they are called.";
 
+    // library.py asks for this number: another one wherever a name, an argument or a meaning in this file changes
+    m.attr("interface") = 1;
+
     m.def("isas", &available_isas, "The instruction sets that this build has and this machine runs, the best last.");
     m.def("isa", [] { return std::string(active_kernels().name); }, "The instruction set in use.");
     m.def("use_isa", &use_isa, "name"_a, "Use another instruction set, in all threads; False if it is not available.");

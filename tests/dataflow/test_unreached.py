@@ -1,12 +1,16 @@
 """Which code of a model no run reached, of that which depends on its inputs."""
 
 import sys
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
+import batchnorm
 from batchnorm.dataflow.unreached import Reached
+
+COLUMNS = pytest.mark.skipif(sys.version_info < (3, 11), reason="columns of instructions are not known")
 
 
 def told(model, *inputs):
@@ -118,7 +122,7 @@ def test_what_another_run_reached_is_reached():
     assert "x.sum() > 0" in told(net, *runs[:-1])
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="columns of instructions are not known")
+@COLUMNS
 def test_a_choice_within_a_line():
     class Choice(nn.Module):
         def forward(self, x, kind="a"):
@@ -175,3 +179,120 @@ def test_what_a_model_has_kept_for_its_device_is_no_way_that_inputs_take():
     assert "`rows not in self.by_rows`" in sentence
     assert "`(rows, device) not in self.by_device`" in sentence
     assert "key" not in sentence
+
+
+class Modes(nn.Module):
+    """Goes other ways in other modes; what only says or packs something there is none."""
+
+    def __init__(self, condition):
+        super().__init__()
+        self.condition, self.conv, self.bn = condition, nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return getattr(self, self.condition)(self.conv(x))
+
+    def grad(self, x):
+        if torch.is_grad_enabled():
+            return self.bn(x)
+        return self.bn(x) + x
+
+    def inference(self, x):
+        return x - 1 if torch.is_inference_mode_enabled() else self.bn(x)
+
+    def training_part(self, x):
+        if self.training:
+            x = self.conv(x)
+        return x
+
+    def scripting(self, x):
+        if not torch.jit.is_scripting():
+            return self.bn(x)
+        return x.clone()
+
+    def tracing(self, x):
+        if torch.jit.is_tracing():
+            x = x * 2
+        return x
+
+    def onnx(self, x):
+        if torch.onnx.is_in_onnx_export():
+            x = -x
+        return x
+
+    def compiling(self, x):
+        return self.bn(x) if not torch.compiler.is_compiling() else self.conv(x)
+
+    def device(self, x):
+        if next(self.parameters()).is_cuda:
+            x = self.bn(x)
+        return x
+
+    def dtype(self, x):
+        if self.conv.weight.dtype == torch.float16:
+            x = x.float()
+        return x
+
+    def training_value(self, x):
+        if self.training:
+            x = x * 2
+        return x
+
+    def says(self, x):
+        if torch.jit.is_scripting():
+            warnings.warn("scripted", stacklevel=1)
+            return Packed(x)
+        return x
+
+    def stops(self, x):
+        if torch.onnx.is_in_onnx_export():
+            raise NotImplementedError
+        return x
+
+    def setting(self, x):
+        if self.condition == "other" and torch.jit.is_scripting():
+            x = -x
+        return x
+
+
+class Packed(tuple):
+    pass
+
+
+M = torch.ones(2, 3, 4)
+
+
+@pytest.mark.parametrize(("condition", "asks"), [
+    ("grad", "torch.is_grad_enabled()"), ("training_part", "self.training"),
+    ("scripting", "not torch.jit.is_scripting()"),
+    ("tracing", "torch.jit.is_tracing()"), ("onnx", "torch.onnx.is_in_onnx_export()"),
+    ("device", "next(self.parameters()).is_cuda"), ("dtype", "self.conv.weight.dtype == torch.float16"),
+    pytest.param("inference", "torch.is_inference_mode_enabled()", marks=COLUMNS),
+    pytest.param("compiling", "not torch.compiler.is_compiling()", marks=COLUMNS),
+])  # fmt: skip
+def test_a_way_of_another_mode_is_named(condition, asks):
+    sentence = told(Modes(condition).eval(), (M,))
+    assert "The model's code goes other ways in another mode" in sentence
+    assert f"(`{asks}" in sentence
+    assert "examples=" not in sentence
+    (warning,) = batchnorm.fold(Modes(condition).eval(), M).warnings
+    assert f"(`{asks}" in warning
+
+
+@pytest.mark.parametrize("condition", ["training_value", "says", "stops", "setting"])
+def test_what_computes_nothing_in_another_mode_is_not(condition):
+    assert told(Modes(condition).eval(), (M,)) == ""
+
+
+def test_both_kinds_of_ways_have_a_sentence_each():
+    class Both(Modes):
+        def forward(self, x, flag=False):
+            if flag:
+                return x
+            return self.grad(x)
+
+    reached = Reached(model := Both("grad").eval())
+    with reached.watching():
+        model(M)
+    by_inputs, in_modes = reached.sentences()
+    assert "`flag`" in by_inputs
+    assert "is_grad_enabled" in in_modes

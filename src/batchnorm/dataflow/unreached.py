@@ -2,9 +2,11 @@
 
 While the model runs, the instructions of its own functions that are executed are noted: of those in its classes' files,
 not of torch or of this package. In the syntax tree, what has none of them was not reached, of a function that ran. Of
-that only is told what depends on the inputs: the condition that leads there reads an argument or a local variable.
-Conditions on the model's settings, on its mode or on tracing, and ways that only raise, are no ways that inputs take.
-A local variable that is bound once, to what is read from the model alone, is one of its settings.
+that only is told what depends on the inputs, where the condition that leads there reads an argument or a local
+variable, and what another mode takes: training, tracing and export, gradients, another device or type. Of the second
+kind only what computes something is told, of training only what reads a layer of the model. Conditions on the model's
+settings, and ways that only raise, are no ways that inputs take. A local variable that is bound once, to what is read
+from the model alone, is one of its settings.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import ast
 import copy
 import linecache
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn import Module
@@ -29,12 +32,19 @@ from batchnorm.nn.input_normalization import WithNormalizedInput
 
 __all__ = ["Reached"]
 
-_ROOTS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-_SETTINGS = {
-    *("training", "is_scripting", "is_tracing", "is_exporting", "is_compiling", "is_grad_enabled", "requires_grad"),
-    *("is_autocast_enabled", "is_torchdynamo_compiling", "_is_tracing"),
+_ROOTS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+"""Folders: torchvision's is none of torch's, though its name starts with that."""
+_TRAINING = "training"
+_MODES = {
+    *(_TRAINING, "is_scripting", "is_tracing", "_is_tracing", "is_exporting", "is_compiling", "is_in_onnx_export"),
+    *("is_torchdynamo_compiling", "is_dynamo_compiling", "is_autocast_enabled", "is_autocast_cpu_enabled"),
+    *("is_grad_enabled", "is_inference_mode_enabled", "is_inference", "requires_grad"),
 }
+_OF_TENSORS = {"device", "dtype", "is_cuda", "is_mps", "is_xpu", "is_cpu", "is_meta", "get_device", "is_available"}
+"""What is asked of the model's own parameters: of an argument it is the argument that decides."""
+_SAYS_ONLY = {"warnings", "warn", "print", "logging", "logger", "log", "_log_api_usage_once"}
 _MOST_NAMED = 4
+_Position: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 
 
 _parsing = threading.Lock()
@@ -55,6 +65,8 @@ class Reached:
         files = {code.co_filename for kind in classes if (code := _forward_of(kind)) is not None}
         self._files = {file for file in files if not file.startswith(_ROOTS) and not file.startswith("<")}
         self._root = _forward_of(type(model))
+        named = (model.named_modules(), model.named_parameters())
+        self._parts = {name.rpartition(".")[2] for names in named for name, _ in names}
         self._ran: dict[CodeType, set[int]] = {}
 
     def another(self) -> Reached:
@@ -99,19 +111,24 @@ class Reached:
         return note
 
     def sentences(self) -> list[str]:
-        """Return, as at most one sentence, which code was not reached."""
+        """Return, as at most two sentences, which code was not reached: by these inputs, and in this mode."""
         places = [place for file in sorted(self._files) for place in self._unreached_in(file)]
-        if not places:
-            return []
-        told = "; ".join(places[:_MOST_NAMED]) + (
-            f"; and {len(places) - _MOST_NAMED} more" * (len(places) > _MOST_NAMED)
-        )
-        return [
-            f"No run took these ways through the model's code, so that nothing is known of them: {told}. Inputs that "
-            "take them can be given as examples=[...]."
-        ]
+        by_inputs, in_modes = (_listed([told for told, mode in places if mode is of]) for of in (False, True))
+        sentences = []
+        if by_inputs:
+            sentences.append(
+                f"No run took these ways through the model's code, so that nothing is known of them: {by_inputs}. "
+                "Inputs that take them can be given as examples=[...]."
+            )
+        if in_modes:
+            sentences.append(
+                "The model's code goes other ways in another mode (training, tracing or export, gradients, another "
+                f"device or type), of which nothing is known: {in_modes}. What was found holds in the mode in which "
+                "it ran."
+            )
+        return sentences
 
-    def _unreached_in(self, file: str) -> Iterator[str]:
+    def _unreached_in(self, file: str) -> Iterator[tuple[str, bool]]:
         codes = [code for code in self._ran if code.co_filename == file]
         lines = linecache.getlines(file)
         if not codes or not lines:
@@ -126,9 +143,15 @@ class Reached:
             code = next((c for c in codes if _is_code_of(node, c)), None)
             if code is None or not isinstance(node, ast.FunctionDef):
                 continue
-            found = _Function(node, code, ran, is_root=code is self._root)
+            found = _Function(node, code, ran, self._parts, is_root=code is self._root)
             for way in found.unreached(node.body, None):
-                yield f"{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}, {way.told(file)}"
+                name = code.co_qualname if hasattr(code, "co_qualname") else code.co_name
+                yield f"{name}, {way.told(file)}", way.of_mode
+
+
+def _listed(places: Sequence[str]) -> str:
+    more = f"; and {len(places) - _MOST_NAMED} more" * (len(places) > _MOST_NAMED)
+    return "; ".join(places[:_MOST_NAMED]) + more
 
 
 def _forward_of(kind: type) -> CodeType | None:
@@ -144,25 +167,27 @@ def _is_code_of(node: ast.AST, code: CodeType) -> bool:
     return code.co_firstlineno == min([node.lineno, *(d.lineno for d in node.decorator_list)])
 
 
-def _positions(code: CodeType, offsets: set[int]) -> Iterator[tuple[int, int]]:
-    """Yield line and column of instructions; the first column of a line where columns are not known (Python 3.10)."""
+def _positions(code: CodeType, offsets: set[int]) -> Iterator[_Position]:
+    """Yield where instructions start and end, line and column; -1 where columns are not known (Python 3.10)."""
     if sys.version_info >= (3, 11):
-        for number, (line, _, column, _) in enumerate(code.co_positions()):
+        for number, (line, last, column, end) in enumerate(code.co_positions()):
             if 2 * number in offsets and line is not None:
-                yield line, -1 if column is None else column
+                known = column is not None and last is not None and end is not None
+                yield ((line, column or 0), (last or 0, end or 0)) if known else ((line, -1), (line, -1))
     else:
         for start, end, line in code.co_lines():
             if line is not None and any(offset in offsets for offset in range(start, end, 2)):
-                yield line, -1
+                yield (line, -1), (line, -1)
 
 
 @dataclass(frozen=True)
 class _Way:
-    """Code that was not reached, and the condition that leads there."""
+    """Code that was not reached, the condition that leads there, and whether that asks for the mode."""
 
     first: ast.stmt | ast.expr
     last: ast.stmt | ast.expr
     condition: ast.expr
+    of_mode: bool
 
     def told(self, file: str) -> str:
         """Return where it is, and what it depends on."""
@@ -175,8 +200,11 @@ class _Way:
 class _Function:
     """A function that ran, with what of it did."""
 
-    def __init__(self, node: ast.FunctionDef, code: CodeType, ran: set[tuple[int, int]], *, is_root: bool) -> None:
+    def __init__(
+        self, node: ast.FunctionDef, code: CodeType, ran: set[_Position], parts: set[str], *, is_root: bool
+    ) -> None:
         self._ran = ran
+        self._parts = parts
         self._is_root = is_root
         args = node.args
         positional = [*args.posonlyargs, *args.args]
@@ -193,7 +221,10 @@ class _Function:
 
     def _reached(self, node: ast.stmt | ast.expr) -> bool:
         start, end = (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
-        return any(start <= at < end if at[1] >= 0 else start[0] <= at[0] <= end[0] for at in self._ran)
+        # as a whole: what chooses between two expressions starts where the first of them does
+        return any(
+            start <= at and until <= end if at[1] >= 0 else start[0] <= at[0] <= end[0] for at, until in self._ran
+        )
 
     def unreached(self, block: Sequence[ast.stmt], condition: ast.expr | None) -> Iterator[_Way]:
         """Yield what was not reached of a block that was, or that ``condition`` leads to."""
@@ -201,8 +232,8 @@ class _Function:
         block = [statement for statement in block if not _says_nothing(statement)]
         for number, statement in enumerate(block):
             if not self._reached(statement):
-                if before is not None and self._depends_on_inputs(before) and not _only_stops(block[number:]):
-                    yield _Way(statement, block[-1], before)
+                if before is not None and not _only_stops(block[number:]):
+                    yield from self._way(block[number:], before)
                 return
             yield from self._within(statement)
             before = statement.test if isinstance(statement, ast.If) else before if number == 0 else None
@@ -226,13 +257,29 @@ class _Function:
         if sys.version_info < (3, 11):
             return
         for choice in _choices(statement):
-            if self._reached(choice.test) and self._depends_on_inputs(choice.test):
-                yield from (_Way(e, e, choice.test) for e in (choice.body, choice.orelse) if not self._reached(e))
+            if self._reached(choice.test):
+                for way in (choice.body, choice.orelse):
+                    if not self._reached(way):
+                        yield from self._way([way], choice.test)
+
+    def _way(self, nodes: Sequence[ast.stmt] | Sequence[ast.expr], condition: ast.expr) -> Iterator[_Way]:
+        """Yield code that was not reached, if inputs, or a mode in which it matters, lead there."""
+        asked = [node for node in ast.walk(condition) if isinstance(node, ast.expr) and self._reached(node)]
+        modes = {name for node in asked if (name := _name_of(node)) in _MODES}
+        if not modes and self._depends_on_inputs(condition):
+            yield _Way(nodes[0], nodes[-1], condition, of_mode=False)
+            return
+        if not modes:
+            modes = {name for node in asked if (name := _name_of(node)) in _OF_TENSORS}
+        read = {node.attr for part in nodes for node in ast.walk(part) if isinstance(node, ast.Attribute)}
+        matters = bool(read & self._parts) if modes <= {_TRAINING} else any(map(_computes, nodes))
+        if modes and matters:
+            yield _Way(nodes[0], nodes[-1], condition, of_mode=True)
 
     def _depends_on_inputs(self, condition: ast.expr) -> bool:
         """Whether what was looked at to decide is an argument or a local variable, and nothing else decided."""
         names = [node for node in ast.walk(condition) if isinstance(node, ast.Name | ast.Attribute)]
-        if any((n.id if isinstance(n, ast.Name) else n.attr) in _SETTINGS for n in names):
+        if any(_name_of(node) in _MODES for node in names):
             return False
         if not self._is_root and any(isinstance(n, ast.Name) and n.id in ("isinstance", "hasattr") for n in names):
             return False
@@ -280,6 +327,24 @@ def _choices(statement: ast.stmt) -> Iterator[ast.IfExp]:
             yield node
         if not isinstance(node, ast.Lambda):
             waiting += list(ast.iter_child_nodes(node))
+
+
+def _name_of(node: ast.AST) -> str | None:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+
+
+def _computes(node: ast.AST) -> bool:
+    """Whether something new comes of it: not what only says something, or packs what there is into an object."""
+    if isinstance(node, ast.BinOp | ast.UnaryOp | ast.AugAssign):
+        return True
+    if isinstance(node, ast.Call):
+        names = [name for inner in ast.walk(node.func) if (name := _name_of(inner)) is not None]
+        packs = isinstance(node.func, ast.Name) and node.func.id[:1].isupper()
+        if _SAYS_ONLY & set(names):
+            return False
+        if not packs:
+            return True
+    return any(_computes(child) for child in ast.iter_child_nodes(node))
 
 
 def _says_nothing(statement: ast.stmt) -> bool:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch
 from batchnorm.errors import UnknownNameError
 from batchnorm.kernels.native import calls
 from batchnorm.kernels.native.library import (
+    INTERFACE,
     _address_of_parallel_for,
     available_isas,
     isa,
@@ -19,6 +23,8 @@ from batchnorm.kernels.native.library import (
 )
 
 native = pytest.mark.skipif(missing is not None, reason=str(missing))
+
+DIGEST = "54081adc081a1105"
 
 
 def run(code, **environment):
@@ -99,6 +105,45 @@ print(missing)
     assert status == 0, errors
     assert output.startswith("the package was installed without native kernels") or "does not load" in output
     assert "pip install" in output or "does not load" in output
+
+
+STALE = """
+import sys, types
+{}
+sys.modules["batchnorm._native"] = stale
+import torch
+from batchnorm.kernels.native import available_isas, missing
+from batchnorm.functional import active_backend, backends, batch_norm
+x = torch.randn(64, 16, 100)
+batch_norm(x, None, None, training=True, activation="relu", residual=x)
+layer = torch.nn.BatchNorm1d(16)
+import batchnorm
+batchnorm.convert(torch.nn.Sequential(layer)).model(x).sum().backward()
+assert available_isas() == () and "native" not in backends() and active_backend(x) == "torch"
+print(missing)
+"""
+
+
+@pytest.mark.parametrize(("build", "got"), [
+    ("stale = types.ModuleType('_native')", "None"),
+    ("import batchnorm._native as stale; stale.interface = 0", "0"),
+    ("import batchnorm._native as stale; stale.interface = '1'", "1"),
+], ids=["of before there were numbers", "another number", "no number"])  # fmt: skip
+def test_kernels_of_another_version_are_not_called_and_it_says_why(build, got):
+    if "import batchnorm" in build and missing is not None:
+        pytest.skip(missing)
+    status, output, errors = run(STALE.format(build))
+    assert status == 0, errors
+    assert f"of another version: expected interface {INTERFACE}; got {got}. Rebuild them: pip install" in output
+
+
+def test_the_number_is_another_one_where_the_interface_is():
+    """Fails where names or arguments in ``native/bindings.cpp`` have changed: count up there and in ``library.py``."""
+    text = (Path(__file__).parents[3] / "native" / "bindings.cpp").read_text(encoding="utf-8")
+    names = re.findall(r'"\w+"_a|def\(\s*"\w+"|at<\w+>|\bint\w*_t \w+|\b(?:double|int|View|Parameters) \w+', text)
+    digest = hashlib.sha256(" ".join(" ".join(name.split()) for name in names).encode()).hexdigest()[:16]
+    assert (digest, INTERFACE) == (DIGEST, 1)
+    assert f'm.attr("interface") = {INTERFACE};' in text
 
 
 @native

@@ -20,6 +20,9 @@ from batchnorm.errors import StateError, UnknownNameError, closest
 
 __all__ = ["available_isas", "isa", "library", "missing", "use_isa"]
 
+INTERFACE = 1
+"""What ``native/bindings.cpp`` says of itself: files from two versions do not call each other."""
+
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
@@ -31,6 +34,12 @@ def _load() -> tuple[ModuleType | None, str | None]:
         )
     except ImportError as error:
         return None, f"the native kernels do not load: {error}"
+    built = getattr(native, "interface", None)
+    if built != INTERFACE:
+        return None, (
+            f"the compiled kernels are of another version: expected interface {INTERFACE}; got {built}. Rebuild them: "
+            "pip install --force-reinstall --no-deps batchnorm, or in a checkout: pip install --no-deps --editable ."
+        )
     native.set_parallel_for(_address_of_parallel_for())
     wanted = os.environ.get("BATCHNORM_ISA")
     if wanted and not native.use_isa(wanted):
