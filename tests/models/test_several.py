@@ -1,5 +1,6 @@
 """Several runs in one dataflow: they share the model's state, and begin with the model as it is."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -48,3 +49,14 @@ def test_each_run_begins_with_the_buffers_as_they_are():
 def test_outputs_of_several_runs_say_of_which_they_are():
     outputs = run(nn.Identity(), several(torch.ones(2), torch.zeros(3)))
     assert [(o.where, o.tensor.shape[0]) for o in outputs] == [("", 2), (" on run 1", 3)]
+
+
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA is loaded")
+def test_seeds_of_runs_are_not_noted_for_a_device_that_is_loaded_later(monkeypatch: pytest.MonkeyPatch):
+    noted = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", noted.append)
+    torch.manual_seed(3)
+    assert noted == [3]
+    graph = trace(nn.Dropout(0.5), several(torch.ones(2), torch.ones(3), torch.ones(4)))
+    assert len(graph.calls) == 3
+    assert noted == [3]

@@ -37,8 +37,15 @@ def draw_for(number: int) -> None:
 
     Run 0, on the example inputs, draws what it would have drawn anyway. Whoever calls this puts the generators back.
     """
-    if number:
-        torch.manual_seed(number)
+    if not number:
+        return
+    torch.default_generator.manual_seed(number)
+    # torch.manual_seed would note the seed for a CUDA that is loaded later on, where nobody puts it back
+    for device in (torch.cuda, torch.xpu):
+        if device.is_initialized():
+            device.manual_seed_all(number)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(number)
 
 
 def each(example_inputs: Any) -> tuple[Any, ...]:

@@ -180,7 +180,7 @@ def untouched(model: Module) -> Iterator[None]:
     """Leave the model and the random generators as they were, whatever the body does, however it ends."""
     snapshot = Snapshot(model)
     on_failure(snapshot.restore)
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # all that draw_for seeds
     with torch.random.fork_rng(devices=devices):
         try:
             yield

@@ -128,8 +128,9 @@ def _nudged(tensors: Sequence[Tensor], generator: torch.Generator) -> Iterator[N
         try:
             for tensor in tensors:
                 # a pattern that is repeated is random enough, and drawn a thousand times sooner
-                pattern = torch.randint(-1, 2, (_PATTERN,), generator=generator)
-                repeats = -(-tensor.numel() // _PATTERN)
+                length = max(1, min(_PATTERN, tensor.numel()))
+                pattern = torch.randint(-1, 2, (length,), generator=generator)
+                repeats = -(-tensor.numel() // length)
                 wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
                 factors = 1 + pattern.to(tensor.device, wide) * spacing(tensor)
                 factors = factors.repeat(repeats)[: tensor.numel()].reshape(tensor.shape)
