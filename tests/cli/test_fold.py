@@ -301,3 +301,62 @@ def test_fuse_makes_multiply_adds_of_what_is_left(command: Callable[..., Any], h
     became = json.loads(command(*words, "--fuse").out)["left"][0]["becomes"]
     assert became.startswith("one multiply-add per channel")
     assert json.loads(command(*words, "--fuse", "--measure").out)["measured"]["rounds"] >= 7
+
+
+WAYS = """
+import torch
+from torch import nn
+
+
+class Ways(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x, raw=False):
+        y = self.conv(x)
+        if raw:
+            return y
+        return self.bn(y)
+
+
+def build():
+    model = Ways()
+    model.bn.running_var.fill_(2.0)
+    return model
+
+
+def raw():
+    return [{"x": torch.ones(1, 3, 8, 8), "raw": True}]
+"""
+
+
+def test_further_examples_are_those_of_python(command: Callable[..., Any], here: Path) -> None:
+    """With the other way known, the norm is left: the convolution's output is an output there."""
+    (here / "ways.py").write_text(WAYS)
+    common = ("fold", "-m", "ways:build", "-i", "2,3,8,8", "--json")
+    alone = json.loads(command(*common).out)
+    both = json.loads(command(*common, "--example", "ways:raw", "-e", "1,3,5,7").out)
+    model = load_model("ways:build").eval()
+    first, raw = torch.randn(2, 3, 8, 8), {"x": torch.ones(1, 3, 8, 8), "raw": True}
+    python = fold(model, first, examples=[raw, torch.randn(1, 3, 5, 7)]).to_dict()
+    assert len(alone["folded"]) == 1
+    assert any("raw" in warning for warning in alone["warnings"])
+    assert both["left"] == python["left"]
+    assert both["folded"] == python["folded"] == []
+    assert both["sizes"] == python["sizes"]
+    assert both["warnings"] == python["warnings"]
+
+
+@pytest.mark.parametrize(("source", "said"), [
+    ("none.npz", "--example none.npz: "), ("ways:no_such", "--example ways:no_such: "),
+    ("1,3,8,8:int9", "--example 1,3,8,8:int9: no dtype"),
+    ("0,3,8,8", "--example 0,3,8,8: every size must be 1 or more."),
+    ("1,4,8,8", "examples[0]"),
+])  # fmt: skip
+def test_an_example_that_cannot_be_used_is_named(
+    command: Callable[..., Any], here: Path, source: str, said: str
+) -> None:
+    (here / "ways.py").write_text(WAYS)
+    done = command("fold", "-m", "ways:build", "-i", "2,3,8,8", "-e", source)
+    assert said in done.sentence

@@ -28,3 +28,9 @@ def test_a_norm_in_half_precision_inside_a_float_model_is_named(verb, dtype):
 def test_nothing_is_said_of_norms_that_are_not_to_blame():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     assert str(example_error(net, ValueError("no"))) == "Sequential fails on the example inputs: ValueError: no"
+
+
+def test_the_example_that_fails_is_named():
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(InputError, match=r"Sequential fails on examples\[1\]: RuntimeError"):
+        batchnorm.fold(net, x, examples=[x, x[:, :2]])

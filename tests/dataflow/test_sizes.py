@@ -99,7 +99,7 @@ def test_where_numbers_are_read_more_values_are_tried():
 
 
 def test_inputs_that_were_given_have_to_run():
-    with pytest.raises(InputError, match="fails on the example inputs"):
+    with pytest.raises(InputError, match="fails on "):
         runs(CONVOLUTIONS, torch.randn(2, 3, 8, 8), torch.randn(2, 5, 8, 8))
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from batchnorm.dataflow.run import as_float64, run
 from batchnorm.dataflow.trace import trace
-from batchnorm.models.several import Several, each, first
+from batchnorm.models.several import EXAMPLE, Several, each, first, labelled
 
 
 def several(*inputs):
@@ -60,3 +60,8 @@ def test_seeds_of_runs_are_not_noted_for_a_device_that_is_loaded_later(monkeypat
     graph = trace(nn.Dropout(0.5), several(torch.ones(2), torch.ones(3), torch.ones(4)))
     assert len(graph.calls) == 3
     assert noted == [3]
+
+
+def test_each_of_the_inputs_has_a_label():
+    assert labelled(3) == ((3, EXAMPLE),)
+    assert labelled(Several((1, 2), (EXAMPLE, "examples[0]"))) == ((1, EXAMPLE), (2, "examples[0]"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchnorm.cli.options import (
+    DATA,
     OUTPUT,
     BatchSize,
     Data,
@@ -36,6 +37,7 @@ EPILOG = examples(
     "batchnorm fold -m net:build -w net.pt -i 8,3,32,32 -o folded.safetensors",
     "batchnorm fold -m net:build -w net.pt -d images.npz -o folded.pt2",
     "batchnorm fold -m net.pt2 -o folded.pt2",
+    "batchnorm fold -m net:build -i 8,3,32,32 -e 1,3,64,48 -e net:mapped",
     "batchnorm fold -m net:build -i 8,3,32,32 -o f.pt --pairs p.safetensors",
     "batchnorm fold -m net:build -d images.npz --input-mean 120 --input-std 60",
 )
@@ -48,6 +50,17 @@ def fold(
     inputs: Inputs = None,
     data: Data = None,
     batch_size: BatchSize = 64,
+    example: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--example",
+            "-e",
+            metavar="SOURCE",
+            rich_help_panel=DATA,
+            help="Fold only what holds on these inputs, too: a shape, 1,3,64,64; a file .npz; or MODULE:NAME, of which "
+            "the first batch may be a dict of keyword arguments. Repeat it for several.",
+        ),
+    ] = None,
     keep_range: Annotated[
         bool,
         typer.Option(
@@ -153,7 +166,7 @@ def fold(
     check_destinations(pairs, None, (".safetensors",), option="--pairs")
     check_apart({"--output": output, "--pairs": pairs, "--html": html}, {"--weights": weights})
     with only_result_on_stdout():
-        from batchnorm.cli.load import load_example, load_model, load_program
+        from batchnorm.cli.load import load_example, load_examples, load_model, load_program
         from batchnorm.cli.load.numbers import read_numbers
         from batchnorm.cli.save import save_model
 
@@ -171,14 +184,15 @@ def fold(
         else:
             network = load_model(model, weights, seed=seed).eval()
         has_own = model.endswith(".pt2") and not inputs and data is None
-        example = None if has_own else load_example(network, inputs, data, batch_size=batch_size, seed=seed)
-        result = _run(network, example, options)
+        first = None if has_own else load_example(network, inputs, data, batch_size=batch_size, seed=seed)
+        options["examples"] = load_examples(network, example, batch_size=batch_size, seed=seed)
+        result = _run(network, first, options)
         if measure and result.changed:
-            result = result.measure(example)
+            result = result.measure(first)
         with writing(weights, model) as files:
             files.write("--html", html, result.to_html)
             files.write("--pairs", None if result.pairs is None else pairs, result.save_pairs)
-            save_model(result.model, output, example, files)
+            save_model(result.model, output, first, files)
         _tell(result, model, output, pairs)
     beside = None if pairs is None or result.pairs is None else str(pairs)
     publish(result, json_=json_, verbose=verbose, html=html, output=output, pairs=beside)

@@ -29,7 +29,7 @@ from batchnorm.errors import InputError, StateError
 from batchnorm.models.copying import copy_model
 from batchnorm.models.kept import Kept
 from batchnorm.models.random_inputs import random_like
-from batchnorm.models.several import Several
+from batchnorm.models.several import EXAMPLE, Several
 
 __all__ = ["Accepts", "Runs", "find_runs", "runs_of"]
 
@@ -113,7 +113,7 @@ def runs_of(verb: str, model: Module, example_inputs: Any) -> Several:
     Raises:
         InputError: the model fails on the example inputs.
     """
-    given = Several((example_inputs,), ("the example inputs",))
+    given = Several((example_inputs,), (EXAMPLE,))
     trace(model, example_inputs)
     try:
         return find_runs(lambda: copy_model(verb, model, ""), given).all

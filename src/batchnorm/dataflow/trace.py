@@ -33,7 +33,7 @@ from batchnorm.dataflow.graph import Call, Graph, ModuleCall, Value
 from batchnorm.errors import BatchNormError
 from batchnorm.functional.validation import HALF
 from batchnorm.models.calling import below_autograd, call_on_example, fresh_inputs
-from batchnorm.models.several import draw_for, each
+from batchnorm.models.several import draw_for, labelled
 from batchnorm.models.snapshot import untouched
 from batchnorm.models.transaction import on_failure
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -70,10 +70,10 @@ def trace(
         InputError: the model fails on the inputs.
     """
     tracer = _Tracer(model, observer)
-    for number, inputs in enumerate(each(example_inputs)):
+    for number, (inputs, label) in enumerate(labelled(example_inputs)):
         with untouched(model):
             draw_for(number)
-            outputs = tracer.follow(model, fresh_inputs(inputs))
+            outputs = tracer.follow(model, fresh_inputs(inputs), label)
             if returned is not None:
                 returned(outputs)
             del outputs  # what is held when the next run is over was kept by the model
@@ -109,7 +109,7 @@ class _Tracer(OperatorMode):
             for tensor, names in state.values()
         ]
 
-    def follow(self, model: Module, inputs: Any) -> Any:
+    def follow(self, model: Module, inputs: Any, label: str) -> Any:
         """Run the model, record what it does behind what it did in the runs before, and return what it returned."""
         self._run += 1
         self._running.clear()
@@ -122,7 +122,7 @@ class _Tracer(OperatorMode):
         except BatchNormError:
             raise
         except Exception as error:
-            raise example_error(model, error) from error
+            raise example_error(model, error, label) from error
         returned = tuple(self.value_of(leaf) for leaf in _tensors_in(outputs))
         self.outputs += returned
         self.mark_kept(returned, collect)

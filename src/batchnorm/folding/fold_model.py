@@ -30,7 +30,7 @@ from batchnorm.folding.report.sentences import describe_folded
 from batchnorm.folding.writing.record import Pairs
 from batchnorm.folding.writing.rewrite import replace_modules, rewrite
 from batchnorm.models.parameters import find_tensor, qualified
-from batchnorm.models.several import Several
+from batchnorm.models.several import EXAMPLE, Several
 from batchnorm.models.snapshot import Structure, restored_if_raised
 from batchnorm.nn.input_normalization import WithNormalizedInput
 from batchnorm.verification.end_to_end import Agreement, ReferenceOutputs, spacing, verify, verify_float64
@@ -68,7 +68,7 @@ def fold_model(
         InputError, StateError, VerificationError: as that says.
     """
     with torch.inference_mode(False):
-        labels = ("the example inputs", *(f"examples[{number}]" for number in range(len(examples))))
+        labels = (EXAMPLE, *(f"examples[{number}]" for number in range(len(examples))))
         runs = find_runs(lambda: trial_copy(model), Several((example_inputs, *examples), labels), accepts)
         work = runs.model
         if work is None:

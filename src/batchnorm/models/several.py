@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Several", "draw_for", "each", "first"]
+__all__ = ["EXAMPLE", "Several", "draw_for", "each", "first", "labelled"]
+
+EXAMPLE = "the example inputs"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,12 @@ def draw_for(number: int) -> None:
 def each(example_inputs: Any) -> tuple[Any, ...]:
     """Return the inputs of each run: those of several, or the only ones."""
     return example_inputs.inputs if isinstance(example_inputs, Several) else (example_inputs,)
+
+
+def labelled(example_inputs: Any) -> tuple[tuple[Any, str], ...]:
+    """Return the inputs of each run, each with what a sentence calls it."""
+    labels = example_inputs.labels if isinstance(example_inputs, Several) else (EXAMPLE,)
+    return tuple(zip(each(example_inputs), labels, strict=True))
 
 
 def first(example_inputs: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from batchnorm.cli.errors import CommandError
-from batchnorm.cli.load import load_example
+from batchnorm.cli.load import load_example, load_examples
 
 MODEL = nn.Linear(3, 3)
 
@@ -83,3 +83,13 @@ def test_a_loader_that_raises_at_once_is_told(here: Path) -> None:
     (here / "loaders.py").write_text("def bad():\n    raise OSError('disk on fire')\n    yield\n")
     with pytest.raises(CommandError, match="the loader raised OSError: disk on fire before its first batch"):
         load_example(MODEL, None, "loaders:bad")
+
+
+def test_further_examples_are_shapes_or_first_batches(here: Path) -> None:
+    sources = ["2,3;4,5:int64", "2,3", "images.npz", "net:mapped"]
+    pair, one, images, mapped = load_examples(MODEL, sources, batch_size=8)
+    assert [tuple(t.shape) for t in pair] == [(2, 3), (4, 5)]
+    assert not torch.equal(pair[0], one[0])
+    assert images[0].shape == (8, 3, 32, 32)
+    assert isinstance(mapped, dict)
+    assert load_examples(MODEL, None) == []

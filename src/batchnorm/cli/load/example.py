@@ -1,4 +1,4 @@
-"""``--input`` and ``--data``: what the model is run on once."""
+"""``--input``, ``--data`` and ``--example``: what the model is run on once, and what else it is run on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from batchnorm.cli.load.batches import device_of, dtype_of, load_batches
 from batchnorm.errors import closest
 from batchnorm.report.provenance import source
 
-__all__ = ["load_example", "random_input"]
+__all__ = ["load_example", "load_examples", "random_input"]
+
+_SHAPE = r"\s*\d+(\s*[,x×]\s*\d+)*\s*"
 
 _DTYPES = {
     name: getattr(torch, name)
@@ -49,6 +51,33 @@ def load_example(
     return _arguments(data, _first_batch(data, load_batches(data, model, batch_size=batch_size)))
 
 
+def load_examples(
+    model: Module, sources: Sequence[str] | None, *, batch_size: int = 64, seed: int = 0
+) -> list[tuple[Any, ...] | dict[str, Any]]:
+    """Return further arguments to call ``model`` with, one set for each source.
+
+    Args:
+        model: whose floating dtype and device the random inputs take.
+        sources: shapes as of ``--input``, with a semicolon between those of several arguments; or where a first batch
+            is taken from, as ``--data`` says.
+        batch_size: samples in a batch cut from a file.
+        seed: of the random inputs; each source has another.
+
+    Raises:
+        CommandError: one cannot be used.
+    """
+    found = []
+    for number, one in enumerate(sources or (), start=1):
+        shapes = one.split(";")
+        are_shapes = all(re.fullmatch(f"{_SHAPE}(:.*)?", shape) for shape in shapes)
+        given: tuple[Any, Any] = (shapes, None) if are_shapes else (None, one)
+        try:
+            found.append(load_example(model, *given, batch_size=batch_size, seed=seed + number))
+        except CommandError as error:
+            raise CommandError(re.sub("^--(input|data) ", "--example ", str(error))) from error
+    return found
+
+
 def random_input(spec: str, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Return a random tensor of a shape, standard normal; zeros and ones for an integer dtype.
 
@@ -56,7 +85,7 @@ def random_input(spec: str, dtype: torch.dtype, generator: torch.Generator) -> T
     torch.Size([2, 3])
     """
     shape, colon, named = spec.partition(":")
-    if not re.fullmatch(r"\s*\d+(\s*[,x×]\s*\d+)*\s*", shape):
+    if not re.fullmatch(_SHAPE, shape):
         raise CommandError(f"--input {spec}: expected sizes between commas, such as 8,3,224,224.")
     sizes = [int(size) for size in re.split("[,x×]", shape)]
     if 0 in sizes:
