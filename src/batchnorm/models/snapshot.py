@@ -17,6 +17,7 @@ from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from batchnorm.files.tensor_memory import bytes_of, without_repeats
+from batchnorm.models.random_state import generators_kept
 from batchnorm.models.transaction import on_failure
 
 __all__ = ["Snapshot", "Structure", "Values", "on_snapshot", "restored_if_raised", "set_eval", "untouched", "write"]
@@ -181,7 +182,7 @@ def untouched(model: Module) -> Iterator[None]:
     snapshot = Snapshot(model)
     on_failure(snapshot.restore)
     devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # all that draw_for seeds
-    with torch.random.fork_rng(devices=devices):
+    with generators_kept(devices):
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,34 @@ def test_the_folder_that_is_named_is_the_users(tmp_path: Path) -> None:
     with pytest.raises(BatchError) as caught:
         recalibrate(network(), images(4), cache=tmp_path / "missing")
     assert f"cache={str(tmp_path / 'missing')!r}: No such file or directory" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, None], ids=["already interrupted", "at the end"])
+def test_an_interrupt_while_the_folder_is_removed_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None
+) -> None:
+    remove, calls = shutil.rmtree, []
+
+    def interrupted(folder: Path, **options: Any) -> None:
+        calls.append(folder)
+        if len(calls) < 3:
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), DiskCache(tmp_path) as cache:  # noqa: PT012
+        assert cache is not None
+        if error is not None:
+            raise error
+    assert len(calls) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_while_runs_are_dropped_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: DiskCache, run: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DiskCache, "drop", interrupted)
+    with pytest.raises(KeyboardInterrupt), DiskCache(tmp_path) as cache:
+        cache._away[None] = []  # type: ignore[index]
+    assert list(tmp_path.iterdir()) == []

@@ -34,7 +34,7 @@ class DiskCache:
         self._given = folder
         self._folder = Path(folder) / f"batchnorm-{uuid4().hex}"
         # should an interrupt come between two lines: removed with this object, or when Python ends
-        self._removed_at_last = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._removed_at_last = weakref.finalize(self, _remove, self._folder)
         try:
             self._folder.mkdir(mode=0o700)
         except OSError as error:
@@ -51,10 +51,12 @@ class DiskCache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the folder and all that is in it."""
-        for run in list(self._away):
-            self.drop(run)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._removed_at_last.detach()
+        try:
+            for run in list(self._away):
+                self.drop(run)
+        finally:
+            _remove(self._folder)
+            self._removed_at_last.detach()
 
     def put(self, run: ModelRun) -> None:
         """Take the memory of a run to disk.
@@ -124,6 +126,19 @@ class DiskCache:
                 owner = self._owner.get(t.untyped_storage()._cdata)
                 if owner is not None:
                     self.bring(owner)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder and all that is in it, however often that is interrupted; the interrupt is raised then."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            break
+        except KeyboardInterrupt as again:
+            interrupt = again
+    if interrupt is not None:
+        raise interrupt
 
 
 def _fill(storage: torch.UntypedStorage, size: int, file: Any) -> None:
