@@ -9,6 +9,12 @@ from batchnorm import fold
 from batchnorm.errors import InputError
 
 
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """``torch.cond`` compiles its branches: nothing that ran before may have used up the compiler's limits."""
+    torch._dynamo.reset()
+
+
 class Net(nn.Module):
     """A norm before the branches, one in each, and one behind."""
 
@@ -83,3 +89,11 @@ def test_other_operators_that_are_given_functions_are_named():
 
     with pytest.raises(InputError, match="while_loop is given functions"):
         fold(nn.Sequential(Loop(), nn.BatchNorm2d(3)).eval(), torch.randn(1, 3, 4, 4))
+
+
+def test_a_compiler_whose_limits_are_used_up_refuses_nothing():
+    """Folding runs both branches itself, in eager mode."""
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for rows in (2, 3):
+            result = fold(lively(Net()), randn(rows, 3, 5, 5))
+            assert {norm.norm for norm in result.folded} == {"n", "m", "o"}

@@ -236,3 +236,36 @@ def test_bad_arguments_are_refused_in_words() -> None:
 def test_an_empty_list_of_names_means_no_norm() -> None:
     with pytest.raises(StateError, match="names is empty"):
         watch(torch.nn.BatchNorm1d(3), names=[])
+
+
+@pytest.mark.parametrize(("buffer", "value"), [
+    ("running_mean", float("nan")), ("running_mean", float("inf")), ("running_var", float("nan")),
+    ("running_var", float("inf")), ("running_var", -1.0),
+])  # fmt: skip
+def test_statistics_that_are_not_finite_are_blamed_and_not_the_data(buffer, value):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Tanh()).eval()
+    getattr(model[0], buffer)[1] = value
+    with watch(model) as watching:
+        for _ in range(4):
+            model(torch.randn(16, 3))
+    result = watching.result()
+    assert result.layers[0].status == "non-finite statistics"
+    assert (result.layers[0].nonfinite, result.layers[0].distance) == (0, None)
+    assert result.verdict == "not judged"
+    assert result.summary.startswith("The statistics of 0 are NaN, infinite or negative")
+    with pytest.raises(StateError, match=r"The statistics of 0 are NaN.*recalibrate the model"):
+        _ = result.drifted
+    assert "non-finite statistics" in str(result)
+
+
+def test_values_behind_statistics_that_are_not_finite_are_no_drift():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)).eval()
+    model[0].running_mean[1] = float("nan")
+    with watch(model) as watching:
+        model(torch.randn(64, 3))
+    result = watching.result()
+    assert [layer.status for layer in result.layers] == ["non-finite statistics", "non-finite values"]
+    assert result.verdict == "not judged"
+    assert "Non-finite values in 1, which may come of that." in result.summary

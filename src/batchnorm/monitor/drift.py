@@ -24,7 +24,9 @@ variance of a mean over (2 − 0.1)/0.1 = 19 batches, here of 32."""
 _CONSTANT = 1e-12
 """A variance met below this share of the stored one is rounding."""
 
-Status: TypeAlias = Literal["as stored", "drifted", "non-finite values", "too few samples", "not called"]
+Status: TypeAlias = Literal[
+    "as stored", "drifted", "non-finite values", "non-finite statistics", "too few samples", "not called"
+]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class LayerDrift:
         name: of the norm.
         status: the verdict in words.
         samples: number of independent samples seen.
-        nonfinite: how many samples held NaN or infinity somewhere; they count in no moment of their channel.
+        nonfinite: how many samples held NaN or infinity somewhere; they count in no moment of their channel. Not known,
+            and 0, where the statistics that they are compared with are not finite.
         effective: number of independent values that would give the mean of a channel the same standard error, median
             over the channels: between the number of samples (positions all alike) and of values (all independent).
         distance: √(mean over channels of d² + (√r − 1)²), corrected for the noise of stream and store.
@@ -144,6 +147,8 @@ def judge(stream: LayerStream, *, tolerance: float, level: float) -> LayerDrift:
         effective = None  # an estimate from so few would be anything
     if nonfinite or (distance is not None and not math.isfinite(distance)):  # values beyond 1e150 overflow D²
         status = "non-finite values"
+    if not reference.is_finite:  # nothing is told of the data: whatever it is, the difference is NaN
+        status, nonfinite, distance, bound, detectable = "non-finite statistics", 0, None, None, None
     return LayerDrift(
         stream.name,
         status,

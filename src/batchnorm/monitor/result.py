@@ -16,6 +16,7 @@ from batchnorm.report.result import finite_or_none
 
 __all__ = ["Verdict", "WatchResult"]
 
+_NO_CHANNELS = ("too few samples", "not called", "non-finite statistics")
 Verdict: TypeAlias = Literal["as stored", "drifted", "not judged"]
 
 
@@ -46,10 +47,17 @@ class WatchResult(Result):
 
     @property
     def verdict(self) -> Verdict:
-        """``"drifted"`` if a norm is flagged, ``"as stored"`` if one could be judged, else ``"not judged"``."""
+        """``"drifted"`` if a norm is flagged, ``"as stored"`` if one could be judged, else ``"not judged"``.
+
+        Where statistics are not finite, values behind that norm are none either, whatever the data was: then it is not
+        judged, unless another norm met finite values that drifted.
+        """
+        statuses = {layer.status for layer in self.layers}
+        if "non-finite statistics" in statuses:
+            return "drifted" if "drifted" in statuses else "not judged"
         if any(layer.flagged for layer in self.layers):
             return "drifted"
-        return "as stored" if any(layer.status == "as stored" for layer in self.layers) else "not judged"
+        return "as stored" if "as stored" in statuses else "not judged"
 
     @property
     def drifted(self) -> bool:
@@ -60,9 +68,10 @@ class WatchResult(Result):
                 without an error.
         """
         if self.verdict == "not judged":
+            more = "" if self._unusable else " Let the watched model meet more samples first;"
             raise StateError(
-                f"watch: whether the data drifted is not known. {self.summary} Let the watched model meet more "
-                "samples first; result.verdict can be asked at any time."
+                f"watch: whether the data drifted is not known. {self.summary}{more} result.verdict can be asked at "
+                "any time."
             )
         return self.verdict == "drifted"
 
@@ -70,6 +79,10 @@ class WatchResult(Result):
     def samples(self) -> int:
         """Number of samples that passed through the model."""
         return max((layer.samples for layer in self.layers), default=0)
+
+    @property
+    def _unusable(self) -> list[str]:
+        return [layer.name or "the model" for layer in self.layers if layer.status == "non-finite statistics"]
 
     @property
     def _known(self) -> str:
@@ -109,11 +122,11 @@ class WatchResult(Result):
                 layer.status,
                 layer.distance,
                 layer.bound,
-                None if layer.status in ("too few samples", "not called") else _words(layer.worst(1)),
+                None if layer.status in _NO_CHANNELS else _words(layer.worst(1)),
             ]
             for layer in self.layers
         ]
-        flagged = [row for row, layer in enumerate(self.layers) if layer.flagged]
+        flagged = [row for row, layer in enumerate(self.layers) if _is_bad(layer)]
         return [
             Table(
                 [self._noun, "verdict", "distance", "at least", "worst channel"],
@@ -141,6 +154,14 @@ class WatchResult(Result):
     def _told(self) -> tuple[str, Tone]:
         flagged = [layer for layer in self.layers if layer.status == "drifted"]
         broken = [layer.name or "the model" for layer in self.layers if layer.nonfinite]
+        if self._unusable:
+            poisoned = (
+                f"The statistics of {_some(self._unusable)} are NaN, infinite or negative, so that nothing can be "
+                "compared with them: load them anew, or recalibrate the model."
+            )
+            behind = f"Non-finite values in {_some(broken)}, which may come of that."
+            drift = f"Drift: {self._of(len(flagged))} met other data."
+            return " ".join([poisoned] + [drift] * bool(flagged) + [behind] * bool(broken)), "bad"
         if flagged or broken:
             unknown = f"{self._known} {'does' if self.by_reference else 'do'} not describe"
             drift = f"Drift: {self._of(len(flagged))} met data that {unknown}."
@@ -166,11 +187,11 @@ class WatchResult(Result):
                 layer.distance,
                 layer.bound,
                 layer.detectable,
-                None if layer.status == "too few samples" else _words(layer.worst(1)),
+                None if layer.status in _NO_CHANNELS else _words(layer.worst(1)),
             ]
             for layer in self.layers
         ]
-        bad = [row for row, layer in enumerate(self.layers) if layer.flagged]
+        bad = [row for row, layer in enumerate(self.layers) if _is_bad(layer)]
         return Table(
             [self._noun, "verdict", "samples", "effective", "distance", "lower bound", "detectable", "worst channel"],
             rows,
@@ -268,6 +289,10 @@ def _activation_table(uses: Sequence[ActivationUse]) -> Table:
         shown=foremost([max(use.saturated or 0.0, len(use.dead or ()) / max(use.units, 1)) for use in uses], bad),
         optional=("units", "always saturated units"),
     )
+
+
+def _is_bad(layer: LayerDrift) -> bool:
+    return layer.flagged or layer.status == "non-finite statistics"
 
 
 def _mostly_lost(use: ActivationUse) -> bool:

@@ -60,6 +60,11 @@ class ReferenceStatistics:
         return cls(mean, variance, eps)
 
     @property
+    def is_finite(self) -> bool:
+        """Whether something can be compared with them in every channel."""
+        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.std).all())
+
+    @property
     def std(self) -> Tensor:
         """The unit of every shift: √(variance + eps), what the norm divides by."""
         return (self.variance + self.eps).sqrt()
