@@ -104,9 +104,12 @@ def _like(stand_in: Module, old: Module) -> Module:
         copied.to_empty(device=like.device)
         for parameter in copied.parameters():
             torch.nn.init.zeros_(parameter)
-    if isinstance(copied, ScaleShift):  # beside half-precision data its parameters are of float32
-        return copied.to(like.device, like.dtype if like.dtype == torch.float64 else torch.float32)
-    return copied.to(like)
+    if not isinstance(copied, ScaleShift):
+        return copied.to(like)
+    # beside half-precision data its parameters are of float32, while those of its activation are not
+    expected, got = torch.float64 if like.dtype == torch.float64 else torch.float32, copied.weight.dtype
+    _require(got == expected, f"expected a multiply-add of {expected} beside {like.dtype}; got one of {got}")
+    return copied.to(like.device)
 
 
 def _require_original(model: Module, pairs: Pairs) -> None:
