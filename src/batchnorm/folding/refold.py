@@ -105,7 +105,10 @@ def _like(stand_in: Module, old: Module) -> Module:
         for parameter in copied.parameters():
             torch.nn.init.zeros_(parameter)
     if isinstance(copied, ScaleShift):  # beside half-precision data its parameters are of float32
-        return copied.to(like.device, like.dtype if like.dtype == torch.float64 else torch.float32)
+        for slot, own in list(copied.named_parameters(recurse=False)):  # its activation has the type that it had
+            wide = own.detach().to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+            setattr(copied, slot, Parameter(wide, own.requires_grad))
+        return copied.to(like.device)
     return copied.to(like)
 
 

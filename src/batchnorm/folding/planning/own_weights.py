@@ -66,15 +66,15 @@ class ComputedWeights:
     def layers(self, graph: Graph) -> dict[str, Module]:
         """Return, for each module that does nothing but to compute a weight and use it, the layer with that stored."""
         found: dict[str, Module] = {}
-        by_name: dict[str, list[ModuleCall]] = {}
+        by_module: dict[Module, list[ModuleCall]] = {}  # the model and one that only wraps it have the same name
         for run in graph.module_calls:
-            by_name.setdefault(run.name, []).append(run)
-        for name, runs in by_name.items():
+            by_module.setdefault(run.module, []).append(run)
+        for module, runs in by_module.items():
             calls = [call for run in runs for call in run.calls if call.index in self._seen]
             if len(calls) == len(runs) and all(map(_only_computes, runs, calls)) and self._same(calls):
-                layer = self._layer(calls[0], runs[0].module)
+                layer = self._layer(calls[0], module)
                 if layer is not None:
-                    found[name] = layer
+                    found[runs[0].name] = layer
         # of a module and what it wraps, the inner one: the names of its parameters stay
         return {name: layer for name, layer in found.items() if not any(is_within(other, name) for other in found)}
 
