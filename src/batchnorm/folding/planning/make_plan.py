@@ -194,7 +194,7 @@ def _lower(sentence: str) -> str:
     return f"{first.lower() if first in _BEGINNINGS else first} {rest}"
 
 
-_BEGINNINGS = {"It", "No", "Nobody", "Nothing", "Operators", "The", "A", "An", "Those", "Its", "What"}
+_BEGINNINGS = {"It", "No", "Nothing", "Operators", "The", "A", "An", "Its", "What"}
 
 
 def _source(graph: Graph, use: NormUse) -> str | None:

@@ -123,7 +123,7 @@ def _only_computes(run: ModuleCall, call: Call) -> bool:
 
 
 def _has_hooks(module: Module) -> bool:
-    """Whether somebody watches the module; those that compute its weight before each run do not."""
+    """Whether a hook watches the module; hooks that compute its weight before each run do not."""
     weights = (WeightNorm, SpectralNorm)
     watching = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, weights)]
     registries = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
