@@ -44,10 +44,6 @@ WITHOUT_TESTS = set(
     nn/provenance.py
     nn/redirect.py
     statistics/sites.py
-    travel/arrange.py
-    travel/join.py
-    travel/pointwise.py
-    travel/pooling.py
     """.split()  # noqa: SIM905
 )
 WITHOUT_SOURCES = set(
