@@ -220,7 +220,8 @@ def _touched(model: Module, plan: FoldPlan) -> list[Tensor]:
 def _change(target: Module, proved: ProvedPlan, stored: dict[str, Module]) -> tuple[FoldRecord, list[FoldedWeight]]:
     """Fold a model for good; return what it had before, and the weights before and after."""
     plan, parameters = proved.plan, proved.parameters
-    steps = [step for step in plan.steps if step.name != _normalization_of(target)]  # the model itself never had it
+    own = target.normalization_name if isinstance(target, WithNormalizedInput) else None  # not of the model itself
+    steps = [step for step in plan.steps if step.name != own]
     going = [(target.get_submodule(step.module), step.replacement) for step in steps]
     going += [(target.get_submodule(name), Replacement((layer,))) for name, layer in stored.items()]
     going += [(target.get_submodule(item.module), item.replacement(target)) for item in plan.multiply_adds]
@@ -235,10 +236,6 @@ def _change(target: Module, proved: ProvedPlan, stored: dict[str, Module]) -> tu
 
 
 # -- the normalization of the input ----------------------------------------------------------------------------------
-
-
-def _normalization_of(model: Module) -> str | None:
-    return model.normalization_name if isinstance(model, WithNormalizedInput) else None
 
 
 def _require_normalization(plan: FoldPlan, outer: WithNormalizedInput) -> None:

@@ -149,8 +149,7 @@ class _Planner:
                 first = first if str(first) else _BesideRefusal(str(refusal), calls=refusal.calls)
                 continue
             self.parameters = parameters
-            module = use.calls[0].module
-            return Step(use, module, replacement, found.crossed, beside=part, sums=found.sums)
+            return Step(use, use.calls[0].module, replacement, found.crossed, beside=part, sums=found.sums)
         raise first
 
     def _require_recoverable(self, use: NormUse, state: NormState) -> None:

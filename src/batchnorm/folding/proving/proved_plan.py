@@ -100,15 +100,13 @@ def _as_the_example_shows(
         return plan.staying
     alone = make_plan(model, plan.graph.of_run(0), replace(plan.options, fuse=False), excluded)
     known = {norm.name: norm for norm in alone.staying}
-    labels = runs.all.labels
 
     def shown(norm: StayingNorm) -> StayingNorm:
         if norm.name in excluded or norm.name in known:
             return norm if norm.name in excluded else known[norm.name]
         seen = {call.run for call in norm.obstacles} - {0}
-        where = listed([labels[number] for number in sorted(seen)], 1) if seen else "others"
-        reason = f"With the example inputs it could go, but not with {where}. {norm.reason}"
-        return replace(norm, reason=reason)
+        where = listed([runs.all.labels[number] for number in sorted(seen)], 1) if seen else "others"
+        return replace(norm, reason=f"With the example inputs it could go, but not with {where}. {norm.reason}")
 
     return tuple(shown(norm) for norm in plan.staying)
 
