@@ -27,14 +27,12 @@ WITHOUT_TESTS = set(
     folding/planning/removable_norm.py
     folding/planning/replacement.py
     folding/planning/shared_memory.py
-    folding/planning/splits.py
     folding/program/constants.py
     folding/program/layers.py
     folding/program/open.py
     folding/program/state.py
     folding/program/write_back.py
     folding/proving/proved_plan.py
-    folding/report/outcome.py
     folding/report/sections.py
     folding/writing/record.py
     folding/writing/rewrite.py
@@ -44,10 +42,6 @@ WITHOUT_TESTS = set(
     nn/provenance.py
     nn/redirect.py
     statistics/sites.py
-    travel/arrange.py
-    travel/join.py
-    travel/pointwise.py
-    travel/pooling.py
     """.split()  # noqa: SIM905
 )
 WITHOUT_SOURCES = set(

@@ -10,7 +10,7 @@ from torch import nn
 
 import batchnorm
 from batchnorm.errors import InputError, StateError
-from batchnorm.folding.writing.record import Pairs
+from batchnorm.folding.writing.record import FoldRecord
 
 
 class Special(nn.BatchNorm2d):
@@ -145,4 +145,4 @@ def test_other_files_are_refused(net, tmp_path) -> None:
     (tmp_path / "text").write_text("no tensors here")
     for name in ("weights.safetensors", "text"):
         with pytest.raises(InputError, match="expected"):
-            Pairs.load(tmp_path / name)
+            FoldRecord.load(tmp_path / name)

@@ -146,7 +146,7 @@ def run_between(m, x):
             "Its output is added in place to another tensor, by add_ in the model.",
         ),
         (lambda m, x: torch.relu(m.a(x) + m.b(x)), "Its output is added to that of b, with which the sum is fused."),
-        (keep, "Its output is read by mul in the model and by relu in the model and by somebody who keeps it after"),
+        (keep, "Its output is read by mul in the model and by relu in the model and by something that keeps it after"),
         (write_input, "Its input is written into by add_ in the model before what follows it."),
         (write_residual, "The tensor added to it is written into by mul_ in the model, and its gradient needs it."),
         (

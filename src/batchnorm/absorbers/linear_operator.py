@@ -91,7 +91,7 @@ class LinearOperator(AbsorbingOperator):
 
             (W * x + b) + (s x + t) = (W + s\,\delta) * x + (b + t)
 
-        δ is the kernel that hands on each channel: 1 at its middle tap, from a channel to itself. With as many channels
+        δ is the kernel that keeps each channel: 1 at its middle tap, from a channel to itself. With as many channels
         out as in, of g groups of n each, channel c is the (c mod n)-th of its group; a weight of a transposed
         convolution has its axes the other way round, which makes no difference here.
         """

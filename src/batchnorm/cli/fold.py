@@ -193,7 +193,7 @@ def fold(
             files.write("--html", html, result.to_html)
             files.write("--pairs", None if result.pairs is None else pairs, result.save_pairs)
             save_model(result.model, output, first, files)
-        _tell(result, model, output, pairs)
+        _note_what_files_fit(result, model, output, pairs)
     beside = None if pairs is None or result.pairs is None else str(pairs)
     publish(result, json_=json_, verbose=verbose, html=html, output=output, pairs=beside)
     return 1 if strict and result.left else 0
@@ -225,8 +225,8 @@ def _run(network: Module | ExportedProgram, example: Any, options: dict[str, Any
         raise CommandError(named.removeprefix("fold: ")) from error
 
 
-def _tell(result: FoldResult, model: str, output: Path | None, pairs: Path | None) -> None:
-    """Say which models the files fit."""
+def _note_what_files_fit(result: FoldResult, model: str, output: Path | None, pairs: Path | None) -> None:
+    """Note which models the files fit."""
     from batchnorm.cli.output import note
 
     if result.pairs is None:

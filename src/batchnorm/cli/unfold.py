@@ -17,7 +17,7 @@ from batchnorm.report.result import record
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from batchnorm.folding.writing.record import Pairs
+    from batchnorm.folding.writing.record import FoldRecord
 
 __all__ = ["EPILOG", "Unfolded", "unfold"]
 
@@ -118,20 +118,20 @@ def unfold(
     return 0
 
 
-def _read_pairs(path: Path, like: Module) -> Pairs:
+def _read_pairs(path: Path, like: Module) -> FoldRecord:
     from batchnorm.cli.errors import CommandError
     from batchnorm.errors import BatchNormError
-    from batchnorm.folding.writing.record import Pairs
+    from batchnorm.folding.writing.record import FoldRecord
 
     if not path.is_file():
         raise CommandError(f"--pairs {path}: no such file.")
     try:
-        return Pairs.load(path, like)
+        return FoldRecord.load(path, like)
     except BatchNormError as error:
         raise CommandError(f"--pairs {error}") from error
 
 
-def _refold(network: Module, pairs: Pairs, model: str, path: Path) -> None:
+def _refold(network: Module, pairs: FoldRecord, model: str, path: Path) -> None:
     from batchnorm.cli.errors import CommandError
     from batchnorm.errors import StateError
     from batchnorm.folding.refold import refold
@@ -143,7 +143,7 @@ def _refold(network: Module, pairs: Pairs, model: str, path: Path) -> None:
         raise CommandError(f"--pairs {path} does not fit --model {model}: {said}") from error
 
 
-def _result(network: Module, pairs: Pairs) -> Unfolded:
+def _result(network: Module, pairs: FoldRecord) -> Unfolded:
     norms = [(name, type(norm).__name__) for name, norm in pairs.norms.items()]
     kept = sorted(name for name, tensor in pairs.parameters.items() if tensor is not None)
     return Unfolded(type(network).__name__, norms, kept, list(pairs.added))

@@ -1,4 +1,4 @@
-"""What a run of a model shows: operators, values, who reads them, and how that differs at another size.
+"""What a run of a model shows: operators, values, what reads them, and how that differs at another size.
 
 ::
 

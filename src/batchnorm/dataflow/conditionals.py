@@ -23,7 +23,7 @@ COND = torch.ops.batchnorm.cond.default
 def run_both(mode: OperatorMode, func: HigherOrderOperator, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
     """Run both branches of ``torch.cond`` such that the mode sees what they call.
 
-    Other inputs may take the branch that these do not take, so whoever reads something there reads it.
+    Other inputs may take the branch that these do not take, so what is read there counts as read.
 
     Args:
         mode: supports higher-order operators and is, as always in its ``__torch_dispatch__``, switched off.

@@ -30,7 +30,7 @@ NORMS = BATCH_NORMS | {"group_norm", "instance_norm", "layer_norm", "rms_norm"}
 DROPOUTS = frozenset({"alpha_dropout", "dropout", "feature_alpha_dropout", "feature_dropout"})
 
 PASSING = frozenset({"alias", "clone", "contiguous", "detach"})
-"""Operators that hand on what they get."""
+"""Operators that return their input."""
 
 BETWEEN = (
     PASSING

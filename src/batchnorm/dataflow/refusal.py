@@ -14,8 +14,8 @@ class Refusal(Exception):  # noqa: N818 - nothing went wrong
     """One norm cannot be folded; the message is the reason, in one sentence. It never leaves this package.
 
     Attributes:
-        module: the qualified name of the module that cannot take it, where it is one module's affair.
-        calls: the operators that stand in the way, where it is theirs.
+        module: the qualified name of the module that cannot take it, where one module is the reason.
+        calls: the operators that stand in the way, where operators are the reason.
     """
 
     def __init__(self, reason: str, module: str | None = None, calls: Sequence[Call] = ()) -> None:

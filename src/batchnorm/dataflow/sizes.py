@@ -66,7 +66,7 @@ class Runs:
         return Several(self.all.inputs[: self.given], self.all.labels[: self.given])
 
     @property
-    def told(self) -> list[str]:
+    def described(self) -> list[str]:
         """What each run was on, but for the example's."""
         return list(self.all.labels[1:])
 
@@ -254,7 +254,7 @@ class _Search:
                 if self.attempt(self.now, {i: value}, label=f"{shown:g} in place of {old:g} among the inputs"):
                     break
 
-    # -- what is told ------------------------------------------------------------------------------------------------
+    # -- the warnings ------------------------------------------------------------------------------------------------
 
     def warnings(self) -> list[str]:
         """Return at which sizes the model does not run, though many models would."""

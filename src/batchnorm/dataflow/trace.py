@@ -96,7 +96,7 @@ class _Tracer(OperatorMode):
         self._thread = threading.get_ident()  # module hooks are global: other threads run them too
         self._running: list[ModuleCall] = []
         self._names = {id(m): name for name, m in model.named_modules()}
-        # Weak keys: a value whose tensor outlives the pass is held by somebody. The model's own tensors live on, and
+        # Weak keys: a value whose tensor outlives the pass is held by something. The model's own tensors live on, and
         # are many: they are known by their ids.
         self._values = WeakTensorKeyDictionary()
         self._state_values: dict[int, Value] = {}
@@ -290,7 +290,7 @@ class _Tracer(OperatorMode):
 
         if kept():
             collect()
-        holder = "somebody who keeps it after the forward (the model stores it)"
+        holder = "something that keeps it after the forward (the model stores it)"
         for value in kept():
             if holder not in value.held_by:
                 value.held_by.append(holder)

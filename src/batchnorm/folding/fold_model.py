@@ -27,7 +27,7 @@ from batchnorm.folding.report.diagrams import draw_folded, draw_left
 from batchnorm.folding.report.int8_ranges import FoldedWeight, folded_weights
 from batchnorm.folding.report.outcome import Costs, FoldedNorm, FoldOutcome, LeftNorm, Pictures
 from batchnorm.folding.report.sentences import describe_folded
-from batchnorm.folding.writing.record import Pairs
+from batchnorm.folding.writing.record import FoldRecord
 from batchnorm.folding.writing.rewrite import replace_modules, rewrite
 from batchnorm.models.parameters import find_tensor, qualified
 from batchnorm.models.several import EXAMPLE, Several
@@ -42,7 +42,7 @@ class Folded(NamedTuple):
     """A folded model, what it had before (None if it did not change), and what became of every norm."""
 
     model: Any
-    pairs: Pairs | None
+    pairs: FoldRecord | None
     outcome: FoldOutcome
 
 
@@ -103,7 +103,7 @@ def fold_model(
         agreement.bound,
         error_float64,
         proved.on_random_inputs,
-        runs.told,
+        runs.described,
         runs.warnings,
         described.lost,
         weights,
@@ -217,14 +217,15 @@ def _touched(model: Module, plan: FoldPlan) -> list[Tensor]:
 # -- the change ------------------------------------------------------------------------------------------------------
 
 
-def _change(target: Module, proved: ProvedPlan, stored: dict[str, Module]) -> tuple[Pairs, list[FoldedWeight]]:
+def _change(target: Module, proved: ProvedPlan, stored: dict[str, Module]) -> tuple[FoldRecord, list[FoldedWeight]]:
     """Fold a model for good; return what it had before, and the weights before and after."""
     plan, parameters = proved.plan, proved.parameters
-    steps = [step for step in plan.steps if step.name != _normalization_of(target)]  # the model itself never had it
+    own = target.normalization_name if isinstance(target, WithNormalizedInput) else None  # not of the model itself
+    steps = [step for step in plan.steps if step.name != own]
     going = [(target.get_submodule(step.module), step.replacement) for step in steps]
     going += [(target.get_submodule(name), Replacement((layer,))) for name, layer in stored.items()]
     going += [(target.get_submodule(item.module), item.replacement(target)) for item in plan.multiply_adds]
-    pairs = Pairs.of(target, parameters, going, plan.parameters.borders, plan.multiply_adds)
+    pairs = FoldRecord.of(target, parameters, going, plan.parameters.borders, plan.multiply_adds)
     old = dict(pairs.parameters)
     old |= {qualified(name, "weight"): layer._parameters["weight"] for name, layer in stored.items()}
     weights = folded_weights(plan.parameters.absorbers.values(), old, parameters)
@@ -235,10 +236,6 @@ def _change(target: Module, proved: ProvedPlan, stored: dict[str, Module]) -> tu
 
 
 # -- the normalization of the input ----------------------------------------------------------------------------------
-
-
-def _normalization_of(model: Module) -> str | None:
-    return model.normalization_name if isinstance(model, WithNormalizedInput) else None
 
 
 def _require_normalization(plan: FoldPlan, outer: WithNormalizedInput) -> None:

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.errors import StateError
 from batchnorm.folding.planning.own_weights import untie
-from batchnorm.folding.writing.record import Pairs
+from batchnorm.folding.writing.record import FoldRecord
 from batchnorm.folding.writing.record_data import fitting
 from batchnorm.folding.writing.rewrite import replace_by_id
 from batchnorm.models.copying import copy_model
@@ -28,7 +28,7 @@ _ITSELF = "the top of the model"
 
 
 @transaction("refold")
-def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -> Module:
+def refold(model: Module, pairs: FoldRecord | str | Path, *, inplace: bool = False) -> Module:
     """Give a model as its code builds it the shape of the folded one, to load the folded weights into it.
 
     What folding changed of the module tree is changed again: identities, or activations, in the places of the norms,
@@ -61,7 +61,7 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
         True
     """
     require_module("refold", model)
-    known = Pairs.given("refold", pairs, like=model)
+    known = FoldRecord.given("refold", pairs, like=model)
     _require_original(model, known)
     target = model if inplace else copy_model("refold", model, "Change it in place: inplace=True.")
     on_failure(Structure(target.modules()).restore)
@@ -71,48 +71,48 @@ def refold(model: Module, pairs: Pairs | str | Path, *, inplace: bool = False) -
             like = [p for p in module._parameters.values() if p is not None][0]  # noqa: RUF015 - an error of its own
             put_parameter(target, name, Parameter(torch.zeros(shape).to(like), like.requires_grad))
         untie(target, known.ties)
-        stand_ins: dict[int, Module] = {}
+        replacements: dict[int, Module] = {}
         for name, stays in known.stays.items():
             old = target.get_submodule(name)
-            stand_ins.setdefault(id(old), _like(stays.build(old), old))
+            replacements.setdefault(id(old), _like(stays.build(old), old))
         for name, holder in known.moved.items():
             activation = target.get_submodule(name)
-            layer = stand_ins[id(target.get_submodule(holder))]
+            layer = replacements[id(target.get_submodule(holder))]
             layer.activation = activation
-            stand_ins.setdefault(id(activation), Identity().train(activation.training))
+            replacements.setdefault(id(activation), Identity().train(activation.training))
         for name in known.bordered:
             old = target.get_submodule(name)
-            conv = stand_ins.get(id(old), old)
+            conv = replacements.get(id(old), old)
             assert isinstance(conv, _ConvNd)
-            stand_ins[id(old)] = bordered(conv, torch.zeros(conv.in_channels))
-        replace_by_id(target, stand_ins)
+            replacements[id(old)] = bordered(conv, torch.zeros(conv.in_channels))
+        replace_by_id(target, replacements)
     return target
 
 
-def _like(stand_in: Module, old: Module) -> Module:
-    """Return a copy, in the type and on the device of a module that it stands in for, of what has parameters."""
+def _like(replacement: Module, old: Module) -> Module:
+    """Return a copy, in the type and on the device of a module whose place it takes, of what has parameters."""
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
-    if like is None or not any(True for _ in stand_in.parameters()):
-        return stand_in
-    for layer in stand_in.modules():
+    if like is None or not any(True for _ in replacement.parameters()):
+        return replacement
+    for layer in replacement.modules():
         own, weight = getattr(old, "weight", None), layer._parameters.get("weight")
         if weight is not None and weight.is_meta and isinstance(own, Tensor):
-            _require(own.shape == weight.shape, f"expected {_told(weight.shape)} in {type(old).__name__}; got "
-                     f"{_told(own.shape)}")  # fmt: skip
-    copied = copy_model("refold", stand_in, "")
+            _require(own.shape == weight.shape, f"expected {_described(weight.shape)} in {type(old).__name__}; got "
+                     f"{_described(own.shape)}")  # fmt: skip
+    copied = copy_model("refold", replacement, "")
     if any(parameter.is_meta for parameter in copied.parameters()):
         copied.to_empty(device=like.device)
         for parameter in copied.parameters():
             torch.nn.init.zeros_(parameter)
-    if not isinstance(copied, ScaleShift):
-        return copied.to(like)
-    # beside half-precision data its parameters are of float32, while those of its activation are not
-    expected, got = torch.float64 if like.dtype == torch.float64 else torch.float32, copied.weight.dtype
-    _require(got == expected, f"expected a multiply-add of {expected} beside {like.dtype}; got one of {got}")
-    return copied.to(like.device)
+    if isinstance(copied, ScaleShift):  # beside half-precision data its parameters are of float32
+        for slot, own in list(copied.named_parameters(recurse=False)):  # its activation has the type that it had
+            wide = own.detach().to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+            setattr(copied, slot, Parameter(wide, own.requires_grad))
+        return copied.to(like.device)
+    return copied.to(like)
 
 
-def _require_original(model: Module, pairs: Pairs) -> None:
+def _require_original(model: Module, pairs: FoldRecord) -> None:
     """Refuse, before anything is changed, a model that is not built as the folded one was.
 
     Raises:
@@ -137,14 +137,14 @@ def _require_original(model: Module, pairs: Pairs) -> None:
         place, _, slot = name.rpartition(".")
         size = _size_of(modules.get(place))
         _require(size is None or shape == (size,), f"expected a {slot} of {size} numbers at {place or _ITSELF}; "
-                 f"got {_told(shape)}")  # fmt: skip
+                 f"got {_described(shape)}")  # fmt: skip
     for name, tensor in pairs.parameters.items():
         place, _, slot = name.rpartition(".")
         present = place in modules and slot in modules[place]._parameters
         _require(present, f"the model has no parameter {name}")
         now = find_tensor(model, name)
         shapes = tuple(None if t is None else tuple(t.shape) for t in (tensor, now))
-        _require(shapes[0] == shapes[1], f"expected {_told(shapes[0])} at {name}; got {_told(shapes[1])}")
+        _require(shapes[0] == shapes[1], f"expected {_described(shapes[0])} at {name}; got {_described(shapes[1])}")
 
 
 def _size_of(module: Module | None) -> int | None:
@@ -158,5 +158,5 @@ def _require(holds: bool, otherwise: str) -> None:
         raise StateError(f"refold: {otherwise}. Pass a model of the original architecture, as its code builds it.")
 
 
-def _told(shape: tuple[int, ...] | None) -> str:
+def _described(shape: tuple[int, ...] | None) -> str:
     return "no parameter" if shape is None else f"a parameter of shape {'×'.join(map(str, shape))}"

@@ -13,7 +13,7 @@ from batchnorm.folding.report.latency import Measured, measure
 from batchnorm.folding.report.outcome import FoldOutcome
 from batchnorm.folding.report.sections import sections
 from batchnorm.folding.unfold import unfold
-from batchnorm.folding.writing.record import Pairs
+from batchnorm.folding.writing.record import FoldRecord
 from batchnorm.models.program_inputs import own_inputs
 from batchnorm.report import Document, Result
 from batchnorm.report.result import record
@@ -33,7 +33,7 @@ class FoldResult(FoldOutcome, Result):
     """
 
     model: Any
-    pairs: Pairs | None
+    pairs: FoldRecord | None
     original: Any = None
     measured: Measured | None = None
 

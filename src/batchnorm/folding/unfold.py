@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
 from batchnorm.errors import StateError
-from batchnorm.folding.writing.record import Pairs, digest
+from batchnorm.folding.writing.record import FoldRecord, digest
 from batchnorm.folding.writing.record_data import fitting
 from batchnorm.models.copying import copy_model
 from batchnorm.models.modules import put_module
@@ -24,7 +24,9 @@ __all__ = ["unfold"]
 
 
 @transaction("unfold")
-def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = None, inplace: bool = False) -> Module:
+def unfold(
+    model: Module, pairs: FoldRecord | str | Path, *, like: Module | None = None, inplace: bool = False
+) -> Module:
     """Give a folded model the norms, statistics and weights back that it had, to go on training it.
 
     The norms, and the parameters that took one in, are those from before the folding, bit for bit; everything else is
@@ -54,7 +56,7 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
         ('BatchNorm2d', True)
     """
     require_module("unfold", model)
-    known = Pairs.given("unfold", pairs, like)
+    known = FoldRecord.given("unfold", pairs, like)
     _require_folded(model, known)
     target = model if inplace else copy_model("unfold", model, "Unfold it in place: inplace=True.")
     on_failure(Structure(target.modules()).restore)
@@ -69,7 +71,7 @@ def unfold(model: Module, pairs: Pairs | str | Path, *, like: Module | None = No
     return target
 
 
-def _put_modules_back(target: Module, known: Pairs) -> None:
+def _put_modules_back(target: Module, known: FoldRecord) -> None:
     activations = {name: target.get_submodule(qualified(holder, "activation")) for name, holder in known.moved.items()}
     norms = list({id(norm): norm for norm in known.norms.values()}.values())
     # all in one: what they have in common stays one
@@ -97,7 +99,7 @@ def _tie(model: Module, tied: Mapping[str, str]) -> None:
             put_parameter(model, name, two)
 
 
-def _require_folded(model: Module, pairs: Pairs) -> None:
+def _require_folded(model: Module, pairs: FoldRecord) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {**dict.fromkeys(pairs.bordered, "convolution"), **dict.fromkeys(pairs.norms, "module")}
     places |= {qualified(holder, "activation"): "activation" for holder in pairs.moved.values()}
@@ -129,6 +131,6 @@ def _find(model: Module, name: str) -> Tensor | None:
         return None
 
 
-def _device_of(model: Module, pairs: Pairs) -> torch.device:
+def _device_of(model: Module, pairs: FoldRecord) -> torch.device:
     tensors = (find_tensor(model, name) for name in pairs.digests)
     return next((t.device for t in tensors if t is not None), torch.device("cpu"))

@@ -90,7 +90,7 @@ class Map:
         return Map(other.scale * self.scale, other.scale * self.shift + other.shift)
 
     def inverse(self) -> Map:
-        """Return the map that leads back, x = y/s − t/s; s is not 0 anywhere."""
+        """Return the inverse, x = y/s − t/s; s is not 0 anywhere."""
         return Map(1 / self.scale, -self.shift / self.scale)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Map:

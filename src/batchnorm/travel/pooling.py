@@ -63,9 +63,9 @@ def maximum_forward(call: Call, given: Mapping[Value, Map], known: Knowledge) ->
 def _through_maximum(call: Call, map_: Map) -> Map:
     _require_same_everywhere(call, map_)
     require_no_negative(call, map_)
-    # where places of the maxima are told, they must not change: not even by a scale of zero
+    # where the positions of the maxima are returned, they must not change: not even by a scale of zero
     if len(call.outputs) > 1 and bool((map_.scale == 0).any()):
-        raise Refusal(f"No scale of zero can cross {location(call)}, which also tells where the maxima are.")
+        raise Refusal(f"No scale of zero can cross {location(call)}, which also returns the positions of the maxima.")
     return map_
 
 

@@ -117,8 +117,8 @@ def backward(*names: str) -> Callable[[Backward], Backward]:
 def forward(*names: str) -> Callable[[Forward], Forward]:
     """Register how a map crosses operators from their inputs to their outputs.
 
-    The rule is given the call and, for inputs that have changed, the map that leads back: each was s·x + t and is x
-    now. It returns the same for each output, or that the operator absorbs the map.
+    The rule is given the call and, for inputs that have changed, the map from what each is now, x, to what it was,
+    s·x + t. It returns the same for each output, or that the operator absorbs the map.
     """
 
     def register(rule: Forward) -> Forward:

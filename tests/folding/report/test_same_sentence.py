@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchnorm.folding.report.same_sentence import alike
+from batchnorm.folding.report.same_sentence import group_by_sentence
 
 NAMES = {"a", "b", "conv", "0", "7"}
 
@@ -20,7 +20,7 @@ NAMES = {"a", "b", "conv", "0", "7"}
     ],
 )
 def test_names_and_how_many_there_are_make_no_difference(one: str, other: str) -> None:
-    assert alike([one, other], str, NAMES) == [[one, other]]
+    assert group_by_sentence([one, other], str, NAMES) == [[one, other]]
 
 
 @pytest.mark.parametrize(
@@ -32,4 +32,4 @@ def test_names_and_how_many_there_are_make_no_difference(one: str, other: str) -
     ],
 )
 def test_operators_and_kinds_do(one: str, other: str) -> None:
-    assert alike([one, other], str, NAMES) == [[one], [other]]
+    assert group_by_sentence([one, other], str, NAMES) == [[one], [other]]

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 import batchnorm
 from batchnorm.errors import BatchNormError, InputError, StateError
 from batchnorm.files.tensor_file import read_tensors, write_tensors
-from batchnorm.folding.writing.record import Pairs
+from batchnorm.folding.writing.record import FoldRecord
 from batchnorm.moments import Moments
 from batchnorm.statistics.population import LayerPopulation, Population
 
@@ -159,7 +159,7 @@ def test_a_missing_part_is_told(folded: tuple[nn.Module, Path], tmp_path: Path, 
     del about[part]
     write_tensors(tmp_path / "p", FORMAT, tensors, json.dumps(about))
     with pytest.raises(InputError, match=f"expected the pairs of a fold, .*; its part '{part}' is missing"):
-        Pairs.load(tmp_path / "p")
+        FoldRecord.load(tmp_path / "p")
 
 
 @pytest.mark.parametrize("shape", [(1,), (4, 3, 3), (4, 3, 3, 1), (0,)])
@@ -187,7 +187,7 @@ def test_a_norm_whose_tensors_do_not_fit_is_told(
 
 
 def test_the_file_is_the_same_each_time(folded: tuple[nn.Module, Path], tmp_path: Path) -> None:
-    pairs = Pairs.load(folded[1], build())
+    pairs = FoldRecord.load(folded[1], build())
     for name in "abcd":
         assert pairs.save(tmp_path / name).read_bytes() == folded[1].read_bytes()
 

@@ -2,7 +2,8 @@
 
 ::
 
-    plan ── splits: what goes back and what goes on ── travel ── absorbers ── merged_parameters
-         ├── parallel: into the layer beside it        └── replacement: what stays of the norm's module
-         └── find_multiply_adds: what is left becomes one multiply-add
+    make_plan ── splits: what goes back and what goes on ── carry ── travel ── absorbers ── merged_parameters
+              ├── parallel: into the layer beside the norm
+              ├── removable_norm, replacement: what takes the place of the norm's module
+              └── find_multiply_adds: what stays becomes one multiply-add
 """

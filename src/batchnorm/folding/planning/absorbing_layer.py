@@ -117,7 +117,7 @@ def _require_run_by_itself(model: Module, calls: tuple[Call, ...], module: Modul
 
 
 def _require_no_other_calls(graph: Graph, calls: tuple[Call, ...], tensor: Value, name: str) -> None:
-    """The parameter may be read by these calls, each of which feeds this norm, and by nobody else."""
+    """The parameter may be read by these calls, each of which feeds this norm, and by nothing else."""
     others = [c for c in graph.readers(tensor) if c not in calls]
     same = [c for c in others if c.op == calls[0].op]
     if same:

@@ -149,8 +149,7 @@ class _Planner:
                 first = first if str(first) else _BesideRefusal(str(refusal), calls=refusal.calls)
                 continue
             self.parameters = parameters
-            module = use.calls[0].module
-            return Step(use, module, replacement, found.crossed, beside=part, sums=found.sums)
+            return Step(use, use.calls[0].module, replacement, found.crossed, beside=part, sums=found.sums)
         raise first
 
     def _require_recoverable(self, use: NormUse, state: NormState) -> None:
@@ -194,7 +193,7 @@ def _lower(sentence: str) -> str:
     return f"{first.lower() if first in _BEGINNINGS else first} {rest}"
 
 
-_BEGINNINGS = {"It", "No", "Nobody", "Nothing", "Operators", "The", "A", "An", "Those", "Its", "What"}
+_BEGINNINGS = {"It", "No", "Nothing", "Operators", "The", "A", "An", "Its", "What"}
 
 
 def _source(graph: Graph, use: NormUse) -> str | None:

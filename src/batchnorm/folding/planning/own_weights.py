@@ -66,13 +66,13 @@ class ComputedWeights:
     def layers(self, graph: Graph) -> dict[str, Module]:
         """Return, for each module that does nothing but to compute a weight and use it, the layer with that stored."""
         found: dict[str, Module] = {}
-        by_module: dict[int, list[ModuleCall]] = {}  # a model and the normalization before it have one name
+        by_module: dict[Module, list[ModuleCall]] = {}  # the model and one that only wraps it have the same name
         for run in graph.module_calls:
-            by_module.setdefault(id(run.module), []).append(run)
-        for runs in by_module.values():
+            by_module.setdefault(run.module, []).append(run)
+        for module, runs in by_module.items():
             calls = [call for run in runs for call in run.calls if call.index in self._seen]
             if len(calls) == len(runs) and all(map(_only_computes, runs, calls)) and self._same(calls):
-                layer = self._layer(calls[0], runs[0].module)
+                layer = self._layer(calls[0], module)
                 if layer is not None:
                     found[runs[0].name] = layer
         # of a module and what it wraps, the inner one: the names of its parameters stay
@@ -123,7 +123,7 @@ def _only_computes(run: ModuleCall, call: Call) -> bool:
 
 
 def _has_hooks(module: Module) -> bool:
-    """Whether somebody watches the module; those that compute its weight before each run do not."""
+    """Whether a hook watches the module; hooks that compute its weight before each run do not."""
     weights = (WeightNorm, SpectralNorm)
     watching = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, weights)]
     registries = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)

@@ -5,7 +5,7 @@ With the norm gone, an identity stands in its place. The operator takes in what 
 .. math:: s x + t = x + \big((s - 1)\,x + t\big)
 
 in the tap of its kernel that reads, of x, the very element that it computes: s − 1 there, t in the bias. That tap never
-reads what is padded with, so that zeros at the border are none of its business. Between each of the two and the sum
+reads the padding, so that zeros at the border make no difference. Between each of the two and the sum
 there may be factors of the channels: numbers, parameters, norms that stay. With f that of the norm and g that of
 the operator, f/g of it all is taken in.
 """

@@ -91,7 +91,7 @@ def _state_of(use: NormUse) -> NormState:
 
 
 def _require_no_other_readers(graph: Graph, use: NormUse) -> None:
-    """Whoever reads the norm's own tensors from outside would miss them; one who shares them has them still."""
+    """Refuse if an operator outside the norm reads its tensors, which vanish; modules that share them keep them."""
     for key in _STATE:
         value = use.calls[0].args[key]
         if value is None:

@@ -111,7 +111,7 @@ def _parts(graph: Graph, run: ModuleCall, norm: Call, name: str) -> tuple[str | 
         parts.append(_ACTIVATIONS[family(call)](call.args))
         done.add(call)
         value = call.output
-    # submodules that hand on what they get come after the last operator, or between others
+    # submodules that pass their input on come after the last operator, or between others
     parts += [c.name.removeprefix(f"{name}.") for c in children if c.calls == [] and c.inputs == c.outputs == (value,)]
     if not done.issuperset(run.calls):
         _refuse_others(run, norm)

@@ -37,7 +37,7 @@ def require_not_written_into(graph: Graph, use: NormUse, gone: Collection[Call])
         if not writers:
             continue
         for value, reader in _same_memory(call, gone):
-            others = graph.other_readers(value, [reader])  # another call of the norm hands the same memory on
+            others = graph.other_readers(value, [reader])  # another call of the norm passes the same memory on
             if others or value.producer is None:
                 other = others[0] if others else "the caller of the model, whose input it is,"
                 raise Refusal(f"{location(writers[0])} would write into what {other} also reads.", calls=writers[:1])
@@ -56,7 +56,7 @@ def _same_memory(call: Call, gone: Collection[Call]) -> Iterator[tuple[Value, Ca
 
 
 def _aliases(graph: Graph, value: Value) -> Iterator[Value]:
-    """Yield a value, and those that may be the same memory: what views and operators that hand it on make of it."""
+    """Yield a value, and those that may be the same memory: outputs of views and of operators that pass it on."""
     yield value
     for call in graph.readers(value):
         if _may_alias(call):

@@ -19,7 +19,7 @@ from batchnorm.folding.program.open import Opened, copy_program, open_program
 from batchnorm.folding.program.state import Attributes, Signature
 from batchnorm.folding.program.write_back import close_functions, close_modules
 from batchnorm.folding.result import FoldResult
-from batchnorm.folding.writing.record import Pairs
+from batchnorm.folding.writing.record import FoldRecord
 from batchnorm.models.outputs import difference
 from batchnorm.models.program_inputs import own_inputs
 
@@ -65,7 +65,7 @@ def fold_program(program: Program, example_inputs: Any, inplace: bool, fold_mode
 
 
 def _guard(module: GraphModule) -> Callable[[Any], bool]:
-    """Return what tells whether an exported program takes inputs: it checks them; what it is opened to does not."""
+    """Return whether an exported program takes inputs, as a function: the module that it is opened to checks none."""
 
     def accepts(inputs: Any) -> bool:
         try:
@@ -91,7 +91,7 @@ def _module_of(program: ExportedProgram) -> GraphModule:
     return module
 
 
-def _closed(program: Program, opened: Opened, folded: Module, pairs: Pairs) -> Program:
+def _closed(program: Program, opened: Opened, folded: Module, pairs: FoldRecord) -> Program:
     changed = {name.rpartition(".")[0] for name in pairs.digests} | set(pairs.norms) | set(pairs.bordered)
 
     def is_changed(name: str) -> bool:

@@ -82,7 +82,7 @@ def copy_program(program: GraphModule) -> GraphModule:
 
 
 def erase_unread(graph: Graph, nodes: Iterable[Node]) -> None:
-    """Take nodes that nobody reads out of a graph, and then those that only they read, but for inputs and state."""
+    """Take nodes that nothing reads out of a graph, and then nodes that only those read, but for inputs and state."""
     waiting = list(nodes)
     erased: set[Node] = set()
     while waiting:

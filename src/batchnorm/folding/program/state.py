@@ -46,7 +46,7 @@ class State(ABC):
 
     @abstractmethod
     def discard(self, nodes: Collection[Node]) -> None:
-        """Take away states that nobody reads."""
+        """Remove states that nothing reads."""
 
     @abstractmethod
     def replaced(self, old: Node, new: Node) -> None:
@@ -82,7 +82,7 @@ class Attributes(State):
             return self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
 
     def discard(self, nodes: Collection[Node]) -> None:
-        """Take away states that nobody reads."""
+        """Remove states that nothing reads."""
         targets = {str(node.target) for node in nodes}
         for node in nodes:
             self.graph.erase_node(node)
@@ -181,7 +181,7 @@ class Signature(State):
         return node
 
     def discard(self, nodes: Collection[Node]) -> None:
-        """Take away states that nobody reads."""
+        """Remove states that nothing reads."""
         names = {node.name for node in nodes}
         gone = {spec.target for spec in self.signature.input_specs if spec.arg.name in names}
         for node in nodes:
@@ -199,7 +199,7 @@ class Signature(State):
                 entry.signature.replace_all_uses_with(old, new)
 
     def forget_modules(self) -> None:
-        """Keep no signature of a module of which nothing is left: nobody could build it again."""
+        """Keep no signature of a module of which nothing is left: it could not be built again."""
         gone = self._modules - _modules_of(self.graph)
         for entry in self.module_calls:
             if entry.fqn in gone:

@@ -114,7 +114,7 @@ class _NewStates:
         return self._known[same]
 
     def _free(self, old: str, own: str) -> str:
-        """Return the old name, if it had one and nobody else needs it; else its own, with a number where taken."""
+        """Return the old name, if it had one and nothing else needs it; else its own, with a number where taken."""
         taken = set(self._state.taken())
         if old and old not in taken:
             return old

@@ -17,7 +17,7 @@ the output, or are it, and the output has their type: its own rounding errs by u
 it. They can only overflow, and what overflows is never folded.
 
 Whether a loss is felt depends on the inputs: a channel whose γ is next to nothing beside its β loses its range, and
-nobody notices.
+the outputs do not change.
 """
 
 from __future__ import annotations

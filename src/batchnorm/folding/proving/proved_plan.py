@@ -20,7 +20,7 @@ from batchnorm.folding.planning.make_plan import make_plan
 from batchnorm.folding.planning.multiply_add import MultiplyAdd
 from batchnorm.folding.planning.plan import FoldPlan, Options, StayingNorm
 from batchnorm.folding.proving.lost_range import lost_ranges, norms_that_shrink
-from batchnorm.folding.proving.value_proof import Proof
+from batchnorm.folding.proving.value_proof import ValueProof
 from batchnorm.folding.writing.rewrite import rewrite, round_parameters
 from batchnorm.models.copying import copy_model
 from batchnorm.models.outputs import NamedTensor, named_tensors
@@ -82,7 +82,7 @@ def prove_plan(model: Module, graph: Graph, runs: Runs, options: Options) -> Pro
         if plan.changes and not problems:
             with threads_for_float64(graph):
                 problems, outputs = _problems(model, plan, runs, excluded, warm=runs.model is None)
-                if problems and runs.model is not None:  # what a run leaves behind where nobody looks may be why
+                if problems and runs.model is not None:  # what a run leaves behind unseen may be why
                     problems, outputs = _problems(model, plan, runs, excluded, warm=True)
         if not problems:
             plan = replace(plan, staying=_as_the_example_shows(model, plan, runs, excluded))
@@ -100,15 +100,13 @@ def _as_the_example_shows(
         return plan.staying
     alone = make_plan(model, plan.graph.of_run(0), replace(plan.options, fuse=False), excluded)
     known = {norm.name: norm for norm in alone.staying}
-    labels = runs.all.labels
 
     def shown(norm: StayingNorm) -> StayingNorm:
         if norm.name in excluded or norm.name in known:
             return norm if norm.name in excluded else known[norm.name]
         seen = {call.run for call in norm.obstacles} - {0}
-        where = listed([labels[number] for number in sorted(seen)], 1) if seen else "others"
-        reason = f"With the example inputs it could go, but not with {where}. {norm.reason}"
-        return replace(norm, reason=reason)
+        where = listed([runs.all.labels[number] for number in sorted(seen)], 1) if seen else "others"
+        return replace(norm, reason=f"With the example inputs it could go, but not with {where}. {norm.reason}")
 
     return tuple(shown(norm) for norm in plan.staying)
 
@@ -158,8 +156,8 @@ def _problems(
     return proof.problems(), Outputs(before, returned.tensors()) if is_wide else None
 
 
-def _first_run(wide: Module, plan: FoldPlan, inputs: Any, runs: Runs) -> tuple[Proof, list[NamedTensor]]:
-    proof, returned = Proof(plan), _Returned(runs)
+def _first_run(wide: Module, plan: FoldPlan, inputs: Any, runs: Runs) -> tuple[ValueProof, list[NamedTensor]]:
+    proof, returned = ValueProof(plan), _Returned(runs)
     trace(wide, inputs, observer=proof.record, returned=returned)
     return proof, returned.tensors()
 

@@ -34,7 +34,7 @@ from batchnorm.folding.planning.plan import FoldPlan, Step
 from batchnorm.models.outputs import magnitude, scale_of
 from batchnorm.travel.rules import location
 
-__all__ = ["Proof"]
+__all__ = ["ValueProof"]
 
 
 def _bound(dtype: torch.dtype) -> float:
@@ -52,7 +52,7 @@ class _Kept:
 
 
 @dataclass(eq=False)
-class Proof:
+class ValueProof:
     """Two runs of a model, the second one folded by a plan: :meth:`record` and :meth:`compare` are their observers.
 
     Attributes:

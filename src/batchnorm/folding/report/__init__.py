@@ -1,1 +1,1 @@
-"""What a fold tells: sections of the report, sentences about norms, diagrams, ranges for int8, latency."""
+"""The report of a fold: sections of the report, sentences about norms, diagrams, ranges for int8, latency."""

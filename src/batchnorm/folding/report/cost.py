@@ -49,7 +49,7 @@ class Cost:
 
     @classmethod
     def of(cls, model: Module, graph: Graph) -> Cost:
-        """Return what the pass took that ``graph`` tells of."""
+        """Return what the pass took that ``graph`` records."""
         parameters, buffers = list(model.parameters()), list(model.buffers())
         return cls(
             dict(Counter(call.name for call in graph.calls)),

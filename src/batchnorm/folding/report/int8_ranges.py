@@ -176,15 +176,15 @@ _MOST_ROWS = 5  # of the table; the data has all of them
 
 
 def section(ranges: Sequence[ChannelRanges]) -> Section | None:
-    """Return the part of a report that tells of the ranges, of the weights that one scale costs most first."""
+    """Return the section of a report on the ranges: the weights that one scale costs most come first."""
     several = sorted((r for r in ranges if len(r.after.largest) > 1), key=lambda r: -r.after.per_tensor.typical_error)
     if not several:
         return None
-    told = _told(several[0])
-    return Section("Channel ranges, for int8", [told, _table(several), _plot(several[0])], brief=[told])
+    summary = _summary(several[0])
+    return Section("Channel ranges, for int8", [summary, _table(several), _plot(several[0])], brief=[summary])
 
 
-def _told(worst: ChannelRanges) -> Paragraph:
+def _summary(worst: ChannelRanges) -> Paragraph:
     old, new, fine = worst.before.per_tensor, worst.after.per_tensor, worst.after.per_channel
     return Paragraph(
         "Folding multiplies each output channel by a factor of its own. In int8 with one scale for the weight, the "

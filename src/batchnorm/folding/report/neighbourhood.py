@@ -71,7 +71,7 @@ class Neighbourhood:
 
 
 def around(graph: Graph, core: Collection[Call], gone: Collection[Call], ends: Collection[Call] = ()) -> Neighbourhood:
-    """Return operators with what they read and who reads them; many neighbours of one are drawn as one.
+    """Return operators with what they read and what reads them; many neighbours of one are drawn as one.
 
     Args:
         graph: the dataflow.
@@ -127,7 +127,7 @@ class _Drawing:
         self.link(place, self.calls[call])
 
     def below(self, call: Call, reader: Call | str) -> None:
-        """Draw who reads an operator's output."""
+        """Draw what reads an operator's output."""
         if isinstance(reader, str):
             self.last.append(_Place(None, reader))
         place = self._place(reader, "down") if isinstance(reader, Call) else self.last[-1]

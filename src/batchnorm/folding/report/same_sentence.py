@@ -1,4 +1,4 @@
-"""Norms of which the same is told, found by their sentences: a terminal shows one of them, and how many there are."""
+"""Norms with the same explanation, found by their sentences: a terminal shows one of them, and how many there are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
-__all__ = ["alike"]
+__all__ = ["group_by_sentence"]
 
 _WORD = re.compile(r"\d+ of \d+|\w+(?:\.\w+)*")
 # of several operators in a row, "cat in …, cat in … and 3 more", one is enough
@@ -15,7 +15,7 @@ _REPEATED = re.compile(r"((?:\w+ in )?…)(?:(?:, | and )(?:\1|\d+ more))+")
 Item = TypeVar("Item")
 
 
-def alike(items: Sequence[Item], says: Callable[[Item], str], names: Collection[str]) -> list[list[Item]]:
+def group_by_sentence(items: Sequence[Item], says: Callable[[Item], str], names: Collection[str]) -> list[list[Item]]:
     """Return the items in groups of which the same is said, but for names; in the order in which they first come.
 
     Args:
@@ -24,7 +24,7 @@ def alike(items: Sequence[Item], says: Callable[[Item], str], names: Collection[
         names: what is a name in these; so is a word with a dot inside, and how many of how many.
 
     Example:
-        >>> alike(["It reads a.", "It stays.", "It reads b."], str, {"a", "b"})
+        >>> group_by_sentence(["It reads a.", "It stays.", "It reads b."], str, {"a", "b"})
         [['It reads a.', 'It reads b.'], ['It stays.']]
     """
     groups: dict[str, list[Item]] = {}

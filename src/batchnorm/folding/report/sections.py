@@ -10,7 +10,7 @@ from torch.nn import Module
 from batchnorm.folding.report.int8_ranges import section as range_section
 from batchnorm.folding.report.latency import Measured, Spread
 from batchnorm.folding.report.outcome import Costs, FoldedNorm, FoldOutcome, LeftNorm
-from batchnorm.folding.report.same_sentence import alike
+from batchnorm.folding.report.same_sentence import group_by_sentence
 from batchnorm.report import Diagrams, Facts, Paragraph, Section, Table
 from batchnorm.report.document import Block, Cell
 
@@ -63,7 +63,7 @@ def sections(result: FoldOutcome, model: Any, measured: Measured | None) -> list
 
 def _groups(items: Sequence[Norm], says: Callable[[Norm], str], names: Collection[str]) -> list[list[Norm]]:
     """Return the norms that a terminal shows as one row: none where they are few."""
-    return [[item] for item in items] if len(items) <= _FEW else alike(items, says, names)
+    return [[item] for item in items] if len(items) <= _FEW else group_by_sentence(items, says, names)
 
 
 def _names(result: FoldOutcome, model: Any) -> set[str]:
@@ -81,7 +81,7 @@ def _called(group: Sequence[FoldedNorm] | Sequence[LeftNorm]) -> str:
 def _caption(groups: Sequence[Sequence[object]], where: str) -> str:
     several = any(len(group) > 1 for group in groups)
     return (
-        f"Of norms of which the same is told, each with neighbours of its own, one is shown; {where} has all."
+        f"Of norms with the same explanation, each with neighbours of its own, one is shown; {where} has all."
         if several
         else ""
     )

@@ -1,4 +1,4 @@
-"""What form data from a file that nobody trusts has: numbers, names, and lists and tables of them."""
+"""The form that data from an untrusted file must have: numbers, names, and lists and tables of them."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from batchnorm.models.parameters import find_tensor, is_within, qualified
 if TYPE_CHECKING:
     from batchnorm.folding.planning.multiply_add import MultiplyAdd
 
-__all__ = ["Pairs", "digest"]
+__all__ = ["FoldRecord", "digest"]
 
 _FORMAT = "batchnorm-pairs-1"
 _PLAIN: Mapping[str, type[Module]] = {
@@ -39,7 +39,7 @@ _SETTINGS = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
+class FoldRecord:
     """What a model had before it was folded.
 
     Attributes:
@@ -71,7 +71,7 @@ class Pairs:
         norms: Iterable[tuple[Module, Replacement]],
         bordered: Iterable[str],
         multiply_adds: Sequence[MultiplyAdd] = (),
-    ) -> Pairs:
+    ) -> FoldRecord:
         """Return what is about to be replaced in a model.
 
         Args:
@@ -132,14 +132,14 @@ class Pairs:
         return Path(path)
 
     @classmethod
-    def given(cls, verb: str, pairs: Pairs | str | Path, like: Module | None) -> Pairs:
+    def given(cls, verb: str, pairs: FoldRecord | str | Path, like: Module | None) -> FoldRecord:
         """Return what a verb was given: pairs, or those of the file.
 
         Raises:
             ArgumentTypeError: it is neither, as ``FoldResult.pairs`` is None where nothing was folded.
             InputError, StateError: as of :meth:`load`.
         """
-        if isinstance(pairs, Pairs):
+        if isinstance(pairs, FoldRecord):
             return pairs
         if isinstance(pairs, str | os.PathLike):
             return cls.load(pairs, like)
@@ -149,7 +149,7 @@ class Pairs:
         )
 
     @classmethod
-    def load(cls, path: str | Path, like: Module | None = None) -> Pairs:
+    def load(cls, path: str | Path, like: Module | None = None) -> FoldRecord:
         """Read what :meth:`save` wrote.
 
         Args:
@@ -196,7 +196,7 @@ def _is_of(stays: Replacement | None, name: str) -> bool:
 
 
 def digest(tensor: Tensor) -> str:
-    """Return what tells a tensor's values and type from all others."""
+    """Return a digest of a tensor's values and type."""
     return hashlib.sha256(bytes_of(tensor).cpu().numpy().tobytes() + str(tensor.dtype).encode()).hexdigest()
 
 
@@ -215,7 +215,7 @@ def _require_sizes(stays: Mapping[str, Sequence[Part]], tensors: Mapping[str, Te
 
 def _settings(norm: Module) -> dict[str, Any]:
     name = f"{type(norm).__module__}.{type(norm).__qualname__}"
-    if _plain(name) is None:  # nobody reads settings of others, which may be of any type
+    if _plain(name) is None:  # settings of other classes are not read, and may be of any type
         return {"class": name, **dict.fromkeys(_SETTINGS)}
     known = {key: getattr(norm, key) for key in _SETTINGS}
     momentum = None if known["momentum"] is None else float(known["momentum"])

@@ -1,4 +1,4 @@
-"""A folded model's parameters and stand-ins, put into the module tree."""
+"""A folded model's parameters and replacements, put into the module tree."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def rewrite(model: Module, plan: FoldPlan, parameters: dict[str, Parameter]) -> 
     """Set the new parameters; replace norms that go or become multiply-adds, and convolutions that get a border."""
     for name, parameter in parameters.items():
         put_parameter(model, name, parameter)
-    stand_ins = {step.module: step.replacement.build(model.get_submodule(step.module)) for step in plan.steps}
+    replacements = {step.module: step.replacement.build(model.get_submodule(step.module)) for step in plan.steps}
     for name, border in plan.parameters.borders.items():
-        stand_ins[name] = bordered(model.get_submodule(name), border)
+        replacements[name] = bordered(model.get_submodule(name), border)
     for item in plan.multiply_adds:
-        stand_ins[item.module] = item.build(model)
+        replacements[item.module] = item.build(model)
         if item.moved is not None:
-            stand_ins[item.moved] = Identity().train(model.get_submodule(item.moved).training)
-    replace_modules(model, stand_ins)
+            replacements[item.moved] = Identity().train(model.get_submodule(item.moved).training)
+    replace_modules(model, replacements)
 
 
 def replace_modules(model: Module, new: Mapping[str, Module]) -> None:
@@ -87,7 +87,7 @@ def replace_modules(model: Module, new: Mapping[str, Module]) -> None:
 
 def replace_by_id(model: Module, new: Mapping[int, Module]) -> None:
     """Replace modules, wherever they stand, with those of their ids; the model itself becomes its own one."""
-    for module in list(model.modules()):  # as they stand now: a stand-in may hold what another stands in for
+    for module in list(model.modules()):  # as they stand now: a replacement may hold what another one replaces
         for name, child in list(module._modules.items()):
             if id(child) in new:
                 module._modules[name] = new[id(child)]
