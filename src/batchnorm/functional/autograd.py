@@ -100,7 +100,7 @@ class _WithBatchStatistics(torch.autograd.Function):
         else:
             engine = dispatch.backend(ctx.backend)
             mean, rstd = normalizers(Moments(count, mean, m2), ctx.eps)
-        residual = _stand_in(residual, ctx.has_residual, dy)
+        residual = _residual_or_dy(residual, ctx.has_residual, dy)
         transform = Transform(mean, rstd, weight, bias, residual, ctx.activation, mask)
         gradients, reduced = engine.train_backward(dy, x, transform)
         return gradients.input, *_of_parameters(reduced, weight, bias), gradients.residual, None, None, None, None
@@ -137,7 +137,7 @@ class _WithGivenStatistics(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[_Optional, ...]:
         x, mean, rstd, weight, bias, residual, mask = ctx.saved_tensors
         engine = REFERENCE if torch.is_grad_enabled() else dispatch.backend(ctx.backend)
-        residual = _stand_in(residual, ctx.has_residual, dy)
+        residual = _residual_or_dy(residual, ctx.has_residual, dy)
         transform = Transform(mean, rstd, weight, bias, residual, ctx.activation, mask)
         gradients = engine.backward_input(dy, x, transform, None)
         of_parameters: tuple[_Optional, _Optional] = (None, None)
@@ -146,7 +146,7 @@ class _WithGivenStatistics(torch.autograd.Function):
         return gradients.input, None, None, *of_parameters, gradients.residual, None, None, None
 
 
-def _stand_in(residual: _Optional, has_residual: bool, dy: Tensor) -> _Optional:
+def _residual_or_dy(residual: _Optional, has_residual: bool, dy: Tensor) -> _Optional:
     """Return a residual for the backward phases, which read its values only where there is an activation."""
     return dy if residual is None and has_residual else residual
 

@@ -14,9 +14,9 @@ from batchnorm.report import Document, Paragraph, Plot, Result, Section, Series,
 from batchnorm.report.document import Block, Cell, Tone
 from batchnorm.report.result import finite_or_none
 
-__all__ = ["Verdict", "WatchResult"]
+__all__ = ["WatchResult", "WatchVerdict"]
 
-Verdict: TypeAlias = Literal["as stored", "drifted", "not judged"]
+WatchVerdict: TypeAlias = Literal["as stored", "drifted", "not judged"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,7 +45,7 @@ class WatchResult(Result):
     by_reference: bool = False
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> WatchVerdict:
         """``"drifted"`` if a norm is flagged, ``"as stored"`` if one could be judged, else ``"not judged"``."""
         if any(layer.flagged for layer in self.layers):
             return "drifted"
