@@ -61,5 +61,8 @@ def test_no_alternative_has_other_channels_another_name_or_a_layer_of_its_own(mo
     model.bns[1] = nn.BatchNorm1d(4)
     assert alternative_to(model, model.bns[0], ["bns.1"]) is None
     assert alternative_to(model, model.shared, ["bns.1"]) is None
+    grid = nn.ModuleDict({n: nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(3)]) for n in "ab"})
+    assert alternative_to(grid, grid["a"][0], ["b.1"]) is None  # two parts of the name differ
+    assert alternative_to(grid, grid["a"][0], ["b.1", "b.0"]) == "b.0"
     heads = nn.ModuleDict({n: nn.ModuleDict({"fc": nn.Linear(3, 3), "bn": nn.BatchNorm1d(3)}) for n in "ab"})
     assert alternative_to(heads, heads["a"]["bn"], ["b.bn"]) is None

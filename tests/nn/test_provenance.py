@@ -58,8 +58,9 @@ def test_a_verb_within_a_verb_sees_its_own_batches():
 
     @with_provenance("outer")
     def outer(model, batches):
-        saw(batches[0])
         inner(model, [torch.zeros(5)])
+        saw(batches[0])
+        inner(model, [torch.zeros(6)])
         return Outcome(1)
 
     assert outer(nn.Identity(), [torch.zeros(7)]).provenance.data == "1 batch; the first batch float32 (7,)"

@@ -62,6 +62,15 @@ def test_loose_buffers_become_a_site_when_a_function_is_given_them():
     ]  # fmt: skip
 
 
+def test_loose_buffers_of_a_module_in_eval_mode_by_hand_are_left():
+    net = nn.Sequential(Loose(), nn.BatchNorm1d(3)).train()
+    net[0].eval()
+    sites = Sites(net, None)
+    assert sites.names_of_loose() == []
+    assert sites.find(net[0].other_running_mean, net[0].other_running_var) is None
+    assert "frozen by hand" in reasons(sites)["0.other"]
+
+
 def test_calls_with_buffers_of_nobody_are_counted():
     sites = Sites(Loose(), None)
     assert sites.find(torch.zeros(3), torch.ones(3)) is None
