@@ -22,38 +22,21 @@ __all__ = ["normalize_with_batch_statistics", "normalize_with_given_statistics"]
 _Optional: TypeAlias = Tensor | None
 
 
-def normalize_with_batch_statistics(
-    x: Tensor,
-    weight: _Optional,
-    bias: _Optional,
-    residual: _Optional,
-    mask: _Optional,
-    eps: float,
-    activation: str | None,
-    backend: str,
-) -> tuple[Tensor, Moments]:
-    """Return y, differentiable in x, weight, bias and residual, and the moments of x, which are not."""
-    y, count, mean, m2 = _WithBatchStatistics.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, residual, mask, eps, activation, backend
-    )
-    return y, Moments(count, mean, m2)
+def normalize_with_batch_statistics(*call: Any) -> tuple[Tensor, Moments]:
+    """Return y, differentiable in x, weight, bias and residual, and the moments of x, which are not.
+
+    The arguments are x, weight, bias, residual, mask, eps, activation and the backend's name.
+    """
+    y, *moments = _WithBatchStatistics.apply(*call)  # type: ignore[no-untyped-call]
+    return y, Moments(*moments)
 
 
-def normalize_with_given_statistics(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: _Optional,
-    bias: _Optional,
-    residual: _Optional,
-    mask: _Optional,
-    activation: str | None,
-    backend: str,
-) -> Tensor:
-    """Return y with mean and rstd (float64) held constant, differentiable in x, weight, bias and residual."""
-    y: Tensor = _WithGivenStatistics.apply(  # type: ignore[no-untyped-call]
-        x, mean, rstd, weight, bias, residual, mask, activation, backend
-    )
+def normalize_with_given_statistics(*call: Any) -> Tensor:
+    """Return y with mean and rstd (float64) held constant, differentiable in x, weight, bias and residual.
+
+    The arguments are x, mean, rstd, weight, bias, residual, mask, activation and the backend's name.
+    """
+    y: Tensor = _WithGivenStatistics.apply(*call)  # type: ignore[no-untyped-call]
     return y
 
 
