@@ -15,6 +15,7 @@ from benchmarks.fold.__main__ import ROWS as FOLD_ROWS
 from benchmarks.fold.tables import tally
 from benchmarks.fold.tools import OURS, OURS_EXPORTED, TOOLS
 from benchmarks.recalibrate.__main__ import ROWS as RECALIBRATE_ROWS
+from benchmarks.sheets import commits, page_options
 from benchmarks.train_step.compare import LAYOUTS, WHOLE, WORKS, Rows
 from benchmarks.train_step.rows import ROOT, read
 from benchmarks.train_step.rows import ROWS as TRAIN_ROWS
@@ -26,19 +27,27 @@ _OURS, _OTHERS = "#56B4E9", "#CCCCCC"
 
 
 def main() -> None:
-    draw(PATH)
+    print("from rows of", *draw(PATH, changed=page_options(__doc__).parse_args().changed))
     print(PATH)
 
 
-def draw(path: Path) -> None:
-    """Draw a panel a claim; the file's suffix says in which format."""
+def draw(path: Path, *, changed: bool = False) -> list[str]:
+    """Draw a panel a claim, and return the commits of the rows; the file's suffix says in which format.
+
+    Raises:
+        ChangedTreeError: as for :func:`benchmarks.sheets.commits`; nothing is drawn.
+    """
+    measured, folded = _rows(RECALIBRATE_ROWS, "exact"), _rows(FOLD_ROWS, "networks")
+    trained = Rows(read([TRAIN_ROWS])).select(group="layers", phase=WHOLE)
+    known = commits([*measured, *folded, *trained.all], changed=changed)
     figure, (left, middle, right) = subplots(1, 3, fonttype="path", figsize=(13, 3.4), layout="constrained")
-    _measured(left, _rows(RECALIBRATE_ROWS, "exact"))
-    _folded(middle, _rows(FOLD_ROWS, "networks"))
-    _trained(right, Rows(read([TRAIN_ROWS])).select(group="layers", phase=WHOLE))
+    _measured(left, measured)
+    _folded(middle, folded)
+    _trained(right, trained)
     for panel in (left, middle, right):
         panel.spines[["top", "right"]].set_visible(False)
     save(figure, path)
+    return known
 
 
 def _rows(path: Path, question: str) -> list[Row]:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from importlib import import_module
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from docutils import nodes
 from sphinx import addnodes
@@ -16,6 +18,9 @@ from batchnorm.checks.rule import Rule
 from batchnorm.diagnosis.causes import CAUSES
 from batchnorm.diagnosis.causes.cause import Cause
 from batchnorm.kernels import ACCURACY
+
+# The callback is described where Lightning is not installed too; what it inherits is not part of the description.
+sys.modules["lightning.pytorch"] = cast("Any", SimpleNamespace(Callback=object))
 
 project = "batchnorm"
 author = "the batchnorm authors"

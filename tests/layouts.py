@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from tests.lively import lively
 from torch import Tensor, nn
 
-__all__ = ["DENSE", "LAYOUTS", "OVERLAPPING", "input_of", "lay_out", "lively", "model_of", "small_model"]
+__all__ = ["DENSE", "LAYOUTS", "OVERLAPPING", "input_of", "lay_out", "model_of", "small_model"]
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -80,18 +81,6 @@ def lay_out(model: nn.Module, layout: Callable[[Tensor], Tensor], which: str = "
                 if b is not None:
                     module._buffers[name] = layout(b)
     return model
-
-
-def lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give the norms parameters and statistics that show, in place, and return the model in eval mode."""
-    generator = torch.Generator().manual_seed(seed)
-    for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            m.weight.data.copy_(torch.randn(m.num_features, generator=generator))
-            m.bias.data.copy_(torch.randn(m.num_features, generator=generator))
-            m.running_mean.copy_(torch.randn(m.num_features, generator=generator))
-            m.running_var.copy_(torch.rand(m.num_features, generator=generator) + 0.5)
-    return model.eval()
 
 
 def small_model(channels: int = 4, dim: int = 2, norm: str = "torch") -> nn.Module:

@@ -7,7 +7,6 @@ The sentences stand in ``diagnose-table.md.jinja``; edit those, not what is writ
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -16,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.diagnose.cases import HEALTHY_CAUSE, NOTHING, Row
-from benchmarks.sheets import render
+from benchmarks.sheets import page_options, write_page
 from benchmarks.train_step.tables import markdown
 
 __all__ = ["ROWS", "summary", "write"]
@@ -27,11 +26,12 @@ _FAILED = "failed"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = page_options(__doc__)
     parser.add_argument("rows", type=Path, nargs="?", default=ROWS)
-    rows = [json.loads(text) for text in parser.parse_args().rows.read_text().splitlines()]
+    options = parser.parse_args()
+    rows = [json.loads(text) for text in options.rows.read_text().splitlines()]
     print(summary(rows))
-    print(write(rows))
+    print(write(rows, changed=options.changed))
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -48,10 +48,10 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(rows: Sequence[Row], page: Path = PAGE) -> Path:
-    """Write the page, and return where it is."""
+def write(rows: Sequence[Row], page: Path = PAGE, *, changed: bool = False) -> Path:
+    """Write the page, and return where it is; ``changed`` as for :func:`benchmarks.sheets.write_page`."""
     planted, healthy = _split(rows)
-    columns = ("device", "torch", "batchnorm", "commit", "date")
+    columns = ("device", "torch", "batchnorm", "date")
     facts = {
         "about": {column: rows[0][column] for column in columns},
         "seeds": sorted({row["seed"] for row in rows}),
@@ -72,8 +72,7 @@ def write(rows: Sequence[Row], page: Path = PAGE) -> Path:
         "healthy_table": _healthy(healthy),
         "seconds": statistics.median(row["seconds"] for row in rows),
     }
-    page.write_text(render(Path(__file__).with_name("diagnose-table.md.jinja"), facts))
-    return page
+    return write_page(page, Path(__file__).with_name("diagnose-table.md.jinja"), facts, rows, changed=changed)
 
 
 def _split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:

@@ -18,7 +18,7 @@ from benchmarks.fold.networks import NETWORKS
 from benchmarks.fold.patterns import PATTERNS
 from benchmarks.fold.speed import EAGER
 from benchmarks.fold.tools import OURS, OURS_EXPORTED, TOOLS
-from benchmarks.sheets import render
+from benchmarks.sheets import page_options, write_page
 from benchmarks.train_step.rows import ROOT
 
 from benchmarks.fold import tables
@@ -31,9 +31,10 @@ _PAGE = "fold-table.md"
 
 
 def main() -> None:
+    options = page_options(__doc__).parse_args()
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
-    (ROOT / "docs" / _PAGE).write_text(render(Path(__file__).with_name(f"{_PAGE}.jinja"), facts(rows)))
-    print(ROOT / "docs" / _PAGE)
+    template = Path(__file__).with_name(f"{_PAGE}.jinja")
+    print(write_page(ROOT / "docs" / _PAGE, template, facts(rows), rows, changed=options.changed))
 
 
 def facts(rows: list[Row]) -> dict[str, Any]:

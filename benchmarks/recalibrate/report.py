@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.figures import save, subplots
 from benchmarks.recalibrate.__main__ import ROWS
-from benchmarks.sheets import render
+from benchmarks.sheets import commits, page_options, write_page
 from benchmarks.train_step.rows import ROOT
 
 _PAGE = "recalibrate-table.md"
@@ -27,7 +27,9 @@ _STYLES = {
 
 
 def main() -> None:
+    options = page_options(__doc__).parse_args()
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    commits(rows, changed=options.changed)  # before the plot is drawn
     exact = [row for row in rows if row["question"] == "exact"]
     streams = [row for row in rows if row["question"] == "streams"]
     cost = [row for row in rows if row["question"] == "cost"]
@@ -46,8 +48,8 @@ def main() -> None:
         "costs": {(row["network"], row["method"]): row for row in cost},
         "ways": list(dict.fromkeys(row["method"] for row in cost)),
     }
-    (ROOT / "docs" / _PAGE).write_text(render(Path(__file__).with_name(f"{_PAGE}.jinja"), facts))
-    print(ROOT / "docs" / _PAGE)
+    template = Path(__file__).with_name(f"{_PAGE}.jinja")
+    print(write_page(ROOT / "docs" / _PAGE, template, facts, rows, changed=options.changed))
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -7,12 +7,11 @@ The sentences stand in ``performance.md.jinja`` and ``performance-table.md.jinja
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sheets import render
+from benchmarks.sheets import commits, page_options, write_page
 from benchmarks.train_step import plot, tables
 from benchmarks.train_step.compare import LAYOUTS, WHOLE, WORKS, Rows
 from benchmarks.train_step.rows import ROOT, ROWS, read
@@ -23,16 +22,17 @@ _LARGE = 25e6  # bytes of a tensor that no longer shares the cache with another
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = page_options(__doc__)
     parser.add_argument("rows", type=Path, nargs="*", default=[ROWS], help="files of rows; a later one wins")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the pages go")
     options = parser.parse_args()
     rows = Rows(read(options.rows))
+    commits(rows.all, changed=options.changed)  # before the plot is drawn
     if rows.select(group="layers").all:
         plot.draw(rows, options.docs / _PLOT)
     for page in _PAGES:
-        (options.docs / page).write_text(render(Path(__file__).with_name(f"{page}.jinja"), _facts(rows)))
-        print(options.docs / page)
+        template = Path(__file__).with_name(f"{page}.jinja")
+        print(write_page(options.docs / page, template, _facts(rows), rows.all, changed=options.changed))
 
 
 def _facts(rows: Rows) -> dict[str, Any]:

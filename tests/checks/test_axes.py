@@ -40,6 +40,7 @@ X1, X2, X3 = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 4,
         (nn.Conv2d(3, 4, 1), X2[0], 0),  # without a batch
         (nn.Conv3d(3, 4, 1), X3, 1),
         (nn.ConvTranspose2d(3, 4, 2), X2, 1),
+        (nn.ConvTranspose2d(3, 4, 2), X2[0], 0),
         (nn.Linear(8, 4), X1, 2),
         (nn.Embedding(9, 4), torch.zeros(2, 5, dtype=torch.int64), 2),
         (nn.ReLU(), X1, None),  # the model's input, of which nothing is known

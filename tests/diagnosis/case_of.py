@@ -31,7 +31,7 @@ def case_of(
     *layers: Any,
     deployed: Pass | None = None,
     training: Pass | None = None,
-    settled: Pass | None = None,
+    recalibrated: Pass | None = None,
     told: bool | None = True,
     frozen: Sequence[str] = (),
     home: Sequence[Any] | None = None,
@@ -40,15 +40,15 @@ def case_of(
 ) -> Case:
     """A case with these gaps, in which eval mode, batch statistics and population statistics gave these runs."""
     deployed = deployed or run_of()
-    training, settled = training or deployed, settled or deployed
+    training, recalibrated = training or deployed, recalibrated or deployed
     gaps: Any = SimpleNamespace(
         layers=layers,
         deployed=deployed,
         training=training,
-        settled=settled,
+        recalibrated=recalibrated,
         population={n.site: n.site for n in layers},
     )
     sites: Any = None
-    goal = Goal(deployed, training, settled, told)
+    goal = Goal(deployed, training, recalibrated, told)
     frozen_by = dict.fromkeys(frozen, "frozen by batchnorm.freeze")
     return Case(model or nn.Identity(), False, {}, sites, passes, gaps, home, frozen_by, goal)

@@ -44,7 +44,7 @@ def test_what_is_explained_or_excluded_is_not_looked_at_again() -> None:
     [
         ({}, {"b"}),  # without a metric
         ({"deployed": run_of(0.9, 0.9, 0.9)}, {"b"}),  # eval mode is as good
-        ({"deployed": run_of(0.5, 0.5, 0.5), "settled": run_of(0.9, 0.9, 0.9)}, set()),
+        ({"deployed": run_of(0.5, 0.5, 0.5), "recalibrated": run_of(0.9, 0.9, 0.9)}, set()),
     ],
 )
 def test_frozen_norms_that_are_off_are_lived_with_unless_the_metric_says_otherwise(

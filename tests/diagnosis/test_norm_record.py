@@ -11,7 +11,7 @@ from tests.diagnosis.conftest import passes_of
 from torch import nn
 
 import batchnorm.functional
-from batchnorm.diagnosis.norm_record import Basis, Meeting
+from batchnorm.diagnosis.norm_record import Basis, NormRecord
 from batchnorm.errors import NonFiniteError
 from batchnorm.moments import Moments
 from batchnorm.statistics.estimators import Pooled
@@ -35,12 +35,12 @@ def data() -> list[torch.Tensor]:
 
 def test_calls_within_a_forward_pass_are_told_apart(data) -> None:
     done = passes_of(Twice().eval(), data).run(Basis("stored"))
-    (meeting,) = done.meetings.values()
+    (record,) = done.records.values()
     whole = torch.cat(data)
-    assert (meeting.calls, meeting.batches, meeting.samples, meeting.fewest) == (8, 4, 256, 32)
-    for met, x in zip(meeting.per_call, (whole, 3 * whole + 1), strict=True):
+    assert (record.calls, record.batches, record.samples, record.fewest) == (8, 4, 256, 32)
+    for met, x in zip(record.per_call, (whole, 3 * whole + 1), strict=True):
         torch.testing.assert_close(met.mean, Moments.of(x).mean, rtol=1e-5, atol=1e-6)
-    assert len(meeting.per_batch) == 4
+    assert len(record.per_batch) == 4
 
 
 def test_each_call_may_be_given_statistics_of_its_own(data) -> None:
@@ -60,37 +60,37 @@ def call_on(x: torch.Tensor) -> Any:
 
 
 def test_a_norm_that_is_called_very_often_keeps_eight_calls_apart_and_loses_no_value() -> None:
-    meeting = Meeting(Pooled(1), 0.0)
+    record = NormRecord(Pooled(1), 0.0)
     values = torch.arange(20.0).view(10, 2, 1)
     for number, x in enumerate(values):
-        meeting.take([Moments.of(x)], 0, call_on(x))
-        assert meeting.call_in_batch == number
-    assert len(meeting.per_call) == 8
-    assert [met.count.item() for met in meeting.per_call] == [2] * 7 + [6]
-    assert meeting.estimator.pooled == Moments.of(values.view(-1, 1))
-    assert (meeting.batches, meeting.calls, meeting.samples, meeting.fewest) == (1, 10, 20, 2)
+        record.take([Moments.of(x)], 0, call_on(x))
+        assert record.call_in_batch == number
+    assert len(record.per_call) == 8
+    assert [met.count.item() for met in record.per_call] == [2] * 7 + [6]
+    assert record.estimator.pooled == Moments.of(values.view(-1, 1))
+    assert (record.batches, record.calls, record.samples, record.fewest) == (1, 10, 20, 2)
 
 
 def test_groups_of_samples_are_what_errors_come_from() -> None:
-    meeting, x = Meeting(Pooled(1), 0.0), torch.arange(8.0).view(8, 1)
-    met = meeting.take([Moments.of(part) for part in x.split(2)], 3, call_on(x))
+    record, x = NormRecord(Pooled(1), 0.0), torch.arange(8.0).view(8, 1)
+    met = record.take([Moments.of(part) for part in x.split(2)], 3, call_on(x))
     assert met == Moments.of(x)
-    assert len(meeting.spread.groups) == 4
-    assert len(meeting.per_batch) == 1
-    mean, variance = meeting.statistics
+    assert len(record.spread.groups) == 4
+    assert len(record.per_batch) == 1
+    mean, variance = record.statistics
     assert (mean.item(), variance.item()) == (3.5, 6.0)
 
 
 def test_a_norm_is_told_by_whom_it_is_fed_and_that_it_asked_for_the_batch(data) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4, track_running_stats=True)).eval()
     passes = passes_of(model, data)
-    (meeting,) = passes.run(Basis("stored")).meetings.values()
-    assert torch.equal(meeting.feeder, model[0].weight)
-    assert torch.equal(meeting.weight, model[2].weight)
-    assert not meeting.on_batch
+    (record,) = passes.run(Basis("stored")).records.values()
+    assert torch.equal(record.feeder, model[0].weight)
+    assert torch.equal(record.weight, model[2].weight)
+    assert not record.on_batch
     model[2].train()
-    (meeting,) = passes.run(Basis("stored")).meetings.values()
-    assert meeting.on_batch
+    (record,) = passes.run(Basis("stored")).records.values()
+    assert record.on_batch
 
 
 def test_values_that_are_not_finite_are_an_error_unless_they_are_let_pass(data) -> None:
@@ -98,9 +98,9 @@ def test_values_that_are_not_finite_are_an_error_unless_they_are_let_pass(data) 
     poisoned = [data[0], data[1] * torch.nan]
     with pytest.raises(NonFiniteError, match=r"batch 1 .*0 met NaN or infinity in 4 of its 4 channels"):
         passes_of(model, poisoned).run(Basis("stored"))
-    (meeting,) = passes_of(model, poisoned).run(Basis("stored"), tolerant=True).meetings.values()
-    assert meeting.batches == 2
-    assert not meeting.estimator.pooled.isfinite().any()
+    (record,) = passes_of(model, poisoned).run(Basis("stored"), tolerant=True).records.values()
+    assert record.batches == 2
+    assert not record.estimator.pooled.isfinite().any()
 
 
 def test_masked_positions_do_not_count() -> None:
@@ -115,6 +115,6 @@ def test_masked_positions_do_not_count() -> None:
             return batchnorm.functional.batch_norm(x, self.running_mean, self.running_var, mask=mask)
 
     x = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))
-    (meeting,) = passes_of(Masked().eval(), [x[:3], x[3:]]).run(Basis("stored")).meetings.values()
-    torch.testing.assert_close(meeting.estimator.pooled.mean, x[..., :2].double().mean((0, 2)))
-    assert meeting.fewest == 6
+    (record,) = passes_of(Masked().eval(), [x[:3], x[3:]]).run(Basis("stored")).records.values()
+    torch.testing.assert_close(record.estimator.pooled.mean, x[..., :2].double().mean((0, 2)))
+    assert record.fewest == 6

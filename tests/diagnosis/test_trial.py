@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.diagnosis.case import Remedy
-from batchnorm.diagnosis.norm_record import Basis, Meeting
+from batchnorm.diagnosis.norm_record import Basis, NormRecord
 from batchnorm.diagnosis.passes import Pass
 from batchnorm.diagnosis.trial import Gain, outstanding, try_remedy
 from batchnorm.errors import NonFiniteError
@@ -53,13 +53,13 @@ def test_a_gain_as_data_has_no_number_that_json_lacks() -> None:
     }
 
 
-def met(*batches: Tensor, eps: float = 0.0, on_batch: bool = False) -> Meeting:
+def met(*batches: Tensor, eps: float = 0.0, on_batch: bool = False) -> NormRecord:
     """What a norm met, one batch a call within one forward pass."""
-    meeting = Meeting(Pooled(batches[0].shape[1]), eps, on_batch=on_batch)
+    record = NormRecord(Pooled(batches[0].shape[1]), eps, on_batch=on_batch)
     for batch in batches:
         call: Any = SimpleNamespace(input=batch)
-        meeting.take([Moments.of(batch)], 0, call)
-    return meeting
+        record.take([Moments.of(batch)], 0, call)
+    return record
 
 
 def site_of(mean: float, variance: float) -> Site:

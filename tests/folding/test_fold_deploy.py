@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.lively import lively
 from torch import Tensor, nn
 
 import batchnorm
@@ -54,17 +55,6 @@ class Preactivated(nn.Module):
         return self.along(self.rows(x.mean(3)))
 
 
-def lively(model: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-    return model.eval()
-
-
 def images(size: int) -> Tensor:
     return torch.randn(size, 3, 24, 24, generator=torch.Generator().manual_seed(size))
 
@@ -86,9 +76,11 @@ class Deployed:
 
 
 CASES: dict[str, Callable[[], batchnorm.FoldResult]] = {
-    "shared modules, control flow": lambda: batchnorm.fold(lively(Pyramid()), images(4)),
-    "raw inputs": lambda: batchnorm.fold(lively(Pyramid()), images(4), input_mean=[0.3, 0.5, -0.2], input_std=0.7),
-    "borders": lambda: batchnorm.fold(lively(Preactivated()), images(4), borders=True),
+    "shared modules, control flow": lambda: batchnorm.fold(lively(Pyramid(), positive=True), images(4)),
+    "raw inputs": lambda: batchnorm.fold(
+        lively(Pyramid(), positive=True), images(4), input_mean=[0.3, 0.5, -0.2], input_std=0.7
+    ),
+    "borders": lambda: batchnorm.fold(lively(Preactivated(), positive=True), images(4), borders=True),
 }
 
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from tests.lively import lively
 from torch import nn
 from torch.export import Dim, export
 from torch.nn import functional as F
@@ -24,16 +25,8 @@ class Net(nn.Module):
         return self.way(self, x)
 
 
-def lively(net):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                for tensor in (module.running_mean, module.bias, module.weight):
-                    tensor.copy_(torch.randn(tensor.shape, generator=generator))
-                module.weight.abs_().add_(0.2)
-                module.running_var.uniform_(0.5, 2.0, generator=generator)
-    return net.double().eval()
+def in_float64(net):
+    return lively(net, positive=True).double()
 
 
 def rand(*shape, seed=1):
@@ -96,7 +89,7 @@ BY_SIZE = {
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.sweep), 2])
 @pytest.mark.parametrize("name", BY_SIZE)
 def test_what_depends_on_the_size_is_no_constant(name, batch):
-    net = lively(Net(BY_SIZE[name]))
+    net = in_float64(Net(BY_SIZE[name]))
     result = fold(net, rand(batch, 3, 16, 16))
     assert worst(net, result.model, [(rand(*shape),) for shape in UNSEEN]) < 1e-9, name
 
@@ -121,7 +114,7 @@ RIGHT = {
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.sweep), 2])
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_holds_at_all_sizes_is_folded(name, batch):
-    net = lively(Net(RIGHT[name]))
+    net = in_float64(Net(RIGHT[name]))
     result = fold(net, rand(batch, 3, 16, 16))
     assert [norm.norm for norm in result.folded] == ["bn"], result.left
     assert worst(net, result.model, [(rand(*shape),) for shape in UNSEEN]) < 1e-9
@@ -138,7 +131,7 @@ TRACEABLE = [
 @pytest.mark.parametrize("name", [*TRACEABLE, "running count", "sum over places", "plain", "views", "interpolated"])
 @pytest.mark.parametrize("kind", [pytest.param("graph module", marks=pytest.mark.sweep), "exported"])
 def test_programs(name, kind):
-    net = lively(Net((BY_SIZE | RIGHT)[name]))
+    net = in_float64(Net((BY_SIZE | RIGHT)[name]))
     x = rand(2, 3, 16, 16)
     if kind == "graph module":
         program = torch.fx.Tracer().trace(_Bare(net))
@@ -174,7 +167,7 @@ class _Bare(nn.Module):
 
 
 def test_a_program_of_one_size_folds_at_that_size():
-    net = lively(Net(BY_SIZE["divided by the width"]))
+    net = in_float64(Net(BY_SIZE["divided by the width"]))
     x = rand(2, 3, 16, 16)
     program = export(net, (x,))
     result = fold(program)
@@ -207,7 +200,7 @@ BY_VALUE = {
 @pytest.mark.parametrize("name", BY_VALUE)
 def test_what_depends_on_values_is_no_constant(name):
     way, values = BY_VALUE[name]
-    net, values = lively(Valued(way)), list(values)
+    net, values = in_float64(Valued(way)), list(values)
     example = rand(2, 3, 8, 8)
     result = fold(net, example if values == [None] else (example, values[0]))
     scales = [1.0, -1.0, 3.0, 0.1]
@@ -215,7 +208,7 @@ def test_what_depends_on_values_is_no_constant(name):
 
 
 def test_a_norm_that_stays_for_another_size_says_at_which():
-    net = lively(Net(BY_SIZE["norm of one sample only"]))
+    net = in_float64(Net(BY_SIZE["norm of one sample only"]))
     (left,) = fold(net, rand(4, 3, 16, 16)).left
     assert re.match(
         r"With the example inputs it could go, but not with inputs of shape \(1, 3, \d+, \d+\)\. conv runs, and its "
@@ -237,7 +230,7 @@ class Fixed(nn.Module):
 
 
 def test_a_model_that_runs_at_one_size_is_folded_and_told_so():
-    net = lively(Fixed())
+    net = in_float64(Fixed())
     result = fold(net, rand(2, 3, 8, 8))
     assert [norm.norm for norm in result.folded] == ["bn"]
     (warning,) = result.warnings
@@ -268,7 +261,7 @@ class Flagged(nn.Module):
 
 
 def test_code_that_no_run_reached_is_named():
-    (warning,) = fold(lively(Flagged()), rand(2, 3, 8, 8)).warnings
+    (warning,) = fold(in_float64(Flagged()), rand(2, 3, 8, 8)).warnings
     assert re.search(r"test_fold_sizes\.py:\d+ \(`features`\)", warning)
     assert "`kind != 'b'`" in warning
     assert "scaled" not in warning
@@ -277,7 +270,7 @@ def test_code_that_no_run_reached_is_named():
 
 
 def test_further_examples_show_what_the_first_does_not():
-    net, x = lively(Flagged()), rand(2, 3, 8, 8)
+    net, x = in_float64(Flagged()), rand(2, 3, 8, 8)
     result = fold(net, x, examples=[(x, False, "a"), {"x": x, "kind": "b"}])
     assert [norm.norm for norm in result.folded] == []
     assert "but not with examples[1]" in result.left[0].reason
@@ -289,7 +282,7 @@ def test_further_examples_show_what_the_first_does_not():
 
 
 def test_examples_that_do_not_run_or_are_none_are_refused():
-    net, x = lively(Flagged()), rand(2, 3, 8, 8)
+    net, x = in_float64(Flagged()), rand(2, 3, 8, 8)
     with pytest.raises(InputError, match=r"fails on examples\[0\]"):
         fold(net, x, examples=[(x, False, "c")])
     with pytest.raises(ArgumentTypeError, match=r"examples: expected a list of inputs.*got a Tensor"):
@@ -307,7 +300,7 @@ class Domains(nn.Module):
 
 
 def test_norms_that_only_a_further_example_reaches_are_folded_too():
-    net, x = lively(Domains()), rand(2, 3, 8, 8)
+    net, x = in_float64(Domains()), rand(2, 3, 8, 8)
     result = fold(net, x, examples=[(x, True)])
     assert sorted(norm.norm for norm in result.folded) == ["bns.0", "bns.1"]
     assert worst(net, result.model, [(x, False), (x, True), (rand(1, 3, 9, 5), True)]) < 1e-9
@@ -327,7 +320,7 @@ class Sequence(nn.Module):
 
 
 def test_inputs_that_share_a_size_change_together():
-    net = lively(Sequence())
+    net = in_float64(Sequence())
     tokens, mask = torch.arange(20).reshape(2, 10) % 11, torch.ones(2, 10, dtype=torch.bool)
     result = fold(net, (tokens, mask))
     assert [norm.norm for norm in result.folded] == ["bn"]
@@ -339,7 +332,7 @@ def test_inputs_that_share_a_size_change_together():
 
 
 def test_an_input_normalization_before_a_pad_to_a_multiple_is_refused():
-    net = lively(Net(lambda n, x: n.out(n.conv(F.pad(x, (0, -x.shape[-1] % 32, 0, -x.shape[-2] % 32))))))
+    net = in_float64(Net(lambda n, x: n.out(n.conv(F.pad(x, (0, -x.shape[-1] % 32, 0, -x.shape[-2] % 32))))))
     with pytest.raises(StateError, match="the normalization of the input cannot be folded"):
         fold(net, rand(2, 3, 32, 32).abs(), input_mean=[0.4, 0.5, 0.6], input_std=0.25)
 

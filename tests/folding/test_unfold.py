@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tests.lively import lively
 from torch import nn
 
 import batchnorm
@@ -36,16 +37,6 @@ class Net(nn.Module):
 
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def lively(model: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    for norm in (model.bn, model.late):
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2)
-        norm.num_batches_tracked.fill_(7)
-        nn.init.normal_(norm.weight)
-    return model.eval()
 
 
 def same_bits(a: nn.Module, b: nn.Module) -> bool:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from batchnorm.monitor.forwards import Forward, Forwards, Running
+from batchnorm.monitor.forwards import ModelCall, ModuleHooks, RunningModule
 
 
-class Notes(Forwards):
+class Notes(ModuleHooks):
     """Notes whatever it is told."""
 
     def __init__(self, model: nn.Module, norms: tuple[str, ...] = (), **begin: Any) -> None:
@@ -21,24 +21,24 @@ class Notes(Forwards):
         self.told: list[Any] = []
         self.options = {"looked_at": True} | begin
 
-    def begin(self, root: nn.Module, name: str, args: tuple[Any, ...]) -> Forward:
+    def begin(self, root: nn.Module, name: str, args: tuple[Any, ...]) -> ModelCall:
         self.told.append(("begin", name))
-        return Forward(root, **self.options)
+        return ModelCall(root, **self.options)
 
-    def operator(self, forward: Forward, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def operator(self, forward: ModelCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.told.append((func._schema.name.removeprefix("aten::"), forward.running[-1].name))
 
-    def entered(self, forward: Forward, running: Running) -> None:
+    def entered(self, forward: ModelCall, running: RunningModule) -> None:
         self.told.append(("enter", running.name, running.number))
 
-    def left_unseen(self, forward: Forward, running: Running) -> None:
+    def left_unseen(self, forward: ModelCall, running: RunningModule) -> None:
         assert not torch.is_grad_enabled()
         self.told.append(("unseen", running.name))
 
-    def begun(self, forward: Forward) -> None:
+    def begun(self, forward: ModelCall) -> None:
         self.told.append("begun")
 
-    def ended(self, forward: Forward, complete: bool) -> None:
+    def ended(self, forward: ModelCall, complete: bool) -> None:
         self.told.append(("ended", complete))
 
     def __enter__(self) -> Notes:
@@ -119,7 +119,7 @@ def test_modules_that_are_expected_and_uneventful_are_not_told() -> None:
 
 def test_operators_may_be_shown_from_the_middle_of_a_call_on() -> None:
     class Later(Notes):
-        def entered(self, forward: Forward, running: Running) -> None:
+        def entered(self, forward: ModelCall, running: RunningModule) -> None:
             if running.name == "1":
                 self.show_operators(forward)
 
@@ -132,7 +132,7 @@ def test_operators_may_be_shown_from_the_middle_of_a_call_on() -> None:
 
 def test_norms_that_were_not_seen_are_told_when_they_end() -> None:
     class Sees(Notes):
-        def entered(self, forward: Forward, running: Running) -> None:
+        def entered(self, forward: ModelCall, running: RunningModule) -> None:
             running.seen = running.name == "1"
 
     net = model()
@@ -187,7 +187,7 @@ def test_what_is_looked_at_is_not_seen_itself_and_a_recomputation_is_not_looked_
     looks: list[str] = []
 
     class Looks(Notes):
-        def entered(self, forward: Forward, running: Running) -> None:
+        def entered(self, forward: ModelCall, running: RunningModule) -> None:
             self.look(lambda: (looks.append(running.name), self.look(looks.append, "inside")))
 
     with Looks(net, by_hooks=True):

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from batchnorm.monitor.saturation import SLOPE, Activation, ActivationStream, ActivationUse, activation_of
+from batchnorm.monitor.saturation import SLOPE, ActivationCall, ActivationStream, ActivationUse, activation_of
 
 
-def use(z: torch.Tensor, activation: Activation, unit_dim: int = 1) -> ActivationUse:
+def use(z: torch.Tensor, activation: ActivationCall, unit_dim: int = 1) -> ActivationUse:
     stream = ActivationStream("act", activation, z.shape[unit_dim], z.device)
     for part in z.split(2):
         stream.add(part, unit_dim)

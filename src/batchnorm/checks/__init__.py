@@ -1,4 +1,9 @@
-"""Rules about where norms stand and how they are used, and what mends a model that breaks one."""
+"""Rules about where norms stand and how they are used, and what mends a model that breaks one.
+
+::
+
+    model, example inputs ── runner ── dataflow ── rules: findings ── fix: a changed copy ── verify: the same model?
+"""
 
 from batchnorm.checks.fix import FixResult
 from batchnorm.checks.rule import Finding, Fix, Rule

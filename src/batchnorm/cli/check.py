@@ -64,8 +64,7 @@ def check(
         typer.Option("--select", metavar="CODES", rich_help_panel=_RULES, help="Only these rules: BN001,BN004."),
     ] = None,
     ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", metavar="CODES", rich_help_panel=_RULES, help="All but these rules."),
+        list[str] | None, typer.Option("--ignore", metavar="CODES", rich_help_panel=_RULES, help="All but these rules.")
     ] = None,
     fix: Annotated[
         bool,

@@ -11,10 +11,7 @@ from batchnorm.cli.options import Debug, Json, Verbose, examples
 
 __all__ = ["EPILOG", "demo"]
 
-EPILOG = examples(
-    "batchnorm demo",
-    "batchnorm demo --dataset mnist --root mnist --output mnist-report",
-)
+EPILOG = examples("batchnorm demo", "batchnorm demo --dataset mnist --root mnist --output mnist-report")
 
 
 def demo(
@@ -26,8 +23,7 @@ def demo(
         typer.Option("--dataset", help="digits: 8×8 pictures, shipped with scikit-learn. mnist: 28×28, from --root."),
     ] = "digits",
     root: Annotated[
-        Path | None,
-        typer.Option("--root", metavar="FOLDER", help="Folder of the four MNIST files, plain or .gz."),
+        Path | None, typer.Option("--root", metavar="FOLDER", help="Folder of the four MNIST files, plain or .gz.")
     ] = None,
     steps: Annotated[
         int | None,

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import typer
-
 from batchnorm.cli.errors import CommandError
 from batchnorm.cli.options import (
-    DATA,
     BatchSize,
     Debug,
     Html,
@@ -20,6 +17,7 @@ from batchnorm.cli.options import (
     Seed,
     Verbose,
     Weights,
+    data_option,
     examples,
 )
 
@@ -39,27 +37,24 @@ def diagnose(
     seed: Seed = 0,
     training_data: Annotated[
         str | None,
-        typer.Option(
+        data_option(
             "--training-data",
             metavar="SOURCE",
-            rich_help_panel=DATA,
             help="Data of the training, as for --data: it tells a shift of the data from a fault of the model.",
         ),
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(
+        data_option(
             "--metric",
             metavar="MODULE:NAME",
-            rich_help_panel=DATA,
             help="A function of the model's output and the batch: a loss or a metric, the mean over the batch.",
         ),
     ] = None,
     higher_is_better: Annotated[
         bool | None,
-        typer.Option(
+        data_option(
             "--higher-is-better/--lower-is-better",
-            rich_help_panel=DATA,
             help="Whether more of the metric is better. Found out by outputs of other samples if it is not said.",
         ),
     ] = None,

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchnorm.cli.options import (
-    DATA,
-    OUTPUT,
     BatchSize,
     Data,
     Debug,
@@ -20,7 +18,9 @@ from batchnorm.cli.options import (
     Seed,
     Verbose,
     Weights,
+    data_option,
     examples,
+    output_option,
 )
 
 if TYPE_CHECKING:
@@ -52,11 +52,10 @@ def fold(
     batch_size: BatchSize = 64,
     example: Annotated[
         list[str] | None,
-        typer.Option(
+        data_option(
             "--example",
             "-e",
             metavar="SOURCE",
-            rich_help_panel=DATA,
             help="Fold only what holds on these inputs, too: a shape, 1,3,64,64; a file .npz; or MODULE:NAME, of which "
             "the first batch may be a dict of keyword arguments. Repeat it for several.",
         ),
@@ -109,21 +108,19 @@ def fold(
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(
+        output_option(
             "--output",
             "-o",
             metavar="FILE",
-            rich_help_panel=OUTPUT,
             help="Write the folded model: its state dict to .safetensors, .pt or .pth; to .pt2 a torch.export program, "
             "which runs without your code. Without it nothing is written.",
         ),
     ] = None,
     pairs: Annotated[
         Path | None,
-        typer.Option(
+        output_option(
             "--pairs",
             metavar="FILE",
-            rich_help_panel=OUTPUT,
             help="Write the norms and parameters from before to FILE, .safetensors: batchnorm unfold gives them back.",
         ),
     ] = None,
@@ -131,17 +128,13 @@ def fold(
     json_: Json = False,
     verbose: Verbose = False,
     strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict", metavar="", rich_help_panel=OUTPUT, help="Exit with 1 when a norm could not be folded."
-        ),
+        bool, output_option("--strict", metavar="", help="Exit with 1 when a norm could not be folded.")
     ] = False,
     measure: Annotated[
         bool,
-        typer.Option(
+        output_option(
             "--measure",
             metavar="",
-            rich_help_panel=OUTPUT,
             help="Also time the model before and after, in turn, and look at the memory of a pass.",
         ),
     ] = False,

@@ -14,10 +14,7 @@ from batchnorm.report import Document, Facts, Paragraph, Result, Section, Table
 
 __all__ = ["EPILOG", "Info", "gather", "info"]
 
-EPILOG = examples(
-    "batchnorm info",
-    "batchnorm info --json",
-)
+EPILOG = examples("batchnorm info", "batchnorm info --json")
 
 _PACKAGES = ("torch", "numpy", "safetensors", "typer", "rich", "jinja2", "matplotlib", "scikit-learn")
 

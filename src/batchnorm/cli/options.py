@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -23,12 +24,16 @@ __all__ = [
     "Seed",
     "Verbose",
     "Weights",
+    "data_option",
     "examples",
+    "norms_option",
+    "output_option",
 ]
 
 DATA = "What it is run on"
-NORMS = "The norms"
-OUTPUT = "Output"
+data_option = partial(typer.Option, rich_help_panel=DATA)
+norms_option = partial(typer.Option, rich_help_panel="The norms")
+output_option = partial(typer.Option, rich_help_panel="Output")
 
 Model: TypeAlias = Annotated[
     str,
@@ -58,82 +63,61 @@ Weights: TypeAlias = Annotated[
         help="Its state dict: .safetensors, .pt, .pth, .ckpt, .bin. No code in the file is ever run.",
     ),
 ]
-Seed: TypeAlias = Annotated[
-    int,
-    typer.Option("--seed", metavar="N", help="Seed of all random numbers."),
-]
+Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all random numbers.")]
 _DATA_HELP = (
     "Batches: a file .npz, whose array x (or inputs, or the first) is cut into batches; or MODULE:NAME, a loader or a "
     "function that returns one."
 )
-RequiredData: TypeAlias = Annotated[
-    str,
-    typer.Option("--data", "-d", metavar="SOURCE", rich_help_panel=DATA, help=_DATA_HELP),
-]
+RequiredData: TypeAlias = Annotated[str, data_option("--data", "-d", metavar="SOURCE", help=_DATA_HELP)]
 Data: TypeAlias = Annotated[
     str | None,
-    typer.Option(
+    data_option(
         "--data",
         "-d",
         metavar="SOURCE",
-        rich_help_panel=DATA,
         help="Instead of --input, the first batch of a file .npz (its array x, or inputs, or the first), or of "
         "MODULE:NAME, a loader or a function that returns one.",
     ),
 ]
 BatchSize: TypeAlias = Annotated[
-    int,
-    typer.Option(
-        "--batch-size", "-b", metavar="N", min=1, rich_help_panel=DATA, help="Samples in a batch cut from .npz."
-    ),
+    int, data_option("--batch-size", "-b", metavar="N", min=1, help="Samples in a batch cut from .npz.")
 ]
 Inputs: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(
+    data_option(
         "--input",
         "-i",
         metavar="SHAPE",
-        rich_help_panel=DATA,
         help="Run on a random normal tensor of this shape: 8,3,224,224. Repeat it for several arguments; "
         "8,16:int64 draws zeros and ones.",
     ),
 ]
 Names: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(
+    norms_option(
         "--names",
         metavar="NAME",
-        rich_help_panel=NORMS,
         help="Only these norms: a name (layer1.0.bn1), what holds them (layer1), or a pattern (*.bn2). Repeat it for "
         "several.",
     ),
 ]
 Output: TypeAlias = Annotated[
     Path | None,
-    typer.Option(
+    output_option(
         "--output",
         "-o",
         metavar="FILE",
-        rich_help_panel=OUTPUT,
         help="Write the state dict to FILE: .safetensors, .pt or .pth. Without it nothing is written.",
     ),
 ]
 Html: TypeAlias = Annotated[
-    Path | None,
-    typer.Option("--html", metavar="FILE", rich_help_panel=OUTPUT, help="Write the report as one HTML page."),
+    Path | None, output_option("--html", metavar="FILE", help="Write the report as one HTML page.")
 ]
-Json: TypeAlias = Annotated[
-    bool,
-    typer.Option("--json", metavar="", rich_help_panel=OUTPUT, help="Print the result as JSON on stdout."),
-]
+Json: TypeAlias = Annotated[bool, output_option("--json", metavar="", help="Print the result as JSON on stdout.")]
 Verbose: TypeAlias = Annotated[
-    bool,
-    typer.Option("--verbose", metavar="", rich_help_panel=OUTPUT, help="Print all rows, not only those that matter."),
+    bool, output_option("--verbose", metavar="", help="Print all rows, not only those that matter.")
 ]
-Debug: TypeAlias = Annotated[
-    bool,
-    typer.Option("--debug", metavar="", help="On an error, show the traceback too."),
-]
+Debug: TypeAlias = Annotated[bool, typer.Option("--debug", metavar="", help="On an error, show the traceback too.")]
 
 
 def examples(*commands: str) -> str:

@@ -151,7 +151,7 @@ class Files:
         except Exception as error:
             raise CommandError(f"{option} {path}: cannot be written ({reason(error)}).") from error
 
-    def told(self, error: OSError) -> str | None:
+    def sentence(self, error: OSError) -> str | None:
         """Return what is said of a file that cannot take its place; None for an error of something else."""
         named = self._options.get(Path(str(error.filename2 or error.filename)))
         return named and f"{named}: cannot be written ({error.strerror or error})."
@@ -172,10 +172,10 @@ def writing(*read: Path | str | None) -> Iterator[Files]:
             mine = Files(files)
             yield mine
     except OSError as error:
-        told = mine.told(error)
-        if told is None:
+        sentence = mine.sentence(error)
+        if sentence is None:
             raise
-        raise CommandError(told) from error
+        raise CommandError(sentence) from error
 
 
 def publish(

@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
 from batchnorm.cli.options import (
-    DATA,
-    NORMS,
-    OUTPUT,
     BatchSize,
     Debug,
     Html,
@@ -22,7 +17,10 @@ from batchnorm.cli.options import (
     Seed,
     Verbose,
     Weights,
+    data_option,
     examples,
+    norms_option,
+    output_option,
 )
 
 __all__ = ["EPILOG", "recalibrate"]
@@ -42,18 +40,16 @@ def recalibrate(
     batch_size: BatchSize = 64,
     order: Annotated[
         Literal["sequential", "parallel"],
-        typer.Option(
+        norms_option(
             "--order",
-            rich_help_panel=NORMS,
             help="sequential: each norm measured with all earlier ones on their final statistics, exact for inference. "
             "parallel: all at once, on the statistics of each batch, as in training.",
         ),
     ] = "sequential",
     estimator: Annotated[
         Literal["pooled", "within"],
-        typer.Option(
+        norms_option(
             "--estimator",
-            rich_help_panel=NORMS,
             help="pooled: exact moments of all samples, however they are cut into batches. within: Algorithm 2 of "
             "the paper, the mean of the unbiased variances within batches.",
         ),
@@ -61,45 +57,36 @@ def recalibrate(
     names: Names = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(
+        data_option(
             "--tolerance",
             metavar="X",
-            rich_help_panel=DATA,
             help="Stop once no layer is less certain than this: the standard error in standard deviations.",
         ),
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(
+        data_option(
             "--memory",
             metavar="SIZE",
-            rich_help_panel=DATA,
             help="What the batches that wait in the sequential order may take: 4GB. Half of what is free by default.",
         ),
     ] = None,
     cache: Annotated[
-        Path | None,
-        typer.Option(
-            "--cache", metavar="DIR", rich_help_panel=DATA, help="Where to put batches beyond that; else run again."
-        ),
+        Path | None, data_option("--cache", metavar="DIR", help="Where to put batches beyond that; else run again.")
     ] = None,
     sharded: Annotated[
         bool,
-        typer.Option(
+        data_option(
             "--sharded",
             metavar="",
-            rich_help_panel=DATA,
             help="Under torchrun: the loader gives each process its own part. Without it each takes every n-th batch.",
         ),
     ] = False,
     output: Output = None,
     population: Annotated[
         Path | None,
-        typer.Option(
-            "--population",
-            metavar="FILE",
-            rich_help_panel=OUTPUT,
-            help="Write the moments and their standard errors to FILE, .safetensors.",
+        output_option(
+            "--population", metavar="FILE", help="Write the moments and their standard errors to FILE, .safetensors."
         ),
     ] = None,
     html: Html = None,

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from batchnorm.cli.errors import reason
 from batchnorm.cli.options import (
-    NORMS,
     BatchSize,
     Debug,
     Html,
@@ -21,6 +18,7 @@ from batchnorm.cli.options import (
     Verbose,
     Weights,
     examples,
+    norms_option,
 )
 from batchnorm.errors import BatchError, BatchNormError
 
@@ -46,48 +44,31 @@ def watch(
     names: Names = None,
     reference: Annotated[
         Path | None,
-        typer.Option(
+        norms_option(
             "--reference",
             metavar="FILE",
-            rich_help_panel=NORMS,
             help="Compare with the moments in a file of recalibrate --population, not with the stored statistics.",
         ),
     ] = None,
     tolerance: Annotated[
         float,
-        typer.Option(
+        norms_option(
             "--tolerance",
             metavar="D",
-            rich_help_panel=NORMS,
             help="Distance that is no drift, in stored standard deviations of the typical channel.",
         ),
     ] = 0.1,
     level: Annotated[
-        float,
-        typer.Option(
-            "--level",
-            metavar="P",
-            rich_help_panel=NORMS,
-            help="Probability of a false alarm, for all norms together.",
-        ),
+        float, norms_option("--level", metavar="P", help="Probability of a false alarm, for all norms together.")
     ] = 0.01,
     every: Annotated[
         int,
-        typer.Option(
-            "--every",
-            metavar="N",
-            rich_help_panel=NORMS,
-            help="Look at the first of every N batches; the others run as without a watch.",
+        norms_option(
+            "--every", metavar="N", help="Look at the first of every N batches; the others run as without a watch."
         ),
     ] = 1,
     window: Annotated[
-        int | None,
-        typer.Option(
-            "--window",
-            metavar="N",
-            rich_help_panel=NORMS,
-            help="Let only the last N samples count, at least 32.",
-        ),
+        int | None, norms_option("--window", metavar="N", help="Let only the last N samples count, at least 32.")
     ] = None,
     html: Html = None,
     json_: Json = False,

@@ -40,9 +40,9 @@ from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.operators import named_arguments
 from batchnorm.observers import OperatorMode
 
-__all__ = ["Observer", "trace"]
+__all__ = ["CallObserver", "trace"]
 
-Observer: TypeAlias = Callable[[Call, Sequence[Any], dict[str, Any], Any], None]
+CallObserver: TypeAlias = Callable[[Call, Sequence[Any], dict[str, Any], Any], None]
 """Called after each operator with its record and with its real positional and keyword arguments and result."""
 
 
@@ -50,7 +50,7 @@ def trace(
     model: Module,
     example_inputs: Any,
     *,
-    observer: Observer | None = None,
+    observer: CallObserver | None = None,
     returned: Callable[[Any], None] | None = None,
 ) -> Graph:
     """Run ``model`` once, in the modes it is in, and return the dataflow.
@@ -85,7 +85,7 @@ class _Tracer(OperatorMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: Module, observer: Observer | None) -> None:
+    def __init__(self, model: Module, observer: CallObserver | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.module_calls: list[ModuleCall] = []

@@ -35,9 +35,9 @@ class Accusations:
         """Return the faults, the worst first, then the notes."""
         found: list[Finding] = []
         for kind in CAUSES:
-            told = list(self._by(kind()))
-            found += told
-            if told and kind.alone:
+            accused = list(self._by(kind()))
+            found += accused
+            if accused and kind.alone:
                 break
         return sorted(found, key=lambda finding: (_ORDER[finding.severity], finding.position))
 

@@ -128,7 +128,7 @@ def _examine(
     modes = {name: bool(getattr(module, "training", False)) for name, module in model.named_modules()}
     frozen = frozen_norms(model)
     gaps = measure(passes)
-    goal = Goal(gaps.deployed, gaps.training, gaps.settled, told)
+    goal = Goal(gaps.deployed, gaps.training, gaps.recalibrated, told)
     case = Case(model, modes[""], modes, passes.sites, passes, gaps, home, frozen, goal)
     findings = Accusations(case, accused).findings()
     samples = sum(batch_size(batch) for batch in passes.batches)
@@ -140,4 +140,4 @@ def _metrics(case: Case) -> Metrics | None:
     gaps = case.gaps
     if gaps.training.metric is None:
         return None
-    return Metrics(gaps.training.metric, gaps.deployed.metric, gaps.settled.metric, case.goal.higher_is_better)
+    return Metrics(gaps.training.metric, gaps.deployed.metric, gaps.recalibrated.metric, case.goal.higher_is_better)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.diagnosis.distance import kl, layer_distance, squared_distance, typical
-from batchnorm.diagnosis.norm_record import Basis, Meeting, Statistics
+from batchnorm.diagnosis.norm_record import Basis, NormRecord, Statistics
 from batchnorm.diagnosis.passes import Pass, Passes
 from batchnorm.diagnosis.population import population_of
 from batchnorm.models.snapshot import set_eval
@@ -75,7 +75,7 @@ class LayerGap:
     noise: Tensor
     off: bool
     site: Site = field(repr=False)
-    meeting: Meeting = field(repr=False)
+    record: NormRecord = field(repr=False)
 
     @property
     def mean_shift(self) -> Tensor:
@@ -188,7 +188,7 @@ class Gaps:
         layers: one entry a norm, in order of execution.
         deployed: the pass in eval mode on the stored statistics.
         training: the pass on batch statistics.
-        settled: the pass on population statistics.
+        recalibrated: the pass on population statistics.
         population: those statistics.
         threshold: a layer is off if its statistics are further off than this: 0.2 standard deviations; down to 0.1
             where the other layers fit that well; less where many small gaps add up to a large one.
@@ -197,7 +197,7 @@ class Gaps:
     layers: tuple[LayerGap, ...]
     deployed: Pass
     training: Pass
-    settled: Pass
+    recalibrated: Pass
     population: dict[Site, list[Statistics]]
     threshold: float = TOLERANCE
 
@@ -219,13 +219,13 @@ def measure(passes: Passes) -> Gaps:
     set_eval(model)
     training = passes.run(Basis("batch"))
     population = population_of(passes, training)
-    settled = passes.run(Basis("batch", population), tolerant=True)
+    recalibrated = passes.run(Basis("batch", population), tolerant=True)
     layers = tuple(
-        _layer(site, meeting, population[site][0], deployed, training) for site, meeting in settled.meetings.items()
+        _layer(site, record, population[site][0], deployed, training) for site, record in recalibrated.records.items()
     )
     threshold = _threshold(layers)
     layers = tuple(replace(layer, off=not layer.excess() <= _tolerated(layer, threshold)) for layer in layers)
-    return Gaps(layers, deployed, training, settled, population, threshold)
+    return Gaps(layers, deployed, training, recalibrated, population, threshold)
 
 
 def _threshold(layers: tuple[LayerGap, ...]) -> float:
@@ -246,45 +246,45 @@ def _tolerated(layer: LayerGap, threshold: float) -> float:
     return min(threshold, _STRICT) if cumulative else threshold
 
 
-def _change(before: Statistics, meeting: Meeting) -> float:
-    if not bool(meeting.estimator.pooled.isfinite().all()):
+def _change(before: Statistics, record: NormRecord) -> float:
+    if not bool(record.estimator.pooled.isfinite().all()):
         return math.inf
-    return layer_distance(before, meeting.statistics, meeting.eps)
+    return layer_distance(before, record.statistics, record.eps)
 
 
-def _size(meeting: Meeting) -> float:
+def _size(record: NormRecord) -> float:
     """Return how many samples a call has, which stands for the batch size of the training."""
-    return meeting.samples / max(meeting.calls, 1)
+    return record.samples / max(record.calls, 1)
 
 
-def _layer(site: Site, meeting: Meeting, measured: Statistics, deployed: Pass, training: Pass) -> LayerGap:
+def _layer(site: Site, record: NormRecord, measured: Statistics, deployed: Pass, training: Pass) -> LayerGap:
     momentum = getattr(site.owner, "momentum", None)
     counter = getattr(site.owner, BATCHES, None)
     tracked = int(counter) if isinstance(counter, Tensor) else None
-    errors = tuple(e.cpu() for e in meeting.spread.standard_errors())
+    errors = tuple(e.cpu() for e in record.spread.standard_errors())
     variance = measured[1].cpu()
-    noise = _noise(errors, variance, meeting, _size(meeting), _averaged(momentum, tracked))
+    noise = _noise(errors, variance, record, _size(record), _averaged(momentum, tracked))
     nothing = torch.full_like(variance, torch.nan)
-    met = deployed.meetings.get(site)
+    met = deployed.records.get(site)
     return LayerGap(
         name=site.name,
         stored=_flat(site.running_mean, site.running_var),
         measured=_flat(*measured),
         deployed=(nothing, nothing) if met is None else _flat(*met.statistics),
-        training=_flat(*training.meetings[site].statistics),
-        eps=meeting.eps,
+        training=_flat(*training.records[site].statistics),
+        eps=record.eps,
         momentum=momentum,
         num_batches_tracked=tracked,
-        batches=meeting.batches,
-        calls=meeting.calls,
-        samples=meeting.samples,
-        fewest=meeting.fewest,
-        recalibrated_distance=_change(measured, meeting),
+        batches=record.batches,
+        calls=record.calls,
+        samples=record.samples,
+        fewest=record.fewest,
+        recalibrated_distance=_change(measured, record),
         errors=(errors[0], errors[1]),
         noise=noise,
         off=False,
         site=site,
-        meeting=meeting,
+        record=record,
     )
 
 
@@ -300,13 +300,13 @@ def _averaged(momentum: float | None, tracked: int | None) -> float:
 
 
 def _noise(
-    errors: tuple[Tensor, ...], variance: Tensor, meeting: Meeting, batch_size: float, averaged: float
+    errors: tuple[Tensor, ...], variance: Tensor, record: NormRecord, batch_size: float, averaged: float
 ) -> Tensor:
     r"""Return the expected squared distance by chance: the measured statistics are noisy, and so are the stored ones.
 
     The squared error of a mean over n samples is n/k times smaller than that over k samples, whatever the correlation
     inside a sample. A moving average of momentum m has the error of (2 − m)/m batches.
     """
-    relative = 1 + meeting.samples / max(batch_size * averaged, 1.0)
-    v = variance + meeting.eps
+    relative = 1 + record.samples / max(batch_size * averaged, 1.0)
+    v = variance + record.eps
     return relative * (errors[0].square() / v + errors[1].square() / (4 * v.square()))

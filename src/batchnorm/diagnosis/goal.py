@@ -32,14 +32,14 @@ class Goal:
     Attributes:
         deployed: the run in eval mode, as the model is.
         training: the run on batch statistics.
-        settled: the run on population statistics.
-        told: whether more is better, if the user said so.
+        recalibrated: the run on population statistics.
+        given: whether more is better, if the user said so.
     """
 
     deployed: Pass
     training: Pass
-    settled: Pass
-    told: bool | None = None
+    recalibrated: Pass
+    given: bool | None = None
 
     @cached_property
     def higher_is_better(self) -> bool | None:
@@ -49,9 +49,9 @@ class Goal:
         """
         if self.deployed.metric is None:
             return None
-        if self.told is not None:
-            return self.told
-        runs = (self.training, self.settled, self.deployed)
+        if self.given is not None:
+            return self.given
+        runs = (self.training, self.recalibrated, self.deployed)
         for beside in ("ideal", "other"):
             best, sign = 0.0, 0.0
             for done in runs:
@@ -84,13 +84,13 @@ class Goal:
     @cached_property
     def eval_is_as_good(self) -> bool:
         """Whether eval mode is as good as batch statistics, and as population statistics."""
-        return self.known and not any(self.improves(self.deployed, done) for done in (self.training, self.settled))
+        return self.known and not any(self.improves(self.deployed, done) for done in (self.training, self.recalibrated))
 
     @cached_property
     def eval_is_better(self) -> bool:
         """Whether eval mode is better than batch statistics, or than population statistics, by more than chance."""
         return self.eval_is_as_good and any(
-            self.improves(done, self.deployed) for done in (self.training, self.settled)
+            self.improves(done, self.deployed) for done in (self.training, self.recalibrated)
         )
 
     @property
@@ -102,7 +102,7 @@ class Goal:
     @cached_property
     def at_chance(self) -> bool:
         """Whether the model is no better, on any statistics, than it would be with the outputs of other samples."""
-        runs = (self.deployed, self.training, self.settled)
+        runs = (self.deployed, self.training, self.recalibrated)
         if self.deployed.metric is None or not _depends(self.training.readings):
             return False
         # outputs that are nearly alike fit other samples too: what is better than on other statistics is no chance
@@ -117,8 +117,8 @@ class Goal:
         if way <= max(3 * error, _CHANCE * abs(done.metric - mean)):
             return True
         to_ideal, _ = _mean_and_error(done.readings, "ideal")
-        told = self.known and all(r.ideal is not None for r in done.readings)
-        return (told and way < _SKILL * (way + abs(to_ideal))) or self._as_bad_as_zeros(done)
+        ideal_known = self.known and all(r.ideal is not None for r in done.readings)
+        return (ideal_known and way < _SKILL * (way + abs(to_ideal))) or self._as_bad_as_zeros(done)
 
     def _as_bad_as_zeros(self, done: Pass) -> bool:
         """Return whether outputs that are all zero would be as good."""
@@ -129,7 +129,7 @@ class Goal:
 
     def closed(self, after: Pass) -> float | None:
         """Return the share of the way from eval mode to the best of the other two that a run goes; None without one."""
-        goal = max((self.training, self.settled), key=lambda done: _worth(done.metric, self._sign))
+        goal = max((self.training, self.recalibrated), key=lambda done: _worth(done.metric, self._sign))
         way = self.gain(self.deployed, goal)
         if not self.known or not math.isfinite(way) or not self.improves(self.deployed, goal):
             return None
@@ -142,7 +142,7 @@ class Goal:
     @cached_property
     def _span(self) -> float:
         """How far the best run is from outputs of other samples: what there is to be won at all."""
-        best = max((self.deployed, self.training, self.settled), key=lambda done: _worth(done.metric, self._sign))
+        best = max((self.deployed, self.training, self.recalibrated), key=lambda done: _worth(done.metric, self._sign))
         mean, _ = _mean_and_error(best.readings, "other")
         return abs(mean)
 

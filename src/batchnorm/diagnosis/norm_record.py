@@ -19,7 +19,7 @@ from batchnorm.statistics.operators import NormCall
 from batchnorm.statistics.sites import Site, Sites
 from batchnorm.statistics.tally import Tally
 
-__all__ = ["Basis", "Meeting", "Meetings", "Statistics"]
+__all__ = ["Basis", "NormRecord", "NormRecorder", "Statistics"]
 
 Statistics: TypeAlias = tuple[Tensor, Tensor]
 """Mean and unbiased variance, float64, (C,)."""
@@ -44,7 +44,7 @@ class Basis:
 
 
 @dataclass
-class Meeting(Tally):
+class NormRecord(Tally):
     """What one norm met in a pass.
 
     Attributes:
@@ -102,7 +102,7 @@ class Meeting(Tally):
         return self._call_in_batch
 
 
-class Meetings(OnBatch):
+class NormRecorder(OnBatch):
     """Measures every norm while it normalizes by a chosen basis.
 
     Args:
@@ -114,7 +114,7 @@ class Meetings(OnBatch):
 
     def __init__(self, sites: Sites, basis: Basis, *, groups_a_batch: int = 1, tolerant: bool = False) -> None:
         super().__init__(sites, Pooled)
-        self.meetings: dict[Site, Meeting] = {}
+        self.records: dict[Site, NormRecord] = {}
         self._basis = basis
         self._groups_a_batch = groups_a_batch
         self._tolerant = tolerant
@@ -134,23 +134,23 @@ class Meetings(OnBatch):
         parts = _parts(call.input, call.mask, self._groups_a_batch)
         if not self._tolerant:
             self._require_finite(site, reduce(Moments.merge, parts))
-        meeting = self.meetings.get(site)
-        if meeting is None:
+        record = self.records.get(site)
+        if record is None:
             estimator = Pooled(parts[0].num_features, call.input.device)
             given = call.given
-            meeting = self.meetings[site] = Meeting(
+            record = self.records[site] = NormRecord(
                 estimator, call.eps, weight=given.get("weight"), bias=given.get("bias"), feeder=self._feeder
             )
-        met = meeting.take(parts, self._batch, call)
-        meeting.on_batch |= bool(call.given.get("training", False))
+        met = record.take(parts, self._batch, call)
+        record.on_batch |= bool(call.given.get("training", False))
         if site in self._basis.eps:
             call = NormCall(call.func, call.given | {eps_key(call.given): self._basis.eps[site]})
-        return self._normalize(site, call, met, meeting)
+        return self._normalize(site, call, met, record)
 
     def _normalize(self, site: Site, call: NormCall, met: Moments, tally: Tally) -> Any:
         pairs = self._basis.given.get(site)
         if pairs is not None:
-            assert isinstance(tally, Meeting)
+            assert isinstance(tally, NormRecord)
             mean, variance = pairs[min(tally.call_in_batch, len(pairs) - 1)]
             dtype = torch.promote_types(site.running_mean.dtype, torch.float32)
             return call.run_on(mean.to(call.input.device, dtype), variance.to(call.input.device, dtype))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from batchnorm.diagnosis.norm_record import Basis, Meeting, Meetings
+from batchnorm.diagnosis.norm_record import Basis, NormRecord, NormRecorder
 from batchnorm.diagnosis.readings import Measure, Reader, Reading
 from batchnorm.errors import StateError
 from batchnorm.models.calling import Forward
@@ -30,12 +30,12 @@ class Pass:
     """What came of one pass.
 
     Attributes:
-        meetings: what each norm met, in order of execution.
+        records: what each norm met, in order of execution.
         metric: the mean over all samples; None if no metric is given.
         readings: the metric of each batch.
     """
 
-    meetings: dict[Site, Meeting]
+    records: dict[Site, NormRecord]
     metric: float | None
     readings: tuple[Reading, ...] = ()
 
@@ -81,7 +81,7 @@ class Passes:
             NonFiniteError: a norm met NaN or infinity, unless ``tolerant``.
         """
         groups = max(1, _GROUPS // len(self.batches))
-        collector = Meetings(self.sites, basis, groups_a_batch=groups, tolerant=tolerant)
+        collector = NormRecorder(self.sites, basis, groups_a_batch=groups, tolerant=tolerant)
         reader = None if self._metric is None else Reader(self._metric)
         for index, batch in enumerate(self.batches):
             output = self._call(collector, index, batch)
@@ -89,8 +89,8 @@ class Passes:
                 reader.take(output, batch, index)
             self.advance()
         if reader is None:
-            return Pass(collector.meetings, None)
-        return Pass(collector.meetings, reader.mean, tuple(reader.readings))
+            return Pass(collector.records, None)
+        return Pass(collector.records, reader.mean, tuple(reader.readings))
 
     def outputs(self, batch: Any) -> Any:
         """Call the model on one batch, as it is, and return what it gives."""
@@ -104,7 +104,7 @@ class Passes:
             raise StateError(f"{site.name} was not called.")
         return seen.input
 
-    def _call(self, collector: Meetings, index: int, batch: Any) -> Any:
+    def _call(self, collector: NormRecorder, index: int, batch: Any) -> Any:
         outputs: list[Any] = []
         try:
             collector.run(index, lambda: outputs.append(self.forward(self.model, batch)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchnorm.diagnosis.norm_record import Meeting, Statistics
+from batchnorm.diagnosis.norm_record import NormRecord, Statistics
 from batchnorm.diagnosis.passes import Pass, Passes
 from batchnorm.errors import BatchNormError, ShapeError
 from batchnorm.statistics.estimators import Pooled
@@ -28,9 +28,9 @@ def population_of(passes: Passes, training: Pass) -> dict[Site, list[Statistics]
     Raises:
         ShapeError: a norm met fewer than two values per channel in all.
     """
-    met: dict[Site, Meeting | Tally] = {**training.meetings}
-    for site, meeting in training.meetings.items():
-        _require_two(site, meeting)
+    met: dict[Site, NormRecord | Tally] = {**training.records}
+    for site, record in training.records.items():
+        _require_two(site, record)
     met.update({site: tally for site, tally in _sequential(passes).items() if site in met})
     return {site: [tally.estimator.statistics()] for site, tally in met.items()}
 
@@ -44,9 +44,9 @@ def _sequential(passes: Passes) -> dict[Site, Tally]:
         return {}
 
 
-def _require_two(site: Site, meeting: Meeting) -> None:
-    if bool(meeting.statistics[1].isnan().any()):
+def _require_two(site: Site, record: NormRecord) -> None:
+    if bool(record.statistics[1].isnan().any()):
         raise ShapeError(
             f"diagnose: {site.name or 'the norm'}: a variance needs at least 2 values per channel; it met "
-            f"{int(meeting.estimator.pooled.count.min())} in {meeting.calls} calls. Pass larger or more batches."
+            f"{int(record.estimator.pooled.count.min())} in {record.calls} calls. Pass larger or more batches."
         )

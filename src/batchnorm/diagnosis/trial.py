@@ -55,13 +55,13 @@ def outstanding(done: Pass, basis: Basis) -> float:
     A norm that normalizes by the batch has none.
     """
     distances = []
-    for site, meeting in done.meetings.items():
-        if meeting.on_batch and site not in basis.given:
+    for site, record in done.records.items():
+        if record.on_batch and site not in basis.given:
             continue
         pairs = basis.given.get(site) or [_stored(site)]
-        mets = meeting.per_call if len(pairs) > 1 else [meeting.estimator.pooled]
+        mets = record.per_call if len(pairs) > 1 else [record.estimator.pooled]
         each = [
-            layer_distance((pair[0], pair[1]), (met.mean, met.variance(correction=1)), meeting.eps)
+            layer_distance((pair[0], pair[1]), (met.mean, met.variance(correction=1)), record.eps)
             for pair, met in zip(pairs, mets, strict=False)
         ]
         distances.append(min(max(each), _MOST))

@@ -1,4 +1,10 @@
-"""Batch normalization as a function, with activation, residual and mask, and the choice of who computes it."""
+"""Batch normalization as a function, with activation, residual and mask, and the choice of who computes it.
+
+::
+
+    batch_norm ── dispatch: which backend ── its serve(): a whole call
+                                          └── operator ── autograd ── its phases, where a whole call is not possible
+"""
 
 from batchnorm.functional.batch_norm import batch_norm
 from batchnorm.functional.dispatch import active_backend, backends, register, unregister, use_backend

@@ -22,38 +22,21 @@ __all__ = ["normalize_with_batch_statistics", "normalize_with_given_statistics"]
 _Optional: TypeAlias = Tensor | None
 
 
-def normalize_with_batch_statistics(
-    x: Tensor,
-    weight: _Optional,
-    bias: _Optional,
-    residual: _Optional,
-    mask: _Optional,
-    eps: float,
-    activation: str | None,
-    backend: str,
-) -> tuple[Tensor, Moments]:
-    """Return y, differentiable in x, weight, bias and residual, and the moments of x, which are not."""
-    y, count, mean, m2 = _WithBatchStatistics.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, residual, mask, eps, activation, backend
-    )
-    return y, Moments(count, mean, m2)
+def normalize_with_batch_statistics(*call: Any) -> tuple[Tensor, Moments]:
+    """Return y, differentiable in x, weight, bias and residual, and the moments of x, which are not.
+
+    The arguments are x, weight, bias, residual, mask, eps, activation and the backend's name.
+    """
+    y, *moments = _WithBatchStatistics.apply(*call)  # type: ignore[no-untyped-call]
+    return y, Moments(*moments)
 
 
-def normalize_with_given_statistics(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: _Optional,
-    bias: _Optional,
-    residual: _Optional,
-    mask: _Optional,
-    activation: str | None,
-    backend: str,
-) -> Tensor:
-    """Return y with mean and rstd (float64) held constant, differentiable in x, weight, bias and residual."""
-    y: Tensor = _WithGivenStatistics.apply(  # type: ignore[no-untyped-call]
-        x, mean, rstd, weight, bias, residual, mask, activation, backend
-    )
+def normalize_with_given_statistics(*call: Any) -> Tensor:
+    """Return y with mean and rstd (float64) held constant, differentiable in x, weight, bias and residual.
+
+    The arguments are x, mean, rstd, weight, bias, residual, mask, activation and the backend's name.
+    """
+    y: Tensor = _WithGivenStatistics.apply(*call)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -100,7 +83,7 @@ class _WithBatchStatistics(torch.autograd.Function):
         else:
             engine = dispatch.backend(ctx.backend)
             mean, rstd = normalizers(Moments(count, mean, m2), ctx.eps)
-        residual = _stand_in(residual, ctx.has_residual, dy)
+        residual = _residual_or_dy(residual, ctx.has_residual, dy)
         transform = Transform(mean, rstd, weight, bias, residual, ctx.activation, mask)
         gradients, reduced = engine.train_backward(dy, x, transform)
         return gradients.input, *_of_parameters(reduced, weight, bias), gradients.residual, None, None, None, None
@@ -137,7 +120,7 @@ class _WithGivenStatistics(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[_Optional, ...]:
         x, mean, rstd, weight, bias, residual, mask = ctx.saved_tensors
         engine = REFERENCE if torch.is_grad_enabled() else dispatch.backend(ctx.backend)
-        residual = _stand_in(residual, ctx.has_residual, dy)
+        residual = _residual_or_dy(residual, ctx.has_residual, dy)
         transform = Transform(mean, rstd, weight, bias, residual, ctx.activation, mask)
         gradients = engine.backward_input(dy, x, transform, None)
         of_parameters: tuple[_Optional, _Optional] = (None, None)
@@ -146,7 +129,7 @@ class _WithGivenStatistics(torch.autograd.Function):
         return gradients.input, None, None, *of_parameters, gradients.residual, None, None, None
 
 
-def _stand_in(residual: _Optional, has_residual: bool, dy: Tensor) -> _Optional:
+def _residual_or_dy(residual: _Optional, has_residual: bool, dy: Tensor) -> _Optional:
     """Return a residual for the backward phases, which read its values only where there is an activation."""
     return dy if residual is None and has_residual else residual
 

@@ -1,4 +1,11 @@
-"""Kernels: what a backend offers, how exact it must be, and the reference that defines correct."""
+"""Kernels: what a backend offers, how exact it must be, and the reference that defines correct.
+
+::
+
+    contract ── reference: every phase, by torch's operators in float64 ── accuracy: how far others may be from it
+             ├── native/: every phase, and whole calls
+             └── torch_backend: whole calls ── running_statistics: only finite steps are taken
+"""
 
 from batchnorm.kernels.accuracy import ACCURACY, Accuracy
 from batchnorm.kernels.activation import ACTIVATIONS, Activation

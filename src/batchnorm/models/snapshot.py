@@ -29,7 +29,7 @@ _before_restoring: list[OnBuffers] = []
 
 
 def on_snapshot(before_taking: OnBuffers, before_restoring: OnBuffers) -> None:
-    """Let layers that write into their buffers later than they are called settle that first.
+    """Let layers that write into their buffers later than they are called finish that first.
 
     Args:
         before_taking: called with the buffers of which a snapshot is about to be taken.
@@ -79,8 +79,8 @@ class Snapshot:
 
     def __init__(self, model: Module) -> None:
         self._buffers = list(model.buffers())
-        for settle in _before_taking:
-            settle(self._buffers)
+        for finish in _before_taking:
+            finish(self._buffers)
         # scripted modules that went through torch.jit.freeze have no mode
         self._modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
         # a scripted module keeps its buffers in C++, where their slots cannot change

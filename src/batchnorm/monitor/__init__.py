@@ -1,4 +1,10 @@
-"""Watching a model at work: drift from the stored statistics, saturated and dead units."""
+"""Watching a model at work: drift from the stored statistics, saturated and dead units.
+
+::
+
+    calls of the model ── forwards: hooks, operators ── observe ── stream: moments ── drift: is it the stored data?
+                                                                └── saturation: units that no longer learn
+"""
 
 from batchnorm.monitor.drift import ChannelDrift, LayerDrift
 from batchnorm.monitor.measure import measure

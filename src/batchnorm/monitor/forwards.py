@@ -26,11 +26,11 @@ from batchnorm.observers import (
     set_grad_enabled,
 )
 
-__all__ = ["Forward", "Forwards", "Running"]
+__all__ = ["ModelCall", "ModuleHooks", "RunningModule"]
 
 
 @dataclass(slots=True, eq=False)
-class Running:
+class RunningModule:
     """A module whose forward is running, and whether it has been seen to normalize.
 
     Attributes:
@@ -49,7 +49,7 @@ class Running:
 
 
 @dataclass(eq=False)
-class Forward:
+class ModelCall:
     """One call of the model, or of a part of it, in one thread.
 
     Attributes:
@@ -66,13 +66,13 @@ class Forward:
     looked_at: bool = False
     by_hooks: bool = False
     uneventful: Sequence[str | None] = ()
-    running: list[Running] = field(default_factory=list)
+    running: list[RunningModule] = field(default_factory=list)
     entered: int = 0
     mode: OperatorMode | None = None
 
 
 class _Local(threading.local):
-    forward: Forward | None = None
+    forward: ModelCall | None = None
 
 
 class _Looking(threading.local):
@@ -84,7 +84,7 @@ class _Looking(threading.local):
 _looking = _Looking()
 
 
-class Forwards(ABC):
+class ModuleHooks(ABC):
     """Follows the calls of a model from :meth:`open` to :meth:`close`, in all threads.
 
     A call that runs at :meth:`close` in another thread is followed to its end; the last one to end takes the hooks off.
@@ -111,27 +111,27 @@ class Forwards(ABC):
     # -- what a subclass does --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def begin(self, root: Module, name: str, args: tuple[Any, ...]) -> Forward:
+    def begin(self, root: Module, name: str, args: tuple[Any, ...]) -> ModelCall:
         """Return the record of a call that begins, which says whether it is looked at, and how."""
 
     @abstractmethod
-    def operator(self, forward: Forward, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def operator(self, forward: ModelCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at an operator that is about to run."""
 
     @abstractmethod
-    def entered(self, forward: Forward, running: Running) -> None:
+    def entered(self, forward: ModelCall, running: RunningModule) -> None:
         """Look at a module that begins, unless it is an uneventful one that was expected."""
 
     @abstractmethod
-    def left_unseen(self, forward: Forward, running: Running) -> None:
+    def left_unseen(self, forward: ModelCall, running: RunningModule) -> None:
         """Look at a norm that has ended with an output, and was not seen to normalize."""
 
     @abstractmethod
-    def begun(self, forward: Forward) -> None:
+    def begun(self, forward: ModelCall) -> None:
         """Prepare this thread for a call that is looked at."""
 
     @abstractmethod
-    def ended(self, forward: Forward, complete: bool) -> None:
+    def ended(self, forward: ModelCall, complete: bool) -> None:
         """Take back what :meth:`begun` did; the call has given an output, if it is complete."""
 
     # -- from here on what is the same for all ---------------------------------------------------------------------
@@ -157,12 +157,12 @@ class Forwards(ABC):
         self._take_hooks_off()
 
     @property
-    def current(self) -> Forward | None:
+    def current(self) -> ModelCall | None:
         """The call that this thread is at, if it is looked at."""
         forward = self._local.forward
         return None if forward is None or not forward.looked_at else forward
 
-    def show_operators(self, forward: Forward) -> None:
+    def show_operators(self, forward: ModelCall) -> None:
         """Show the operators of a call from here on."""
         forward.by_hooks, forward.uneventful = False, ()
         forward.mode = _Mode(self, forward)
@@ -210,7 +210,7 @@ class Forwards(ABC):
         if forward.looked_at:
             number = forward.entered
             forward.entered = number + 1
-            running = Running(module, name, args, number)
+            running = RunningModule(module, name, args, number)
             forward.running.append(running)
             if number >= len(forward.uneventful) or forward.uneventful[number] != name:
                 self.entered(forward, running)
@@ -234,7 +234,7 @@ class Forwards(ABC):
                 # after an exception torch goes through the hooks themselves, which must not change under it
                 self._take_hooks_off()
 
-    def _begin(self, module: Module, name: str, args: tuple[Any, ...]) -> Forward:
+    def _begin(self, module: Module, name: str, args: tuple[Any, ...]) -> ModelCall:
         forward = self.begin(module, name, args)
         with self._lock:
             self._threads.add(threading.get_ident())
@@ -245,7 +245,7 @@ class Forwards(ABC):
             self.begun(forward)
         return forward
 
-    def _end(self, forward: Forward, complete: bool = False) -> None:
+    def _end(self, forward: ModelCall, complete: bool = False) -> None:
         # what says that there is something to end is taken away last: after an interrupt in here it is ended again
         if forward.looked_at:
             self.ended(forward, complete)
@@ -270,7 +270,7 @@ class _Mode(OperatorMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled while it is on, and torch's guard against that costs more than all the rest
 
-    def __init__(self, forwards: Forwards, forward: Forward) -> None:
+    def __init__(self, forwards: ModuleHooks, forward: ModelCall) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._forwards = forwards
         self._forward = forward

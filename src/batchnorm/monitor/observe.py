@@ -19,16 +19,24 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.models.calling import compiled_modules_eager
-from batchnorm.monitor.forwards import Forward, Forwards, Running
-from batchnorm.monitor.places import Place, Step, Traces, activation_in, is_given, is_visible, reports_itself
-from batchnorm.monitor.saturation import Activation, ActivationStream, activation_of
-from batchnorm.monitor.signatures import Signature, signature_of
+from batchnorm.monitor.forwards import ModelCall, ModuleHooks, RunningModule
+from batchnorm.monitor.operator_traits import OperatorTraits, traits_of
+from batchnorm.monitor.places import (
+    ModuleStep,
+    Traces,
+    WatchedPlace,
+    activation_in,
+    is_given,
+    is_visible,
+    reports_itself,
+)
+from batchnorm.monitor.saturation import ActivationCall, ActivationStream, activation_of
 from batchnorm.monitor.stream import LayerStream, ReferenceStatistics
 from batchnorm.nn.operators import eps_key, named_arguments
 from batchnorm.nn.select import NormModule
 from batchnorm.observers import attach, detach, transformed
 
-__all__ = ["Observations", "Observer"]
+__all__ = ["ModelObserver", "Observations"]
 
 
 class Observations:
@@ -71,7 +79,7 @@ class Observations:
                 stream = self.layers[name] = LayerStream(name, self.references[name], self.window)
             return stream
 
-    def activation(self, key: tuple[Any, ...], name: str, kind: Activation, z: Tensor) -> ActivationStream:
+    def activation(self, key: tuple[Any, ...], name: str, kind: ActivationCall, z: Tensor) -> ActivationStream:
         """Return the stream of an activation, likewise."""
         with self.lock:
             stream = self.activations.get(key)
@@ -81,19 +89,19 @@ class Observations:
 
 
 @dataclass(eq=False)
-class _Call(Forward):
+class _Call(ModelCall):
     """A call of the model, with what has been met in it so far."""
 
     samples: int | None = None  # that it was given, where that is known
     unit_dim: int = 1
     name: str = ""  # of the module that was called
-    steps: list[Step] = field(default_factory=list)  # the modules that it has called, or will call if seen by hooks
+    steps: list[ModuleStep] = field(default_factory=list)  # called so far, or to be called if seen by hooks
     hidden: bool = False  # whether something was met that no hook can see
     numbers: dict[tuple[str, str], int] = field(default_factory=dict)  # of activations by module and kind
     first: dict[LayerStream, int] = field(default_factory=dict)  # numbers of its samples
 
 
-class Observer(Forwards):
+class ModelObserver(ModuleHooks):
     """Takes up what passes by, from :meth:`open` to :meth:`close`.
 
     Args:
@@ -132,10 +140,10 @@ class Observer(Forwards):
 
     # -- modules ---------------------------------------------------------------------------------------------------
 
-    def begin(self, root: Module, name: str, args: tuple[Any, ...]) -> Forward:
+    def begin(self, root: Module, name: str, args: tuple[Any, ...]) -> ModelCall:
         """Note how many samples a call brings, and whether it is one to look at."""
         if self.closed or not self._into.counts(name):
-            return Forward(root)
+            return ModelCall(root)
         first = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
         samples = None if first is None else first.shape[0]
         steps = self._traces.expected(name)
@@ -144,28 +152,28 @@ class Observer(Forwards):
         uneventful = [None if step.place or step.name in self._places else step.name for step in steps]
         return _Call(root, True, True, uneventful, samples=samples, name=name, steps=list(steps))
 
-    def begun(self, forward: Forward) -> None:
+    def begun(self, forward: ModelCall) -> None:
         """Let this library's own operator report its calls in this thread."""
         attach(self.masked_norm)
 
-    def ended(self, forward: Forward, complete: bool) -> None:
+    def ended(self, forward: ModelCall, complete: bool) -> None:
         """Let it report them no more, and learn which modules the call has passed."""
         detach(self.masked_norm)
         if complete:
             assert isinstance(forward, _Call)
             self._traces.learn(forward.name, tuple(forward.steps[: forward.entered]), hidden=forward.hidden)
 
-    def entered(self, forward: Forward, running: Running) -> None:
+    def entered(self, forward: ModelCall, running: RunningModule) -> None:
         """Take the input of a place, before the module may change it."""
         assert isinstance(forward, _Call)
         if forward.by_hooks:
             self._entered_by_hooks(forward, running)
         if not forward.by_hooks:
-            forward.steps.append(Step(running.name, forward.unit_dim))
+            forward.steps.append(ModuleStep(running.name, forward.unit_dim))
         if running.name in self._places and running.args:
             self.look(self._module_input, forward, running.name, running.args[0])
 
-    def _entered_by_hooks(self, forward: _Call, running: Running) -> None:
+    def _entered_by_hooks(self, forward: _Call, running: RunningModule) -> None:
         """Take the input of a place that only hooks see; show operators where the call goes another way than known."""
         steps, number = forward.steps, running.number
         name, unit_dim, place = steps[number] if number < len(steps) else (None, 0, None)
@@ -179,7 +187,7 @@ class Observer(Forwards):
         elif place == "activation":
             self.look(self._activation, forward, activation_in(running.module), running.args[0])
 
-    def left_unseen(self, forward: Forward, running: Running) -> None:
+    def left_unseen(self, forward: ModelCall, running: RunningModule) -> None:
         """Take the input of a norm module that normalizes by other means than a batch norm operator."""
         assert isinstance(forward, _Call)
         if not reports_itself(running.module):
@@ -202,28 +210,28 @@ class Observer(Forwards):
 
     # -- operators -------------------------------------------------------------------------------------------------
 
-    def operator(self, forward: Forward, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def operator(self, forward: ModelCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at an operator that is about to run."""
-        signature = signature_of(func)
-        if signature is None:
+        traits = traits_of(func)
+        if traits is None:
             return
-        if signature.unit_dim is not None and not signature.is_norm and not signature.may_activate:
+        if traits.unit_dim is not None and not traits.is_norm and not traits.may_activate:
             assert isinstance(forward, _Call)
-            forward.unit_dim = signature.unit_dim
+            forward.unit_dim = traits.unit_dim
             return
-        self.look(self._operator, forward, func, signature, args, kwargs)
+        self.look(self._operator, forward, func, traits, args, kwargs)
 
     def _operator(
-        self, forward: _Call, func: Any, signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, forward: _Call, func: Any, traits: OperatorTraits, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         given = named_arguments(func, args, kwargs)
-        if signature.is_norm:
+        if traits.is_norm:
             running = given.get("running_mean"), given.get("running_var")
             self._norm(forward, given["input"], *running, given[eps_key(given)])
-        if signature.unit_dim is not None:
-            forward.unit_dim = signature.unit_dim
-        elif signature.may_activate:
-            self._activation(forward, activation_of(signature.operator, given), given.get("self", given.get("input")))
+        if traits.unit_dim is not None:
+            forward.unit_dim = traits.unit_dim
+        elif traits.may_activate:
+            self._activation(forward, activation_of(traits.operator, given), given.get("self", given.get("input")))
 
     def masked_norm(
         self, x: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float, mask: Tensor | None
@@ -276,7 +284,7 @@ class Observer(Forwards):
         self._buffers = buffers
         return buffers.get(id(mean), (None,))[0]
 
-    def _activation(self, forward: _Call, kind: Activation | None, z: Any) -> None:
+    def _activation(self, forward: _Call, kind: ActivationCall | None, z: Any) -> None:
         if kind is None or not _has_values(z) or z.dim() == 0:
             return
         innermost = forward.running[-1]
@@ -290,7 +298,7 @@ class Observer(Forwards):
         self._into.activation(key, name, kind, z).add(z.detach(), unit_dim)
         self._note(forward, innermost, "activation" if is_given(z, innermost.args) else None)
 
-    def _note(self, forward: _Call, running: Running, place: Place | None) -> None:
+    def _note(self, forward: _Call, running: RunningModule, place: WatchedPlace | None) -> None:
         """Note what a module does with what it is given, and whether a hook sees it; None: not that."""
         if forward.by_hooks or forward.hidden:
             return

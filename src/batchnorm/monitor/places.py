@@ -20,19 +20,28 @@ from torch import Tensor, nn
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.monitor.saturation import Activation, activation_of
+from batchnorm.monitor.saturation import ActivationCall, activation_of
 from batchnorm.nn.batch_norm import BatchNorm2d
 from batchnorm.observers import global_forward_pre_hooks, transformed
 
-__all__ = ["LEARNED_ANEW", "Place", "Step", "Traces", "activation_in", "is_given", "is_visible", "reports_itself"]
+__all__ = [
+    "LEARNED_ANEW",
+    "ModuleStep",
+    "Traces",
+    "WatchedPlace",
+    "activation_in",
+    "is_given",
+    "is_visible",
+    "reports_itself",
+]
 
 LEARNED_ANEW = 16
 """Of the calls that are looked at so every many-th is looked at with all its operators, for what may have changed."""
 
-Place: TypeAlias = Literal["norm", "activation"]
+WatchedPlace: TypeAlias = Literal["norm", "activation"]
 
 
-class Step(NamedTuple):
+class ModuleStep(NamedTuple):
     """A module that was called, as one in the order of all.
 
     Attributes:
@@ -43,15 +52,15 @@ class Step(NamedTuple):
 
     name: str
     unit_dim: int
-    place: Place | None = None
+    place: WatchedPlace | None = None
 
 
 @lru_cache
-def _called(operator: str, **arguments: Any) -> Activation | None:
+def _called(operator: str, **arguments: Any) -> ActivationCall | None:
     return activation_of(operator, arguments)
 
 
-_FORWARDS_OF_ACTIVATIONS: dict[Any, Callable[[Any], Activation | None]] = {
+_FORWARDS_OF_ACTIVATIONS: dict[Any, Callable[[Any], ActivationCall | None]] = {
     nn.ReLU.forward: lambda _: _called("relu"),
     nn.Sigmoid.forward: lambda _: _called("sigmoid"),
     nn.Tanh.forward: lambda _: _called("tanh"),
@@ -61,13 +70,13 @@ _FORWARDS_OF_ACTIVATIONS: dict[Any, Callable[[Any], Activation | None]] = {
 }
 
 
-def activation_in(module: Module) -> Activation | None:
+def activation_in(module: Module) -> ActivationCall | None:
     """Return which activation a module of torch computes of what it is given, None for all others."""
     of = _FORWARDS_OF_ACTIVATIONS.get(getattr(type(module), "forward", None))
     return None if of is None else of(module)
 
 
-def is_visible(module: Module, place: Place, args: Sequence[Any]) -> bool:
+def is_visible(module: Module, place: WatchedPlace, args: Sequence[Any]) -> bool:
     """Whether this call of a module is a place whose input a hook sees: torch's forward, given the hook's argument."""
     forward = getattr(type(module), "forward", None)  # a script has none there
     return (
@@ -110,7 +119,7 @@ class _Known:
         uses: how many calls were looked at by hooks alone.
     """
 
-    steps: tuple[Step, ...] | None = None
+    steps: tuple[ModuleStep, ...] | None = None
     confirmed: bool = False
     hidden: bool = False
     others: int = 0
@@ -124,7 +133,7 @@ class Traces:
         self._known: dict[str, _Known] = {}
         self._lock = threading.Lock()
 
-    def expected(self, root: str) -> tuple[Step, ...] | None:
+    def expected(self, root: str) -> tuple[ModuleStep, ...] | None:
         """Return the modules that a call of the module of that name will pass; None: its operators are to be met."""
         with self._lock:
             known = self._known.get(root)
@@ -133,7 +142,7 @@ class Traces:
             known.uses += 1
             return known.steps if known.uses % LEARNED_ANEW else None
 
-    def learn(self, root: str, steps: tuple[Step, ...], *, hidden: bool) -> None:
+    def learn(self, root: str, steps: tuple[ModuleStep, ...], *, hidden: bool) -> None:
         """Take note of a call that ended well.
 
         Args:

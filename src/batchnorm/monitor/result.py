@@ -14,10 +14,10 @@ from batchnorm.report import Document, Paragraph, Plot, Result, Section, Series,
 from batchnorm.report.document import Block, Cell, Tone
 from batchnorm.report.result import finite_or_none
 
-__all__ = ["Verdict", "WatchResult"]
+__all__ = ["WatchResult", "WatchVerdict"]
 
 _NO_CHANNELS = ("too few samples", "not called", "non-finite statistics")
-Verdict: TypeAlias = Literal["as stored", "drifted", "not judged"]
+WatchVerdict: TypeAlias = Literal["as stored", "drifted", "not judged"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +46,7 @@ class WatchResult(Result):
     by_reference: bool = False
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> WatchVerdict:
         """``"drifted"`` if a norm is flagged, ``"as stored"`` if one could be judged, else ``"not judged"``.
 
         Where statistics are not finite, values behind that norm are none either, whatever the data was: then it is not

@@ -16,7 +16,7 @@ from batchnorm.models.float64 import float64_device
 from batchnorm.monitor.positions import distance, parts
 from batchnorm.monitor.stream import PANES
 
-__all__ = ["SLOPE", "Activation", "ActivationStream", "ActivationUse", "activation_of"]
+__all__ = ["SLOPE", "ActivationCall", "ActivationStream", "ActivationUse", "activation_of"]
 
 SLOPE = 0.05
 """A sigmoid or tanh unit is saturated where its derivative is below this share of the derivative's maximum."""
@@ -24,11 +24,11 @@ SLOPE = 0.05
 # tanh′(z) = 1 − tanh²(z) with maximum 1 at 0, and sigmoid(z) = (1 + tanh(z/2))/2.
 _TANH_LIMIT = math.atanh(math.sqrt(1 - SLOPE))
 
-Kind: TypeAlias = Literal["sigmoid", "tanh", "hardsigmoid", "hardtanh", "relu", "relu6"]
+ActivationKind: TypeAlias = Literal["sigmoid", "tanh", "hardsigmoid", "hardtanh", "relu", "relu6"]
 
 
 @dataclass(frozen=True)
-class Activation:
+class ActivationCall:
     r"""A call of an activation function, by what leaves its units without gradient.
 
     A unit of kind ``sigmoid``, ``tanh``, ``hardsigmoid`` or ``hardtanh`` is saturated at a pre-activation z outside
@@ -42,7 +42,7 @@ class Activation:
     ``relu6`` fires at z > 0.
     """
 
-    kind: Kind
+    kind: ActivationKind
     low: float = 0.0
     high: float = math.inf
 
@@ -53,15 +53,15 @@ class Activation:
 
 
 _FIXED = {
-    "sigmoid": Activation("sigmoid", -2 * _TANH_LIMIT, 2 * _TANH_LIMIT),
-    "tanh": Activation("tanh", -_TANH_LIMIT, _TANH_LIMIT),
-    "hardsigmoid": Activation("hardsigmoid", -3.0, 3.0),
-    "relu": Activation("relu"),
-    "relu6": Activation("relu6"),
+    "sigmoid": ActivationCall("sigmoid", -2 * _TANH_LIMIT, 2 * _TANH_LIMIT),
+    "tanh": ActivationCall("tanh", -_TANH_LIMIT, _TANH_LIMIT),
+    "hardsigmoid": ActivationCall("hardsigmoid", -3.0, 3.0),
+    "relu": ActivationCall("relu"),
+    "relu6": ActivationCall("relu6"),
 }
 
 
-def activation_of(operator: str, arguments: Mapping[str, Any]) -> Activation | None:
+def activation_of(operator: str, arguments: Mapping[str, Any]) -> ActivationCall | None:
     """Return which activation a call of an operator is, or None.
 
     ReLU has several spellings: ``relu``, ``clamp(min=0)``, ``clamp_min(0)``, ``threshold(0, 0)``, ``hardtanh(0, 6)``.
@@ -76,14 +76,14 @@ def activation_of(operator: str, arguments: Mapping[str, Any]) -> Activation | N
     if operator == "hardtanh":
         low, high = arguments.get("min_val", -1), arguments.get("max_val", 1)
         if low != 0:
-            return Activation("hardtanh", float(low), float(high))
+            return ActivationCall("hardtanh", float(low), float(high))
     elif operator == "threshold":
         low = 0 if arguments.get("threshold") == arguments.get("value") == 0 else None
     elif operator not in ("clamp", "clamp_min"):
         return None
     if isinstance(low, Tensor) or isinstance(high, Tensor) or low != 0:
         return None
-    return Activation("relu") if high is None else Activation("relu6")
+    return ActivationCall("relu") if high is None else ActivationCall("relu6")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class ActivationUse:
     """
 
     name: str
-    kind: Kind
+    kind: ActivationKind
     units: int
     values: int
     saturated: float | None
@@ -130,7 +130,7 @@ class ActivationStream:
     """
 
     def __init__(
-        self, name: str, activation: Activation, units: int, device: torch.device, window: int | None = None
+        self, name: str, activation: ActivationCall, units: int, device: torch.device, window: int | None = None
     ) -> None:
         self.name = name
         self.activation = activation

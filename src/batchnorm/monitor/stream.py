@@ -240,7 +240,7 @@ class LayerStream:
         """
         whole = self._memory.shape[1]
         if self._used + count > (whole // 2 if is_new else whole):
-            self._settle()
+            self._sum_up()
         if self._used + count > whole:
             self._memory = self._of_samples(count)
         return self._memory.narrow(1, self._used, count)
@@ -274,7 +274,7 @@ class LayerStream:
     def moments(self) -> SampleMoments:
         """The moments of the samples that count."""
         with self._lock:
-            self._settle()
+            self._sum_up()
             panes = [pane for index, pane in self._panes.items() if index >= self._oldest()]
         empty = SampleMoments.zero(self.reference.mean.numel(), self.reference.mean.device)
         return reduce(SampleMoments.merge, (pane.moments for pane in panes), empty)
@@ -283,10 +283,10 @@ class LayerStream:
     def nonfinite(self) -> int:
         """How many of the samples that count held NaN or infinity in some channel."""
         with self._lock:
-            self._settle()
+            self._sum_up()
             return sum(int(pane.nonfinite) for index, pane in self._panes.items() if index >= self._oldest())
 
-    def _settle(self) -> None:
+    def _sum_up(self) -> None:
         """Sum up what waits."""
         if not self._used:
             return

@@ -11,7 +11,7 @@ from torch.nn import Module
 from batchnorm.errors import ArgumentTypeError, ShapeError, StateError
 from batchnorm.models.preconditions import require_module
 from batchnorm.monitor.drift import LayerDrift, judge
-from batchnorm.monitor.observe import Observations, Observer
+from batchnorm.monitor.observe import ModelObserver, Observations
 from batchnorm.monitor.references import Comparable, from_buffers, from_population, keeps_statistics
 from batchnorm.monitor.result import WatchResult
 from batchnorm.monitor.stream import PANES, LayerStream
@@ -169,7 +169,7 @@ class Watch:
         norms = {name: norm for name, norm in self._norms.items() if name in known.references}
         self._by_buffers = reference is None
         self._seen = Observations(known.references, window, every)
-        self._observer = Observer(model, norms, known.places, self._seen, functional=functional)
+        self._observer = ModelObserver(model, norms, known.places, self._seen, functional=functional)
         self._open: ExitStack | None = None
 
     def __enter__(self) -> Watch:

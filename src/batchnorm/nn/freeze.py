@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from batchnorm.errors import StateError
 from batchnorm.models.preconditions import lazy_names, require_module
 from batchnorm.models.transaction import on_failure, transaction
-from batchnorm.nn.frozen import THAWED, Exact, State, move, state_of, thawed_class
+from batchnorm.nn.frozen import THAWED, Exact, FrozenParts, move, state_of, thawed_class
 from batchnorm.nn.provenance import with_provenance
 from batchnorm.nn.select import NormModule, named_norms, select_norms
 from batchnorm.report import Document, Paragraph, Result, Section, Table
@@ -101,7 +101,8 @@ def freeze(
     for name, norm in norms.items():
         _require_freezable(name or type(norm).__name__, norm, stats)
     target = {
-        name: State(stats or state_of(norm).statistics, affine or state_of(norm).affine) for name, norm in norms.items()
+        name: FrozenParts(stats or state_of(norm).statistics, affine or state_of(norm).affine)
+        for name, norm in norms.items()
     }
     return _change("freeze", model, norms, target)
 
@@ -165,7 +166,7 @@ def _require_own_class(name: str, norm: Module) -> None:
         )
 
 
-def _require_no_split(model: Module, norms: Mapping[str, NormModule], target: Mapping[str, State]) -> None:
+def _require_no_split(model: Module, norms: Mapping[str, NormModule], target: Mapping[str, FrozenParts]) -> None:
     """Refuse where one parameter would have to learn at one place and stand still at another."""
     wanted = {id(norm): target[name].affine for name, norm in norms.items()}
     changing: dict[int, tuple[str, bool]] = {}
@@ -188,7 +189,9 @@ def _require_no_split(model: Module, norms: Mapping[str, NormModule], target: Ma
 # -- the change itself -----------------------------------------------------------------------------------------------
 
 
-def _change(verb: str, model: Module, norms: Mapping[str, NormModule], target: Mapping[str, State]) -> FreezeResult:
+def _change(
+    verb: str, model: Module, norms: Mapping[str, NormModule], target: Mapping[str, FrozenParts]
+) -> FreezeResult:
     _require_no_split(model, norms, target)
     before = [state_of(norm) for norm in norms.values()]
     exact = Exact(norms.values())

@@ -19,19 +19,19 @@ from batchnorm.nn.guarded import Guarded
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Exact", "State", "move", "state_of", "thawed_class"]
+__all__ = ["Exact", "FrozenParts", "move", "state_of", "thawed_class"]
 
 _MEMORY = "_frozen"
 
 
-class State(NamedTuple):
+class FrozenParts(NamedTuple):
     """Which parts of a norm are frozen."""
 
     statistics: bool
     affine: bool
 
 
-THAWED = State(statistics=False, affine=False)
+THAWED = FrozenParts(statistics=False, affine=False)
 
 
 class _Memory(NamedTuple):
@@ -121,15 +121,15 @@ def _memory(norm: Module) -> _Memory | None:
     return memory
 
 
-def state_of(norm: Module) -> State:
+def state_of(norm: Module) -> FrozenParts:
     """Return which parts of a norm (or of any other module: none) are frozen."""
     memory = _memory(norm)
     if memory is None:
         return THAWED
-    return State(memory.training is not None, memory.requires_grad is not None)
+    return FrozenParts(memory.training is not None, memory.requires_grad is not None)
 
 
-def move(norms: Iterable[Module], states: Iterable[State]) -> None:
+def move(norms: Iterable[Module], states: Iterable[FrozenParts]) -> None:
     """Bring each norm into its state.
 
     All flags are noted before any is set, for norms may share a parameter.

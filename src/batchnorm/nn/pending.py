@@ -138,7 +138,7 @@ class _Source:
     def open(self) -> None:
         """Owe the statistics a step from now on, after those that are still owed in this thread."""
         if self._steps is not None:
-            self._steps.settle()
+            self._steps.finish()
             self._steps.begin(self)
             self._versions = _versions(self._read)
             self._owes = True
@@ -248,7 +248,7 @@ class _Steps:
         self._begun: dict[int, int] = {}
         self._ended: dict[int, int] = {}
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Take the step that is owed for the last call in this thread."""
         reference = self._owed.pop(get_ident(), None)
         source = None if reference is None else reference()
@@ -307,7 +307,7 @@ def _steps_of(layer: _Layer) -> _Steps | None:
         return _steps.setdefault(mean, _Steps()) if steps is None else steps
 
 
-def _settle_steps(buffers: Iterable[Tensor]) -> None:
+def _finish_steps(buffers: Iterable[Tensor]) -> None:
     """Take the steps that calls of this thread owe the running statistics among ``buffers``."""
     for source in _owed_to(buffers):
         if source.thread == get_ident():
@@ -320,7 +320,7 @@ def _cancel_steps(buffers: Iterable[Tensor]) -> None:
         source.cancel()  # an output that an exception still holds would take its step when that is gone
 
 
-on_snapshot(before_taking=_settle_steps, before_restoring=_cancel_steps)
+on_snapshot(before_taking=_finish_steps, before_restoring=_cancel_steps)
 
 
 def _owed_to(buffers: Iterable[Tensor]) -> Iterator[_Source]:

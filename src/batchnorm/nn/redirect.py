@@ -1,4 +1,4 @@
-"""Calls of a model's norms redirected, for as long as a block lasts, to stand-ins with other settings.
+"""Calls of a model's norms redirected, for as long as a block lasts, to replicas with other settings.
 
 What a norm does with a batch is decided by ``training``, ``momentum`` and its buffers. To change one of them on the
 norm itself for the time of a block would be undone by the next ``model.train()``, seen by whoever looks at the model,
@@ -57,12 +57,12 @@ class Redirection(Protocol):
     def require(self, others: Sequence[Redirection]) -> None:
         """Refuse to be opened within the rules of other blocks; :class:`StateError` says why."""
 
-    def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
-        """Change the stand-in before it is called; return what is to be done once it has returned, or None.
+    def apply(self, norm: NormModule, replica: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
+        """Change the replica before it is called; return what is to be done once it has returned, or None.
 
         Args:
             norm: as the model has it.
-            stand_in: a shallow copy, on which the rule of an earlier axis may have been at work.
+            replica: a shallow copy, on which the rule of an earlier axis may have been at work.
             inputs: what it is called on, by the names that this library's layers give them.
         """
 
@@ -219,16 +219,16 @@ def shallow_copy(norm: _Norm) -> _Norm:
     return twin
 
 
-def set_aside(stand_in: NormModule) -> None:
-    """Give a stand-in copies of all that it counts in, so that whatever it is called on leaves no trace in the norm."""
-    copies = {k: None if b is None else b.clone() for k, b in stand_in._buffers.items()}
+def set_aside(replica: NormModule) -> None:
+    """Give a replica copies of all that it counts in, so that whatever it is called on leaves no trace in the norm."""
+    copies = {k: None if b is None else b.clone() for k, b in replica._buffers.items()}
     for key, copy_of in copies.items():
         if copy_of is not None:
-            copy_of._batchnorm_original = stand_in._buffers[key]  # type: ignore[attr-defined]
-    stand_in.__dict__["_buffers"] = copies
-    counter = stand_in.__dict__.get("_refused")
+            copy_of._batchnorm_original = replica._buffers[key]  # type: ignore[attr-defined]
+    replica.__dict__["_buffers"] = copies
+    counter = replica.__dict__.get("_refused")
     if counter is not None:
-        stand_in.__dict__["_refused"] = counter.clone()
+        replica.__dict__["_refused"] = counter.clone()
 
 
 def original_of(tensor: Tensor) -> Tensor | None:
@@ -285,21 +285,21 @@ class _Redirect:
             self.leave()
         if not rules or any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
             return self._forward_of(norm)(*args, **kwargs)
-        stand_in = object.__new__(type(norm))
-        stand_in.__dict__.update(norm.__dict__)
-        stand_in.__dict__.pop("forward", None)  # a block may have ended in another thread meanwhile
+        replica = object.__new__(type(norm))
+        replica.__dict__.update(norm.__dict__)
+        replica.__dict__.pop("forward", None)  # a block may have ended in another thread meanwhile
         inputs = {**dict(zip(("input", "residual", "mask"), args, strict=False)), **kwargs}
         afterwards = []
         for axis in AXES:
             rule = next((r for r in reversed(rules) if r.axis == axis and r not in self.overlooked), None)
             if rule is not None:
-                afterwards.append(rule.apply(norm, stand_in, inputs))
-        before = dict(stand_in.__dict__)
-        output = self._forward_of(stand_in)(*args, **kwargs)
+                afterwards.append(rule.apply(norm, replica, inputs))
+        before = dict(replica.__dict__)
+        output = self._forward_of(replica)(*args, **kwargs)
         for then in afterwards:
             if then is not None:
                 then()
-        for key, value in stand_in.__dict__.items():
+        for key, value in replica.__dict__.items():
             if key not in before or before[key] is not value:  # what a forward notes on its layer
                 norm.__dict__[key] = value
         return output

@@ -18,9 +18,9 @@ from batchnorm.nn.select import NormModule
 __all__ = ["held_on_running", "no_update", "updates", "use"]
 
 
-def updates(norm: NormModule, stand_in: NormModule) -> bool:
-    """Return whether a call of ``stand_in`` in place of ``norm`` is to move the running statistics of both."""
-    return norm.training and stand_in.training and norm.track_running_stats and norm.running_mean is not None
+def updates(norm: NormModule, replica: NormModule) -> bool:
+    """Return whether a call of ``replica`` in place of ``norm`` is to move the running statistics of both."""
+    return norm.training and replica.training and norm.track_running_stats and norm.running_mean is not None
 
 
 def _check_no_update(model: Module, names: str | Sequence[str] | None = None) -> None:
@@ -156,9 +156,9 @@ class _NoUpdate:
     def require(self, others: Sequence[Redirection]) -> None:
         """Go with all others."""
 
-    def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
-        if stand_in.training:
-            set_aside(stand_in)
+    def apply(self, norm: NormModule, replica: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
+        if replica.training:
+            set_aside(replica)
         return None
 
 
@@ -174,14 +174,14 @@ class _Use:
         """Whether the norm normalizes so in its present mode."""
         return state_of(norm).statistics or norm.training == (self.statistics == "batch")
 
-    def apply(self, norm: NormModule, stand_in: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
+    def apply(self, norm: NormModule, replica: NormModule, inputs: Mapping[str, Any]) -> Callable[[], None] | None:
         if state_of(norm).statistics:
             return None
-        stand_in.__dict__["training"] = self.statistics == "batch"
-        if not stand_in.training and not torch.is_grad_enabled():
+        replica.__dict__["training"] = self.statistics == "batch"
+        if not replica.training and not torch.is_grad_enabled():
             return None  # by the very buffers: nothing writes into them, and nothing is kept for a backward pass
-        if not updates(norm, stand_in):
+        if not updates(norm, replica):
             # In eval mode nothing is taken in. And torch's kernel keeps what it normalizes by for its backward pass,
             # which is to find it as it is now.
-            set_aside(stand_in)
+            set_aside(replica)
         return None

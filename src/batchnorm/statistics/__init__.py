@@ -1,4 +1,10 @@
-"""Population statistics: what the norms of a model meet, measured exactly; and several models made one."""
+"""Population statistics: what the norms of a model meet, measured exactly; and several models made one.
+
+::
+
+    batches ── stream ── sequential/ or parallel ── tally: moments of each norm ── estimators ── finish: new buffers
+    models  ── merge_sources ── merge: statistics of their mixture
+"""
 
 from batchnorm.statistics.merge import merge
 from batchnorm.statistics.merge_result import MergedStatistics, MergeResult

@@ -62,7 +62,7 @@ def test_to_say_that_there_is_no_norm_is_right_for_a_folded_model_only():
 
 
 def test_the_table_counts_rows(tmp_path):
-    about = dict.fromkeys(("device", "torch", "batchnorm", "commit", "date"), "x")
+    about = dict.fromkeys(("device", "torch", "batchnorm", "date"), "x") | {"commit": "0123abc"}
     cases = [
         row("poisoned.nan", naming(("poisoned", "blocks.0.norm"))),
         row("poisoned.zero", naming(("stale", "blocks.0.norm"))),

@@ -36,6 +36,7 @@ def findings(forward: Any, *shape: int) -> list[Finding]:
         (lambda net, x: net.norm(net.conv(x).permute(0, 2, 3, 1)), (2, 6, 6, 6), 3),
         (lambda net, x: net.norm(net.linear(net.conv(x).permute(0, 2, 3, 1))), (2, 6, 6, 6), 3),
         (lambda net, x: net.norm1(net.lstm(x)[0]), (9, 6, 6), 2),
+        (lambda net, x: net.norm1(net.conv(x)), (6, 6, 6), 0),  # a convolution without a batch axis
     ],
 )
 def test_flagged(forward: Any, shape: tuple[int, ...], axis: int) -> None:

@@ -15,8 +15,8 @@ def layer(mean: Any = 0.0, variance: Any = 1.0, weight: Any = None, bias: Any = 
     def channels(value: Any) -> Any:
         return None if value is None else torch.as_tensor(value).expand(2).double()
 
-    meeting = SimpleNamespace(weight=channels(weight), bias=channels(bias))
-    return SimpleNamespace(stored=(channels(mean), channels(variance)), meeting=meeting)
+    record = SimpleNamespace(weight=channels(weight), bias=channels(bias))
+    return SimpleNamespace(stored=(channels(mean), channels(variance)), record=record)
 
 
 @pytest.mark.parametrize(

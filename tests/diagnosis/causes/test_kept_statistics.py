@@ -32,7 +32,9 @@ def told(case: Case) -> list[tuple[list[str], str, str]]:
 
 def test_with_a_metric_the_gaps_that_do_no_harm_are_one_note() -> None:
     good, bad = run_of(0.9, 0.9, 0.9), run_of(0.5, 0.5, 0.5)
-    case = case_of(gap("a", distance=0.3), gap("b", distance=1.5), gap("c"), deployed=good, training=bad, settled=bad)
+    case = case_of(
+        gap("a", distance=0.3), gap("b", distance=1.5), gap("c"), deployed=good, training=bad, recalibrated=bad
+    )
     case.harmless = {"b", "a"}
     ((layers, evidence, cure),) = told(case)
     assert (layers, cure) == (["a", "b"], "batchnorm.freeze(model)")

@@ -26,7 +26,7 @@ def test_a_model_that_is_as_bad_on_batch_statistics_is_told_so(net, labelled, me
 
 @pytest.mark.parametrize(("at_chance", "hopeful", "told"), [(True, False, 1), (True, True, 0), (False, False, 0)])
 def test_it_is_told_of_a_model_at_chance_that_nothing_helps(at_chance: bool, hopeful: bool, told: int) -> None:
-    case = case_of(gap("a"), deployed=run_of(0.11), training=run_of(0.125, other=0.1), settled=run_of(0.12))
+    case = case_of(gap("a"), deployed=run_of(0.11), training=run_of(0.125, other=0.1), recalibrated=run_of(0.12))
     vars(case.goal)["at_chance"], case.hopeful = at_chance, hopeful
     found = list(NotTheNorms().find(case))
     assert len(found) == told

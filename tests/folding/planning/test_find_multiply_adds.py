@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tests.lively import lively
 from torch import nn
 
 import batchnorm
@@ -59,19 +60,6 @@ class Norms(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.run(self, x)
-
-
-def lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for norm in model.modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                norm.running_mean.normal_(generator=generator)
-                norm.running_var.uniform_(0.5, 2, generator=generator)
-                if norm.affine:
-                    norm.weight.normal_(generator=generator)
-                    norm.bias.normal_(generator=generator)
-    return model.eval()
 
 
 def became(result) -> dict[str, str | None]:

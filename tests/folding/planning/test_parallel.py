@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tests.layouts import lively
+from tests.lively import lively
 from torch import nn
 from torch.nn import functional as F
 

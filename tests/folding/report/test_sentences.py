@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.lively import lively
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,17 +12,6 @@ from batchnorm.folding.fold import fold
 from batchnorm.folding.report.cost import Saving
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def lively(model: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d) and norm.affine:  # one without γ and β is as its test has made it
-            norm.running_mean.normal_()
-            norm.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias)
-    return model.eval()
 
 
 class Parts(nn.Module):
@@ -74,13 +64,13 @@ def scaling() -> nn.BatchNorm2d:
      "a", "back", "Its scale goes back into the convolution a, across relu.", ("relu",)),
 ])  # fmt: skip
 def test_one_sentence_says_which_part_went_where(net, into, way, sentence, crossed) -> None:
-    (told,) = fold(lively(net), X, borders=True).folded
+    (told,) = fold(lively(net, positive=True, bare=False), X, borders=True).folded
     assert (told.into, told.way, told.sentence, told.crossed) == (into, way, sentence, crossed)
     assert str(told) == f"bn → {into}: folded. {sentence}"
 
 
 def test_a_norm_that_only_shifts_is_told_so() -> None:
-    net = lively(Parts(lambda m, x: torch.tanh(m.bn(m.a(x)))))
+    net = lively(Parts(lambda m, x: torch.tanh(m.bn(m.a(x)))), positive=True)
     net.bn.eps = 0.0
     net.bn.running_var.fill_(1.0)
     net.bn.weight.data.fill_(1.0)
@@ -91,7 +81,7 @@ def test_a_norm_that_only_shifts_is_told_so() -> None:
 def test_savings_count_a_new_bias_once_and_add_up_to_what_the_pass_shows() -> None:
     net = Parts(lambda m, x: torch.tanh(m.second(torch.relu(m.bn(m.a(x))))), bias=False)
     net.second = scaling()  # which crosses the ReLU, and needs no other bias
-    lively(net)
+    lively(net, positive=True, bare=False)
     result = fold(net, X)
     elements = X.numel()
     assert [item.saving for item in result.folded] == [
@@ -106,7 +96,7 @@ def test_savings_count_a_new_bias_once_and_add_up_to_what_the_pass_shows() -> No
 
 
 def test_names_are_those_of_the_model_where_its_input_is_normalized() -> None:
-    net = lively(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()))
+    net = lively(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()), positive=True)
     result = fold(net, X, input_mean=[1.0, 2.0, 3.0, 4.0], input_std=2.0)
     assert [item.sentence for item in result.folded] == [
         "Its scale and shift go on into the convolution 0. 0 pads with −t/s now, of which the norm made zero.",

@@ -1,4 +1,4 @@
-"""The rules, one file each."""
+"""The rules, one file each: a rule reads a model and its dataflow, and yields findings."""
 
 from __future__ import annotations
 

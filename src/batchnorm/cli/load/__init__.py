@@ -1,4 +1,9 @@
-"""From what the command line names to a model, its weights, batches and example inputs."""
+"""From what the command line names to a model, its weights, batches and example inputs.
+
+::
+
+    file.py:name ── objects ── model, batches, example          file.pt ── weights;  file.pt2 ── program
+"""
 
 from batchnorm.cli.load.batches import load_batches
 from batchnorm.cli.load.example import load_example, load_examples

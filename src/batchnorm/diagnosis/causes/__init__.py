@@ -1,4 +1,4 @@
-"""The causes, one file each."""
+"""The causes, one file each: a cause reads a case (gaps, passes, model), and yields suspicions with cures."""
 
 from __future__ import annotations
 

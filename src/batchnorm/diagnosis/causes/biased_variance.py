@@ -80,7 +80,7 @@ def _shown(m: int, power: int) -> str:
 
 def _positions(layer: LayerGap) -> int:
     """Return how many values of a channel one sample has."""
-    return max(1, round(float(layer.meeting.estimator.pooled.count.max()) / max(layer.samples, 1)))
+    return max(1, round(float(layer.record.estimator.pooled.count.max()) / max(layer.samples, 1)))
 
 
 def _expected(layer: LayerGap, fit: _Fit) -> float:

@@ -70,7 +70,7 @@ class DeadChannels(Cause):
         case.explained.update(names_of(hurt))
         channels = dead.nonzero().flatten().tolist()
         by_gamma = bool(_small_gamma(first)[dead].any())
-        values = first.meeting.weight if by_gamma else first.measured[1]
+        values = first.record.weight if by_gamma else first.measured[1]
         assert values is not None
         largest = float(values.detach().cpu().double().abs()[dead].max())
         more = f"; {len(found) - 1} more norms have some" if len(found) > 1 else ""
@@ -90,7 +90,7 @@ class DeadChannels(Cause):
 
 
 def _small_gamma(layer: LayerGap) -> Tensor:
-    weight = layer.meeting.weight
+    weight = layer.record.weight
     if weight is None:
         return torch.zeros_like(layer.stored[0], dtype=torch.bool)
     gamma = weight.detach().cpu().double().abs()

@@ -108,7 +108,7 @@ def _distance(layer: LayerGap, met: Statistics) -> float:
 
 
 def _met(done: Pass, layer: LayerGap) -> Statistics:
-    mean, variance = done.meetings[layer.site].statistics
+    mean, variance = done.records[layer.site].statistics
     return mean.cpu(), variance.cpu()
 
 

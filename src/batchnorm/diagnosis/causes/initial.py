@@ -15,7 +15,7 @@ def is_initial(layer: LayerGap) -> bool:
 
 def is_constructed(layer: LayerGap) -> bool:
     """Return whether γ is 1 in every channel, or 0 in every one, and β is 0."""
-    gamma = layer.meeting.weight
+    gamma = layer.record.weight
     if gamma is None:
         return False
     return is_zero(layer) or (bool((gamma == 1).all()) and _beta_is_zero(layer))
@@ -23,10 +23,10 @@ def is_constructed(layer: LayerGap) -> bool:
 
 def is_zero(layer: LayerGap) -> bool:
     """Return whether γ and β are 0 in every channel."""
-    gamma = layer.meeting.weight
+    gamma = layer.record.weight
     return gamma is not None and bool((gamma == 0).all()) and _beta_is_zero(layer)
 
 
 def _beta_is_zero(layer: LayerGap) -> bool:
-    beta = layer.meeting.bias
+    beta = layer.record.bias
     return beta is None or bool((beta == 0).all())

@@ -48,8 +48,8 @@ class KeptStatistics(Cause):
             evidence = (
                 f"{_gap(case, harmless)}, and eval mode is {better} with them: the metric is "
                 f"{goal.deployed.metric:.4g}, on batch statistics {goal.training.metric:.4g}, after a trial "
-                f"recalibration {goal.settled.metric:.4g}. Leave them as they are, and freeze the norms before you "
-                "train on."
+                f"recalibration {goal.recalibrated.metric:.4g}. Leave them as they are, and freeze the norms before "
+                "you train on."
             )
             yield Suspicion(names_of(harmless), evidence, "batchnorm.freeze(model)")
         left = [layer for layer in case.layers if layer.name in lived_with]

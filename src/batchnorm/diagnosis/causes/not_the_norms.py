@@ -43,7 +43,7 @@ class NotTheNorms(Cause):
             for done, where in (
                 (goal.deployed, "in eval mode"),
                 (goal.training, "on batch statistics"),
-                (goal.settled, "after a trial recalibration"),
+                (goal.recalibrated, "after a trial recalibration"),
             )
         ]
         evidence = (

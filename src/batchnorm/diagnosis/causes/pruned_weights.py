@@ -53,5 +53,5 @@ class PrunedWeights(Cause):
 
 
 def _zeros(layer: LayerGap) -> float:
-    weight = layer.meeting.feeder
+    weight = layer.record.feeder
     return 0.0 if weight is None or not weight.numel() else float((weight.detach() == 0).double().mean())

@@ -55,17 +55,17 @@ class SharedNorm(Cause):
     def _called(self, case: Case, found: list[LayerGap]) -> Suspicion:
         first = found[0]
         case.explained.update(names_of(case.off))
-        calls = [_statistics(met) for met in first.meeting.per_call]
+        calls = [_statistics(met) for met in first.record.per_call]
         off = ", ".join(f"{_from_stored(first, call):.2g}" for call in calls[:4])
         evidence = (
             f"Called {len(calls)} times in one forward pass, on inputs up to {_between_calls(first):.2g} standard "
             f"deviations apart; the stored statistics are {off} from them ({len(found)} of {len(case.layers)} norms)."
         )
-        each = {layer.site: [_statistics(met) for met in layer.meeting.per_call] for layer in found}
+        each = {layer.site: [_statistics(met) for met in layer.record.per_call] for layer in found}
         return Suspicion(names_of(found), evidence, _own(first), Basis("stored", each))
 
     def _kinds(self, case: Case, first: LayerGap) -> Iterator[Suspicion]:
-        kinds = _two_kinds(first.meeting.per_batch, first.eps)
+        kinds = _two_kinds(first.record.per_batch, first.eps)
         if kinds is None or first.name in case.explained:
             return
         distances = [_from_stored(first, _statistics(kind)) for kind in kinds]
@@ -94,7 +94,7 @@ def _from_stored(layer: LayerGap, met: Statistics) -> float:
 
 def _between_calls(layer: LayerGap) -> float:
     """Return the largest distance between two calls within a forward pass."""
-    calls = [_statistics(met) for met in layer.meeting.per_call]
+    calls = [_statistics(met) for met in layer.record.per_call]
     return max((layer_distance(a, b, layer.eps) for a, b in combinations(calls, 2)), default=0.0)
 
 

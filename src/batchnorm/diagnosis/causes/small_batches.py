@@ -11,7 +11,7 @@ from batchnorm.diagnosis.causes.cause import Cause, names_of
 from batchnorm.diagnosis.distance import layer_distance
 from batchnorm.diagnosis.gaps import LayerGap
 from batchnorm.diagnosis.kept_batches import batch_size, split
-from batchnorm.diagnosis.norm_record import Basis, Meeting
+from batchnorm.diagnosis.norm_record import Basis, NormRecord
 from batchnorm.statistics.sites import Site
 
 __all__ = ["SmallBatches"]
@@ -106,7 +106,7 @@ def _typical_size(batches: Sequence[Any]) -> float:
 
 def _values(layer: LayerGap) -> float:
     """Return how many values per channel a call brings; a last, smaller batch hardly counts."""
-    return float(layer.meeting.estimator.pooled.count.min()) / layer.calls
+    return float(layer.record.estimator.pooled.count.min()) / layer.calls
 
 
 def _fitting(case: Case) -> int | None:
@@ -118,13 +118,13 @@ def _fitting(case: Case) -> int | None:
     best, best_left = None, _EXPLAINED
     for size in sizes:
         pieces = [piece for batch in case.passes.batches for piece in split(batch, size)][: 256 // size * 2]
-        met = case.passes.over(pieces).run(Basis("batch")).meetings
+        met = case.passes.over(pieces).run(Basis("batch")).records
         left = sum(_left(layer, met) for layer in off) / sum(layer.distance**2 for layer in off)
         if left < best_left:
             best, best_left = size, left
     return best
 
 
-def _left(layer: LayerGap, met: dict[Site, Meeting]) -> float:
+def _left(layer: LayerGap, met: dict[Site, NormRecord]) -> float:
     mean, variance = (s.cpu() for s in met[layer.site].statistics)
     return layer_distance(layer.stored, (mean, variance), layer.eps) ** 2

@@ -45,8 +45,8 @@ class TrainMode(Cause):
         stuck = [name for name in norms if case.modes[name] and not case.was_training and name not in without]
         functional = [
             site.name
-            for site, meeting in case.gaps.deployed.meetings.items()
-            if meeting.on_batch and site.name not in norms and not case.was_training
+            for site, record in case.gaps.deployed.records.items()
+            if record.on_batch and site.name not in norms and not case.was_training
         ]
         order = {layer.name: i for i, layer in enumerate(case.layers)}
         if stuck or functional:

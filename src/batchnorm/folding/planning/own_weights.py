@@ -18,7 +18,7 @@ from batchnorm.dataflow.graph import Call, Graph, ModuleCall, Value
 from batchnorm.dataflow.refusal import Refusal
 from batchnorm.models.parameters import find_tensor, is_within, put_parameter, qualified
 
-__all__ = ["ComputedWeights", "same_weights", "ties", "untie"]
+__all__ = ["ComputedWeights", "ties", "untie"]
 
 
 def ties(model: Module) -> dict[str, str]:
@@ -93,12 +93,6 @@ class ComputedWeights:
             return None
         trained = any(parameter.requires_grad for parameter in module.parameters())
         return layer.train(module.training).requires_grad_(trained)
-
-
-def same_weights(one: Module, two: Module) -> bool:
-    """Whether two layers have the same parameters, bit for bit."""
-    first, second = one.state_dict(), two.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def _only_computes(run: ModuleCall, call: Call) -> bool:

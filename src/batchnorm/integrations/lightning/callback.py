@@ -196,7 +196,7 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
             )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Remember the modes: those that the user froze by hand cannot be told apart once all are in eval mode."""
+        """Remember the modes: those that the user froze by hand cannot be message apart once all are in eval mode."""
         if self.before_validation:
             self._training_modes = [(module, module.training) for module in pl_module.modules()]
 
@@ -222,8 +222,8 @@ class RecalibrateCallback(_Callback):  # type: ignore[misc]  # lightning is not 
             trainer.save_checkpoint(self.save)  # training was not for nothing
             if not isinstance(error, BatchNormError):
                 raise
-            told = f"{error} The trained weights, with the statistics that training left, were saved to {self.save}."
-            raise type(error)(told) from error
+            message = f"{error} The trained weights, with the statistics that training left, were saved to {self.save}."
+            raise type(error)(message) from error
         for callback in trainer.callbacks:
             for held in getattr(callback, "__dict__", {}).values():
                 if isinstance(held, AveragedModel):

@@ -147,7 +147,7 @@ def _plan(
         layout = layout._replace(kind=PLANES)
     return CallPlan(
         layout,
-        library.Plan(layout.kind, DTYPES[dtype], *layout[1:], *_told(activation)),
+        library.Plan(layout.kind, DTYPES[dtype], *layout[1:], *_encoded(activation)),
         steps(like_it, layout),
         is_dense(like_it),
         steps(new, layout) if lies_so else None,
@@ -156,8 +156,8 @@ def _plan(
     )
 
 
-def _told(activation: str | None) -> tuple[int] | tuple[int, float]:
-    """Return how the extension is told of an activation: by number, and of a leaky ReLU by its slope too."""
+def _encoded(activation: str | None) -> tuple[int] | tuple[int, float]:
+    """Return an activation as the extension takes it: its number, and of a leaky ReLU the slope too."""
     number = _ACTIVATIONS.get(activation)
     if number is not None:
         return (number,)

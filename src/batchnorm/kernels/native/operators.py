@@ -94,19 +94,10 @@ backward_reduce = _operator(
 )
 
 
-def _backward_input(
-    dy: Tensor,
-    x: Tensor,
-    weight: _Optional,
-    bias: _Optional,
-    residual: _Optional,
-    statistics: Tensor,
-    activation: str | None,
-    sums: _Optional,
-    count: float,
-) -> tuple[Tensor, Tensor]:
-    saved = _saved(x, weight, bias, residual, statistics, activation)
-    dx, dresidual = calls.backward_input(dy, saved, sums, count, residual=residual is not None)
+def _backward_input(dy: Tensor, x: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+    *forward, sums, count = call
+    saved = _saved(x, *forward)
+    dx, dresidual = calls.backward_input(dy, saved, sums, count, residual=saved.residual is not None)
     return _placed(dx, x), _nothing(x) if dresidual is None else _placed(dresidual, x)
 
 
@@ -122,17 +113,9 @@ backward_input = _operator(
 )
 
 
-def _train_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: _Optional,
-    bias: _Optional,
-    residual: _Optional,
-    statistics: Tensor,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    saved = _saved(x, weight, bias, residual, statistics, activation)
-    dx, dresidual, sums = calls.train_backward(dy, saved, residual=residual is not None)
+def _train_backward(dy: Tensor, x: Tensor, *forward: Any) -> tuple[Tensor, Tensor, Tensor]:
+    saved = _saved(x, *forward)
+    dx, dresidual, sums = calls.train_backward(dy, saved, residual=saved.residual is not None)
     return _placed(dx, x), _nothing(x) if dresidual is None else _placed(dresidual, x), sums
 
 

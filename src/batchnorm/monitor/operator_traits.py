@@ -8,11 +8,11 @@ from typing import Any
 
 from batchnorm.nn.operators import is_norm_operator
 
-__all__ = ["Signature", "signature_of"]
+__all__ = ["OperatorTraits", "traits_of"]
 
 
 @dataclass(frozen=True)
-class Signature:
+class OperatorTraits:
     """What about an operator matters here.
 
     Attributes:
@@ -35,7 +35,7 @@ _ACTIVATIONS = {
 
 
 @cache
-def signature_of(func: Any) -> Signature | None:
+def traits_of(func: Any) -> OperatorTraits | None:
     """Return what matters about an operator, None if nothing does."""
     if not hasattr(func, "_schema"):
         return None
@@ -43,12 +43,12 @@ def signature_of(func: Any) -> Signature | None:
     operator = name.rstrip("_")
     normalizes = is_norm_operator(func)
     spatial = normalizes or "conv" in name or name in ("native_group_norm", "group_norm", "instance_norm")
-    signature = Signature(
+    traits = OperatorTraits(
         operator,
         # our own operator reports itself, also above autograd, where a dispatch mode does not meet it whole
         normalizes and space != "batchnorm",
         1 if spatial else -1 if operator in _FEATURES_LAST else None,
         space == "aten" and operator in _ACTIVATIONS,
     )
-    matters = signature.is_norm or signature.unit_dim is not None or signature.may_activate
-    return signature if matters else None
+    matters = traits.is_norm or traits.unit_dim is not None or traits.may_activate
+    return traits if matters else None
