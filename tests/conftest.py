@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +29,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to the sweeps all but each n-th case of a test that says so by ``pytest.mark.every(n)``."""
+    """Leave to the sweeps all but each n-th case of a test that says so by ``pytest.mark.every(n)``.
+
+    Cases are counted by the sum of the places of their values, each among those of its parameter: along the diagonals.
+    """
+    places: dict[tuple[Any, str], dict[int, int]] = defaultdict(dict)
     for item in items:
         every = item.get_closest_marker("every")
-        if every is not None and _place(item) % every.args[0]:
+        if every is None:
+            continue
+        case: Any = item
+        names = [mark.args[0] for mark in item.iter_markers("parametrize")]
+        first = [name.split(",")[0].strip() if isinstance(name, str) else name[0] for name in names]
+        met = [(places[case.function, name], id(case.callspec.params[name])) for name in first]
+        if sum(place.setdefault(value, len(place)) for place, value in met) % every.args[0]:
             item.add_marker(pytest.mark.sweep)
-
-
-def _place(item: Any) -> int:
-    """Return the sum of the indices: each n-th case meets all values of two parameters, if one has n or more."""
-    names = [mark.args[0] for mark in item.iter_markers("parametrize")]
-    first = [name.split(",")[0].strip() if isinstance(name, str) else name[0] for name in names]
-    return sum(item.callspec.indices[name] for name in first)
 
 
 @dataclass(frozen=True)

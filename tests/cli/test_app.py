@@ -64,6 +64,7 @@ def test_each_help_fits_the_terminal_and_holds_its_examples_whole(
     assert set(examples) <= {line.strip() for line in lines}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_explained(command: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
@@ -107,6 +108,7 @@ def test_a_command_typed_wrong_is_one_sentence_that_points_to_the_help(
     assert re.search(r"See batchnorm( \w+)? --help\.$", sentence)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("start", ["module", "script"])
 def test_the_module_and_the_script_are_the_same_command(here: Path, start: str) -> None:
     script = Path(sys.executable).with_name("batchnorm")

@@ -36,6 +36,7 @@ def test_the_program_it_writes_gives_the_outputs_of_the_original(
             torch.testing.assert_close(program.module()(x(size)), original(x(size)))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["folded.safetensors", "folded.pt"])
 def test_the_state_dict_it_writes_is_that_of_the_folded_model(
     command: Callable[..., Any], here: Path, weights: Path, name: str
@@ -129,6 +130,7 @@ def test_borders_lets_a_convolution_that_pads_absorb_a_norm_before_it(command: C
         torch.testing.assert_close(program(x(7)), net.eval()(x(7)))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("mean", "std"), [("123.7,116.3,103.5", "58.4,57.1,57.4"), ("120", None), (None, "60")])
 def test_the_folded_program_takes_raw_inputs(
     command: Callable[..., Any], here: Path, weights: Path, mean: str | None, std: str | None
@@ -174,6 +176,7 @@ def test_pairs_are_not_left_behind_when_the_model_cannot_be_written(command: Cal
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no ulimit")
 @pytest.mark.parametrize(
     ("option", "name"), [pytest.param("-o", "f.pt2", marks=pytest.mark.sweep), ("--pairs", "p.safetensors")]

@@ -36,7 +36,7 @@ def assert_same(one: DiagnoseResult, other: DiagnoseResult) -> None:
             torch.testing.assert_close(pair, due, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(7)
 @pytest.mark.parametrize(("layout", "which"), EVERY)
 def test_models_are_diagnosed_by_their_values_and_left_as_they_are(layout: str, which: str) -> None:
     model = model_of(layout, which=which)
@@ -55,7 +55,7 @@ def test_expanded_statistics_are_refused_by_name() -> None:
         diagnose(model, [input_of("contiguous", seed=seed) for seed in range(2)])
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", ["torch", "ours"])
 def test_batches_are_diagnosed_by_their_values(layout: str, norm: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ def test_the_first_norm_is_measured_exactly(net, batches) -> None:
     torch.testing.assert_close(layer.kl, kl(*layer.measured, *stored, layer.eps))
 
 
+@pytest.mark.sweep
 def test_a_deep_chain_that_amplifies_errors_stays_in_bounds() -> None:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU()) for _ in range(40)]

@@ -275,7 +275,7 @@ def test_values_that_are_all_nan_on_the_way_are_told_of(place):
         fold(net, x)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_wrong_algebra_or_an_interruption_leaves_the_model_bit_identical(monkeypatch, inplace, error):

@@ -117,6 +117,7 @@ torch.save(outputs, sys.argv[1] + "/outputs.pt")
 """
 
 
+@pytest.mark.sweep
 def test_files_of_torch_export_give_the_same_bits_in_a_process_without_this_library(tmp_path: Path) -> None:
     for number, name in enumerate(CASES):
         torch.export.save(deploy(name).program, tmp_path / f"{number}.pt2")

@@ -216,6 +216,7 @@ ITSELF = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", ITSELF)
 def test_a_model_that_is_itself_what_folding_replaces(tmp_path, name, inplace) -> None:

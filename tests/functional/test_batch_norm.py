@@ -181,7 +181,7 @@ def test_activation_and_residual_equal_their_composition(backend, training, acti
         torch.testing.assert_close(a, b, rtol=0, atol=1e3 * torch.finfo(torch.float64).eps)
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(13)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])

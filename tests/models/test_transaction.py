@@ -75,6 +75,7 @@ VERBS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("first", ["recalibrate", "diagnose", "check"])
 @pytest.mark.parametrize("second", VERBS)
 def test_the_second_verb_is_refused(first: str, second: str) -> None:

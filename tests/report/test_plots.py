@@ -77,6 +77,7 @@ def test_a_group_has_one_colour_and_one_entry_in_the_legend() -> None:
     assert colours(to_svg(alone)) == {"1"}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("plot", [LINES, BARS, LYING], ids=["lines", "bars", "lying bars"])
 def test_neither_settings_nor_threads_matter(plot: Plot) -> None:
     expected = to_svg(plot, prefix="p")
@@ -125,7 +126,7 @@ def test_many_names_lie_and_get_room() -> None:
     assert size(to_svg(Plot("", "", "", [Series("s", crowd, range(300), "bar")])))[1] < 300
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("log_y", [False, True])
 @pytest.mark.parametrize(
     "values",

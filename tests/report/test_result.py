@@ -20,7 +20,7 @@ from batchnorm.demo.result import DemoResult
 from batchnorm.report import Document, HeatMap, Result, Table
 
 SCREEN = 40
-COUNT = 24
+COUNT = 16
 X = torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(0))
 BATCHES = list(X.split(4))
 

@@ -190,6 +190,7 @@ def listed(result: object) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("kind", ANY)
 def test_a_map_that_crosses_changes_nothing_and_others_are_refused(case: Case, kind: str) -> None:

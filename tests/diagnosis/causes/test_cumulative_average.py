@@ -12,6 +12,7 @@ def norms_of(net) -> list:
     return [net.bn1, net.bn2, net.bn3, net.bn4]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("names", [("bn1",), ("bn3",), ("bn1", "bn2", "bn3", "bn4")])
 def test_weights_that_moved_under_a_cumulative_average(net, found, names) -> None:
     for name in names:

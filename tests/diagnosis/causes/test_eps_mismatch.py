@@ -50,6 +50,7 @@ class Deep(nn.Module):
         return self.other(self.blocks(x)[:, None])[:, 0]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("few", [True, False])
 def test_the_cure_runs_as_it_is_printed_and_changes_the_wrong_norms_alone(few: bool) -> None:
     model, data = Deep(), torch.randn(1024, 16, generator=torch.Generator().manual_seed(1))

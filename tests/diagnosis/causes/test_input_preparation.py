@@ -64,7 +64,7 @@ def spoiled(kind: str, name: str, x: torch.Tensor) -> torch.Tensor:
     }[kind]()
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(9)
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("at_home", [False, True])
 def test_what_went_wrong_with_the_input_is_told_and_the_input_mended(trained, kind: str, at_home: bool) -> None:

@@ -11,6 +11,7 @@ import batchnorm
 from batchnorm.diagnosis.causes.not_the_norms import NotTheNorms
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("metric", CLASSES, ids=lambda metric: metric.__name__)
 def test_a_model_that_is_as_bad_on_batch_statistics_is_told_so(net, labelled, metric) -> None:
     batches = labelled(metric)

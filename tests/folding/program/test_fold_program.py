@@ -272,7 +272,7 @@ def test_the_original_is_untouched_when_folding_fails(net, monkeypatch):
     assert all(torch.equal(state[name], tensor) for name, tensor in program.state_dict().items())
 
 
-@pytest.mark.every(7)
+@pytest.mark.every(12)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name)
 def test_every_pattern_as_a_program(pattern):
     model, inputs = pattern.build(), pattern.inputs(0)

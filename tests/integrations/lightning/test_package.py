@@ -28,6 +28,7 @@ sys.meta_path.insert(0, Hidden())
 """
 
 
+@pytest.mark.sweep
 def test_without_lightning_the_import_says_what_is_missing() -> None:
     code = HIDE.format(hidden={"lightning", "pytorch_lightning"}) + (
         "try: import batchnorm.integrations.lightning\nexcept ImportError as error: print(error)"
@@ -38,6 +39,7 @@ def test_without_lightning_the_import_says_what_is_missing() -> None:
     )
 
 
+@pytest.mark.sweep
 def test_the_library_itself_does_not_import_it() -> None:
     assert run("import sys, batchnorm.statistics; print([n for n in sys.modules if 'lightning' in n])") == "[]"
 

@@ -158,6 +158,7 @@ def test_the_number_of_batches_is_that_of_each_process(forked: Any) -> None:
     assert [each["batches"] for each in forked[0]["few batches"][:2]] == [4, 4]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("name", "batches"), [("a list", 5), ("a loader", 11)])
 def test_other_batches_are_divided_too(forked: Any, name: str, batches: int) -> None:
     first, second, main = forked[0][name]

@@ -226,7 +226,7 @@ CORNERS = [
 WAYS = [None, *ACTIVATIONS, "leaky_relu(0.2)"]
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(17)
 @pytest.mark.parametrize("name", available_isas())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", CORNERS, ids=str)

@@ -124,6 +124,7 @@ print(missing)
 """
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("build", "got"), [
     ("stale = types.ModuleType('_native')", "None"),
     ("import batchnorm._native as stale; stale.interface = 0", "0"),
