@@ -18,8 +18,8 @@ import jinja2
 __all__ = ["ChangedTreeError", "commits", "page_options", "write_page"]
 
 
-class ChangedTreeError(Exception):
-    """Rows were measured by code that no commit holds."""
+class ChangedTreeError(SystemExit):
+    """Rows were measured by code that no commit holds; a report ends with that sentence."""
 
 
 def page_options(description: str | None) -> argparse.ArgumentParser:
