@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -179,3 +180,21 @@ def test_a_norm_in_half_precision_inside_a_float_model_is_named(net, batches, dt
         return
     assert "bn2 holds half precision" in said
     assert "model.get_submodule('bn2').float()" in said
+
+
+def test_norms_that_were_not_met_are_listed_those_of_a_models_own_threads_too():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inside, self.unused = nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(self.inside, self.first(x)).result()
+
+    batches = [torch.randn(64, 3)]
+    result = batchnorm.diagnose(Pooled(), batches)
+    assert [layer.name for layer in result.layers] == ["first"]
+    assert [left.name for left in result.left] == ["inside", "unused"]
+    assert all("threads that the model starts" in left.reason for left in result.left)
+    assert [left.name for left in batchnorm.recalibrate(Pooled(), batches).left] == ["inside", "unused"]

@@ -132,7 +132,7 @@ def _examine(
     case = Case(model, modes[""], modes, passes.sites, passes, gaps, home, frozen, goal)
     findings = Accusations(case, accused).findings()
     samples = sum(batch_size(batch) for batch in passes.batches)
-    left = tuple(passes.sites.left.values())
+    left = (*passes.sites.left.values(), *passes.sites.not_met({layer.name for layer in gaps.layers}))
     return DiagnoseResult(findings, gaps.layers, _metrics(case), len(passes.batches), samples, left)
 
 

@@ -31,11 +31,7 @@ def finish(
         raise NothingToMeasure(
             "recalibrate: the model called no batch norm with running statistics, so there is nothing to recalibrate."
         )
-    left += [
-        Left(site.name, "never called during the pass")
-        for site in sites.known
-        if site not in tallies and site.name not in sites.left
-    ]
+    left += sites.not_met({site.name for site in tallies})
     if any(calls for _, calls in replies):
         left.append(Left("(functional)", "its running statistics are not buffers of the model"))
     layers: list[LayerStatistics] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -189,6 +189,11 @@ class Sites:
     def known(self) -> list[Site]:
         """The sites to measure that are known so far."""
         return [site for site in self._by_key.values() if site is not None]
+
+    def not_met(self, met: Collection[str]) -> list[Left]:
+        """Return those of the known that were to be measured, by their names, and were not met."""
+        reason = "never called during the pass; calls in threads that the model starts itself are not seen"
+        return [Left(s.name, reason) for s in self.known if s.name not in met and s.name not in self.left]
 
     def at(self, address: Address) -> Site:
         """Return the site that another process found at this address.
