@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 import batchnorm
 
@@ -106,3 +107,38 @@ def test_docstring_examples_are_collected_at_every_depth():
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 0, done.stdout
     assert all(f"{file}::line:" in done.stdout for file in files)
+
+
+def test_verbs_work_where_another_device_is_the_default():
+    """Model and data are on the CPU; a tensor that a verb makes for itself would be on the meta device, and empty."""
+
+    def made() -> tuple[torch.nn.Module, torch.Tensor]:
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU()]
+        model, x = torch.nn.Sequential(*layers, torch.nn.Conv2d(4, 4, 3)), torch.randn(32, 3, 8, 8)
+        model(x)
+        return model.eval(), x
+
+    def watched(model: torch.nn.Module, x: torch.Tensor) -> object:
+        with batchnorm.watch(model) as watching, torch.no_grad():
+            model(x)
+        return watching.result()
+
+    verbs = {
+        "fold": batchnorm.fold,
+        "fold with normalization": lambda m, x: batchnorm.fold(m, x, input_mean=[0.1, 0.2, 0.3], input_std=0.5),
+        "place": lambda m, x: batchnorm.place(torch.nn.Sequential(m[0], m[2], m[3]), x),
+        "convert": lambda m, x: batchnorm.convert(m, x, fuse=True),
+        "diagnose": lambda m, x: batchnorm.diagnose(m, [x]),
+        "recalibrate": lambda m, x: batchnorm.recalibrate(m, [x]),
+        "check": batchnorm.check,
+        "watch": watched,
+    }
+    inputs = {name: made() for name in verbs}
+    expected = {name: re.sub(r"\d", "", str(verb(*made()))) for name, verb in verbs.items()}
+    torch.set_default_device("meta")
+    try:
+        got = {name: re.sub(r"\d", "", str(verb(*inputs[name]))) for name, verb in verbs.items()}
+    finally:
+        torch.set_default_device(None)
+    assert got == expected

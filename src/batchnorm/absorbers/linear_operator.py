@@ -96,7 +96,7 @@ class LinearOperator(AbsorbingOperator):
         convolution has its axes the other way round, which makes no difference here.
         """
         merged = weight.detach().double().clone(memory_format=torch.contiguous_format)
-        channels = torch.arange(len(merged))
+        channels = torch.arange(len(merged), device="cpu")
         middle = merged.reshape(*merged.shape[:2], -1)  # a view; of an odd number of taps along every axis
         middle[channels, channels % merged.shape[1], middle.shape[2] // 2] += scale
         return merged, shift.clone() if bias is None else bias.detach().double() + shift

@@ -58,7 +58,7 @@ def find_leak(passes: Passes) -> Leak | None:
         return None
     stay = size // 2
     first = rows(whole, slice(0, size))
-    swapped = rows(whole, torch.cat([torch.arange(stay), torch.arange(stay).flip(0)]))
+    swapped = rows(whole, torch.cat([order := torch.arange(stay, device="cpu"), order.flip(0)]))
     try:
         calls, other, again = (_record(passes, batch, size, stay) for batch in (first, swapped, first))
     except Exception:  # a model may refuse repeated samples for reasons of its own

@@ -102,7 +102,7 @@ def _answers(passes: Passes, batch: Any, layer: LayerGap) -> tuple[Tensor, list[
         return change
 
     def noise(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator).to(x)
+        return torch.randn(x.shape, generator=generator, device="cpu").to(x)
 
     sizes: list[int] = []
     with_input(batch, lambda x: sizes.extend(x.shape) or x)  # type: ignore[func-returns-value]

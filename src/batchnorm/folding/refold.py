@@ -69,7 +69,7 @@ def refold(model: Module, pairs: FoldRecord | str | Path, *, inplace: bool = Fal
         for name, shape in known.added.items():
             module = target.get_submodule(name.rpartition(".")[0])
             like = [p for p in module._parameters.values() if p is not None][0]  # noqa: RUF015 - an error of its own
-            put_parameter(target, name, Parameter(torch.zeros(shape).to(like), like.requires_grad))
+            put_parameter(target, name, Parameter(torch.zeros(shape, device="cpu").to(like), like.requires_grad))
         untie(target, known.ties)
         replacements: dict[int, Module] = {}
         for name, stays in known.stays.items():
@@ -84,7 +84,7 @@ def refold(model: Module, pairs: FoldRecord | str | Path, *, inplace: bool = Fal
             old = target.get_submodule(name)
             conv = replacements.get(id(old), old)
             assert isinstance(conv, _ConvNd)
-            replacements[id(old)] = bordered(conv, torch.zeros(conv.in_channels))
+            replacements[id(old)] = bordered(conv, torch.zeros(conv.in_channels, device="cpu"))
         replace_by_id(target, replacements)
     return target
 

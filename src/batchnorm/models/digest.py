@@ -34,7 +34,7 @@ def _plain(tensor: Tensor) -> list[Tensor]:
     if tensor.is_meta or is_traceable_wrapper_subclass(tensor):
         return []
     if tensor.is_quantized:
-        about = [torch.tensor([tensor.q_scale(), tensor.q_zero_point()])] if _per_tensor(tensor) else []
+        about = [torch.tensor([tensor.q_scale(), tensor.q_zero_point()], device="cpu")] if _per_tensor(tensor) else []
         if not about:
             about = [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
         return [tensor.int_repr(), *about]

@@ -59,7 +59,7 @@ def _drawn(example: Tensor, shape: tuple[int, ...], generator: torch.Generator, 
     values = example.detach().double().cpu()
     finite = values[torch.isfinite(values)]
     mean, deviation = (float(finite.mean()), float(finite.std(correction=0))) if finite.numel() else (0.0, 0.0)
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     like = example.detach()
     empty = torch.empty_like(like) if shape == tuple(like.shape) else like.new_empty(shape)
     if deviation == 0:  # a placeholder, which says nothing of what the model takes
@@ -74,7 +74,7 @@ def _others_of(example: Tensor, shape: tuple[int, ...], generator: torch.Generat
     """Return elements of an example in another order; of another shape, so many of them, some several times."""
     elements = example.detach().reshape(-1)
     if shape == tuple(example.shape):
-        order = torch.randperm(example.numel(), generator=generator)
+        order = torch.randperm(example.numel(), generator=generator, device="cpu")
     else:
-        order = torch.randint(max(example.numel(), 1), (torch.Size(shape).numel(),), generator=generator)
+        order = torch.randint(max(example.numel(), 1), (torch.Size(shape).numel(),), generator=generator, device="cpu")
     return elements[order.to(example.device)].reshape(shape)

@@ -182,7 +182,11 @@ def _subsets(moments: SampleMoments) -> tuple[_Subsets, int]:
     within = moments.variances.mean.reshape(moments.groups, -1)
     filled = (count > 0).any(1)
     groups = moments.groups
-    member = torch.cat([torch.ones(1, groups), 1 - torch.eye(groups)[filled.cpu()]]).double().to(count.device)
+    member = (
+        torch.cat([torch.ones(1, groups, device="cpu"), 1 - torch.eye(groups, device="cpu")[filled.cpu()]])
+        .double()
+        .to(count.device)
+    )
     total = member @ count
     # about the mean of everything, so that what is subtracted below is small
     center = (count * mean).sum(0) / torch.where(count.sum(0) > 0, count.sum(0), 1.0)

@@ -293,7 +293,8 @@ class LayerStream:
         mean, variance = self._memory[:, : self._used]
         home = mean.device
         number = torch.cat([torch.arange(m.first, m.first + len(m.mean), device=home) for m in self._waiting])
-        self._unit = self._unit or float(torch.as_tensor(self._waiting[0].positions).max())
+        first = self._waiting[0].positions
+        self._unit = self._unit or float(first.max() if isinstance(first, Tensor) else first)
         weight = weights_of(self._waiting, self._unit, home)
         self._used = 0
         self._waiting.clear()

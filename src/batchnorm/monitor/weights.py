@@ -84,5 +84,5 @@ def weights_of(met: Sequence[Met], unit: float, home: torch.device) -> Tensor | 
     """Return the weights of all rows in units of so many positions, (N, C); None where all are 1."""
     if all(isinstance(each.positions, float) and each.positions == unit for each in met):
         return None
-    rows = [torch.as_tensor(m.positions, dtype=torch.float64).to(home).expand(m.mean.shape) for m in met]
+    rows = [torch.as_tensor(m.positions, dtype=torch.float64, device=home).expand(m.mean.shape) for m in met]
     return torch.cat(rows) / unit

@@ -47,13 +47,13 @@ class WithNormalizedInput(Module):
                 "fold: input_mean and input_std are for a first input of shape (N, C, ...), of real numbers."
             )
         channels = first.shape[1]
-        norm = _KINDS[first.dim()](channels, eps=0.0, affine=False)
+        norm = _KINDS[first.dim()](channels, eps=0.0, affine=False, device=first.device)
         norm.running_mean = _vector("input_mean", 0.0 if mean is None else mean, channels).to(first)
         deviation = _vector("input_std", 1.0 if std is None else std, channels)
         if not bool((deviation > 0).all()):
             raise ShapeError(f"fold: input_std: expected positive numbers; got {deviation.tolist()}.")
         norm.running_var = deviation.square().to(first)
-        self.normalization = norm.to(first.device).eval()
+        self.normalization = norm.eval()
         self.inner = model
         self.normalization_name = "input_normalization"
         while hasattr(model, self.normalization_name):
@@ -81,7 +81,8 @@ class WithNormalizedInput(Module):
 
 
 def _vector(name: str, value: float | Sequence[float] | Tensor, channels: int) -> Tensor:
-    vector = torch.as_tensor(value, dtype=torch.float64).reshape(-1)
+    home = value.device if isinstance(value, Tensor) else "cpu"
+    vector = torch.as_tensor(value, dtype=torch.float64, device=home).reshape(-1)
     if not bool(torch.isfinite(vector).all()):
         raise ShapeError(f"fold: {name}: expected finite numbers; got {vector.tolist()}.")
     if vector.numel() not in (1, channels):

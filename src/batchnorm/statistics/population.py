@@ -103,9 +103,9 @@ class Population:
         for name, layer in self.layers.items():
             parts = (*layer.moments.state_dict().values(), layer.mean_error, layer.variance_error)
             tensors |= {f"{name}/{part}": t for part, t in zip(_PARTS, parts, strict=True)}
-            tensors[f"{name}/batches"] = torch.tensor(layer.batches)
+            tensors[f"{name}/batches"] = torch.tensor(layer.batches, device="cpu")
             if layer.of_norm is not None:
-                tensors[f"{name}/of_norm"] = torch.tensor(layer.of_norm)
+                tensors[f"{name}/of_norm"] = torch.tensor(layer.of_norm, device="cpu")
         write_tensors(Path(path), _FORMAT, tensors)
         return Path(path)
 
@@ -135,7 +135,7 @@ def _is_layer(name: str, tensors: Mapping[str, Tensor]) -> bool:
     is_whole = (
         len(shapes) == 1 and None not in shapes and all(shape is not None and len(shape) == 1 for shape in shapes)
     )
-    of_norm = tensors.get(f"{name}/of_norm", torch.tensor(True))
+    of_norm = tensors.get(f"{name}/of_norm", torch.tensor(True, device="cpu"))
     kind_is_known = of_norm.shape == () and of_norm.dtype == torch.bool
     has_batches = batches is not None and batches.shape == () and batches.dtype == torch.int64 and int(batches) >= 0
     return is_whole and has_batches and kind_is_known and _can_be(name, tensors)

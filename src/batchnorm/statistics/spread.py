@@ -82,7 +82,8 @@ class Spread:
     def standard_errors(self) -> tuple[Tensor, Tensor]:
         """Return those of the mean and of the variance, float64, shape (C,)."""
         if not self._groups:
-            return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
+            nothing = torch.empty(0, dtype=torch.float64, device="cpu")
+            return nothing, nothing
         return errors_of(self.deviations(reduce(Moments.merge, self.groups)))
 
     def deviations(self, pooled: Moments) -> Tensor:

@@ -26,8 +26,8 @@ def arrange_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Dem
     """Give each element of the input the map of the places that it goes to; they have to agree."""
     value = _operand(call)
     size = torch.Size(value.shape).numel()
-    places = _arranged(call, torch.arange(size).reshape(value.shape))
-    scale = torch.full((size,), torch.nan, dtype=torch.float64)
+    places = _arranged(call, torch.arange(size, device="cpu").reshape(value.shape))
+    scale = torch.full((size,), torch.nan, dtype=torch.float64, device="cpu")
     shift = scale.clone()
     for place, map_ in zip(places, wanted, strict=True):
         whole = map_.over(place.shape)
@@ -63,7 +63,7 @@ def _arranged(call: Call, tensor: Tensor) -> list[Tensor]:
     args = dict(call.args) | {"self": tensor}
     other = args.get("other")
     if isinstance(other, Value):
-        args["other"] = torch.empty(other.shape)
+        args["other"] = torch.empty(other.shape, device="cpu")
     result = call.op(**args)
     return [result] if isinstance(result, Tensor) else list(result)
 

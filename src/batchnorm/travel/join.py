@@ -132,7 +132,7 @@ def mul_backward(call: Call, wanted: Sequence[Map], known: Knowledge) -> Demands
     constant = varying_factor(call, known)
     if constant is not None:
         value, factor = constant
-        if not map_.only_scales and not bool((torch.as_tensor(factor) != 0).all()):
+        if not map_.only_scales and not bool((factor != 0).all() if isinstance(factor, Tensor) else factor != 0):
             raise Refusal(f"No shift can cross {location(call)} by zero.")
         shift = map_.shift / factor if not map_.only_scales else map_.shift
         return [(value, Map(map_.scale, shift).fitting(value.shape))]

@@ -61,7 +61,10 @@ class Map:
     @classmethod
     def identity(cls, dim: int) -> Map:
         """Return the map that changes nothing."""
-        return cls(torch.ones([1] * dim, dtype=torch.float64), torch.zeros([1] * dim, dtype=torch.float64))
+        return cls(
+            torch.ones([1] * dim, dtype=torch.float64, device="cpu"),
+            torch.zeros([1] * dim, dtype=torch.float64, device="cpu"),
+        )
 
     @property
     def is_identity(self) -> bool:

@@ -142,7 +142,7 @@ def _through_padding(call: Call, map_: Map) -> Map:
             raise Refusal(f"{call.name} pads the axis of the channels.")
     constant = call.name == "constant_pad_nd" or call.args.get("mode") == "constant"
     if constant and any(pads):
-        value = torch.tensor(float(call.args.get("value") or 0.0), dtype=torch.float64)
+        value = torch.tensor(float(call.args.get("value") or 0.0), dtype=torch.float64, device="cpu")
         if not bool((map_.scale * value + map_.shift == value).all()):
             raise Refusal(
                 f"{call.name} pads with {float(value):g}, which is not what the norm makes of {float(value):g}."

@@ -129,7 +129,7 @@ def _nudged(tensors: Sequence[Tensor], generator: torch.Generator) -> Iterator[N
             for tensor in tensors:
                 # a pattern that is repeated is random enough, and drawn a thousand times sooner
                 length = max(1, min(_PATTERN, tensor.numel()))
-                pattern = torch.randint(-1, 2, (length,), generator=generator)
+                pattern = torch.randint(-1, 2, (length,), generator=generator, device="cpu")
                 repeats = -(-tensor.numel() // length)
                 wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
                 factors = 1 + pattern.to(tensor.device, wide) * spacing(tensor)

@@ -95,8 +95,8 @@ def random_input(spec: str, dtype: torch.dtype, generator: torch.Generator) -> T
     dtype = _DTYPES[named] if colon else dtype
     try:
         if dtype.is_floating_point:
-            return torch.randn(sizes, generator=generator).to(dtype)
-        return torch.randint(0, 2, sizes, generator=generator).to(dtype)
+            return torch.randn(sizes, generator=generator, device="cpu").to(dtype)
+        return torch.randint(0, 2, sizes, generator=generator, device="cpu").to(dtype)
     except (RuntimeError, MemoryError, TypeError) as error:  # torch's allocator raises RuntimeError
         raise CommandError(f"--input {spec}: a tensor of this size cannot be made ({reason(error)}).") from error
 

@@ -68,7 +68,7 @@ def _log_ratio(layer: LayerGap) -> Tensor:
 def _shrunk(layers: tuple[LayerGap, ...]) -> tuple[bool, Tensor]:
     """Return whether variances shrank throughout, and the median logarithm of their ratio."""
     if len(layers) < 2:
-        return False, torch.zeros(())
+        return False, torch.zeros((), device="cpu")
     medians = torch.stack([_log_ratio(layer).median() for layer in layers])
     shares = torch.stack([(_log_ratio(layer) < 0).double().mean() for layer in layers])
     throughout = float((medians < 0).double().mean()) >= _MOST and float(shares.mean()) >= _MOST

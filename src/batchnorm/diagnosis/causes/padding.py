@@ -152,7 +152,7 @@ def _most_frequent(rows: Tensor) -> tuple[Tensor, float]:
     """Return the vector that is found most often among rows, and its share."""
     generator = torch.Generator().manual_seed(0)
     # equal rows have equal products with a random vector, others hardly ever
-    keys = rows.double() @ torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
+    keys = rows.double() @ torch.randn(rows.shape[1], generator=generator, dtype=torch.float64, device="cpu")
     _, places, counts = torch.unique(keys, return_inverse=True, return_counts=True)
     most = int(counts.argmax())
     return rows[places == most][0].double(), float(counts[most]) / len(rows)
@@ -167,7 +167,7 @@ def _fit(layer: LayerGap, rows: Tensor, constant: Tensor, met: float) -> _Mixtur
     mean, variance = moments.mean, moments.variance(correction=1)
     before = layer_distance(layer.stored, layer.measured, layer.eps)
     best: _Mixture | None = None
-    for q in torch.linspace(0, 0.98, 99, dtype=torch.float64).tolist():
+    for q in torch.linspace(0, 0.98, 99, dtype=torch.float64, device="cpu").tolist():
         for between in (1.0, 0.0):
             mixed: Statistics = (
                 (1 - q) * mean + q * constant,

@@ -105,7 +105,7 @@ def _two_kinds(batches: Sequence[Moments], eps: float) -> tuple[Moments, Moments
     if len(batches) < 4:
         return None
     each = [_statistics(batch) for batch in batches]
-    distance = torch.tensor([[layer_distance(a, b, eps) for b in each] for a in each])
+    distance = torch.tensor([[layer_distance(a, b, eps) for b in each] for a in each], device="cpu")
     seed = int(distance.max(1).values.argmax())
     other = int(distance[seed].argmax())
     near = distance[seed] < distance[other]

@@ -49,7 +49,7 @@ def numbers_as_tensors(graph: Graph) -> None:
 
 def _tensor(number: Any) -> Tensor:
     """Return a number as a tensor that gives no other type to what it is added to."""
-    return torch.scalar_tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
+    return torch.scalar_tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64, device="cpu")
 
 
 def _is_shape(node: Node) -> bool:

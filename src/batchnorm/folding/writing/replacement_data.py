@@ -126,7 +126,12 @@ def _built(part: Mapping[str, Any]) -> Module:
     kind = part["class"]
     if kind == "ScaleShift":
         dtype, channels = getattr(torch, part["dtype"]), part["channels"]
-        return ScaleShift(torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype), None, part["fused"])
+        return ScaleShift(
+            torch.ones(channels, dtype=dtype, device="cpu"),
+            torch.zeros(channels, dtype=dtype, device="cpu"),
+            None,
+            part["fused"],
+        )
     if kind not in _SETTINGS:
         raise StateError(f"The pairs have a {kind} in the place of a module, which this version cannot build.")
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in part.items()}
