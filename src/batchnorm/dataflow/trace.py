@@ -18,11 +18,6 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.nn import Module
-from torch.nn.modules.module import (
-    _global_forward_hooks_with_kwargs,
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -33,9 +28,9 @@ from batchnorm.dataflow.graph import Call, Graph, ModuleCall, Value
 from batchnorm.errors import BatchNormError
 from batchnorm.functional.validation import HALF
 from batchnorm.models.calling import below_autograd, call_on_example, fresh_inputs
+from batchnorm.models.module_hooks import module_hooks
 from batchnorm.models.several import draw_for, labelled
 from batchnorm.models.snapshot import untouched
-from batchnorm.models.transaction import on_failure
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.operators import named_arguments
 from batchnorm.observers import OperatorMode
@@ -117,7 +112,12 @@ class _Tracer(OperatorMode):
             self._state_values[id(tensor)] = value
         self.inputs += [self.value_of(leaf, "input") for leaf in _tensors_in(inputs)]
         try:
-            with _young_cycles() as collect, below_autograd(), self.hooked(), self:
+            with (
+                _young_cycles() as collect,
+                below_autograd(),
+                module_hooks(self._enter, self._leave, kwargs=True),
+                self,
+            ):
                 outputs = call_on_example(model, inputs)
         except BatchNormError:
             raise
@@ -225,26 +225,6 @@ class _Tracer(OperatorMode):
                 self._set_value(tensor, Value(_shape(tensor), tensor.dtype, "computed", call, names=names))
 
     # -- modules -----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Follow which module is running, while the context lasts."""
-        handles = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, with_kwargs=True),
-        ]
-
-        def unhook() -> None:
-            for handle in handles:
-                handle.remove()
-                # torch's handle leaves the mark of with_kwargs behind, which torch.compile takes for a hook
-                _global_forward_hooks_with_kwargs.pop(handle.id, None)
-
-        on_failure(unhook)
-        try:
-            yield
-        finally:
-            unhook()
 
     def _enter(self, module: Module, args: Any) -> None:
         if id(module) not in self._names or threading.get_ident() != self._thread:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.diagnosis.kept_batches import batch_size, rows
 from batchnorm.diagnosis.passes import Passes
 from batchnorm.models.calling import below_autograd
-from batchnorm.models.transaction import on_failure
+from batchnorm.models.module_hooks import module_hooks
+from batchnorm.models.several import draw_for
 
 __all__ = ["Leak", "find_leak", "order_of"]
 
@@ -107,8 +105,8 @@ def _record(passes: Passes, batch: Any, size: int, stay: int) -> list[_Call]:
         if id(module) in names and open_calls and open_calls[-1][0] is module:
             calls.append(_Call(names[id(module)], open_calls.pop()[1], staying(output)))
 
-    torch.manual_seed(0)
-    with _hooks(enter, leave), below_autograd():
+    draw_for(1)
+    with module_hooks(enter, leave), below_autograd():
         passes.outputs(batch)
     return calls
 
@@ -122,19 +120,6 @@ def order_of(passes: Passes) -> dict[str, int]:
         if id(module) in names:
             order.setdefault(names[id(module)], len(order))
 
-    with _hooks(enter, lambda module, args, output: None), below_autograd():
+    with module_hooks(enter, lambda module, args, output: None), below_autograd():
         passes.outputs(passes.batches[0])
     return order
-
-
-@contextmanager
-def _hooks(enter: Any, leave: Any) -> Iterator[None]:
-    """Hooks on all modules there are, so that nothing is written into the model."""
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-    for handle in handles:
-        on_failure(handle.remove)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
