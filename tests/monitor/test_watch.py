@@ -269,3 +269,18 @@ def test_values_behind_statistics_that_are_not_finite_are_no_drift():
     assert [layer.status for layer in result.layers] == ["non-finite statistics", "non-finite values"]
     assert result.verdict == "not judged"
     assert "Non-finite values in 1, which may come of that." in result.summary
+
+
+def test_what_a_norm_behind_an_infinite_variance_meets_is_no_drift_and_what_one_before_it_meets_may_be():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)), torch.randn(64, 3)
+    for _ in range(200):
+        model(x)
+    model.eval()[1].running_var.fill_(float("inf"))
+    for data, verdict in ((x, "not judged"), (x + 5, "drifted")):
+        with watch(model) as watching:
+            model(data)
+        result = watching.result()
+        assert [layer.status for layer in result.layers][1:] == ["non-finite statistics", "drifted"]
+        assert result.verdict == verdict
+        assert ("Drift: 1 of 3 norms" in result.summary) == (verdict == "drifted")

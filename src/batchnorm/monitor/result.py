@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal, TypeAlias
 
 from batchnorm.errors import StateError
@@ -49,12 +50,12 @@ class WatchResult(Result):
     def verdict(self) -> WatchVerdict:
         """``"drifted"`` if a norm is flagged, ``"as stored"`` if one could be judged, else ``"not judged"``.
 
-        Where statistics are not finite, values behind that norm are none either, whatever the data was: then it is not
-        judged, unless another norm met finite values that drifted.
+        Where statistics are not finite, what norms behind that one meet comes of them, whatever the data was: then it
+        is not judged, unless a norm before it met data that drifted.
         """
+        if self._unusable:
+            return "drifted" if self._drifted_before else "not judged"
         statuses = {layer.status for layer in self.layers}
-        if "non-finite statistics" in statuses:
-            return "drifted" if "drifted" in statuses else "not judged"
         if any(layer.flagged for layer in self.layers):
             return "drifted"
         return "as stored" if "as stored" in statuses else "not judged"
@@ -83,6 +84,12 @@ class WatchResult(Result):
     @property
     def _unusable(self) -> list[str]:
         return [layer.name or "the model" for layer in self.layers if layer.status == "non-finite statistics"]
+
+    @property
+    def _drifted_before(self) -> list[LayerDrift]:
+        """Return the norms that met other data, none of whose statistics before them are unusable."""
+        usable = takewhile(lambda layer: layer.status != "non-finite statistics", self.layers)
+        return [layer for layer in usable if layer.status == "drifted"]
 
     @property
     def _known(self) -> str:
@@ -152,12 +159,12 @@ class WatchResult(Result):
         return self._told()[0]
 
     def _told(self) -> tuple[str, Tone]:
-        flagged = [layer for layer in self.layers if layer.status == "drifted"]
+        flagged = self._drifted_before
         broken = [layer.name or "the model" for layer in self.layers if layer.nonfinite]
         if self._unusable:
             poisoned = (
                 f"The statistics of {_some(self._unusable)} are NaN, infinite or negative, so that nothing can be "
-                "compared with them: load them anew, or recalibrate the model."
+                "compared with them: load them anew, or recalibrate the model, and open a new watch."
             )
             behind = f"Non-finite values in {_some(broken)}, which may come of that."
             drift = f"Drift: {self._of(len(flagged))} met other data."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import NonFiniteError, ShapeError
+from batchnorm.functional.validation import HALF
 from batchnorm.statistics.estimators import Within
 from batchnorm.statistics.sites import Site
 from batchnorm.statistics.tally import Tally
@@ -39,7 +40,7 @@ def new_values(site: Site, tally: Tally) -> dict[str, Tensor]:
         if not bool(torch.isfinite(new[key]).all()):
             raise NonFiniteError(
                 f"recalibrate: {name}: {key} reaches {float(value.abs().max()):.4g}, more than {buffer.dtype} can "
-                "hold. Keep the norm in float32 (norm.float()). The model is as it was."
+                f"hold. {_hint(buffer.dtype)} The model is as it was."
             )
     if batches_key is not None:
         counter: Tensor = getattr(site.owner, batches_key)
@@ -77,3 +78,9 @@ def rounded(site: Site, mean: Tensor, variance: Tensor) -> Statistics:
         t.to(b.device, b.dtype).reshape(-1).to(dtype) for t, b in zip((mean, variance), buffers, strict=True)
     )
     return mean, variance
+
+
+def _hint(dtype: torch.dtype) -> str:
+    if dtype in HALF:
+        return "Keep the norm in float32 (norm.float())."
+    return "Look for inputs that are not scaled as in training, and for weights that have diverged."

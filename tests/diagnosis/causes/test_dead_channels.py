@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
+
+from batchnorm.diagnosis.causes.dead_channels import _small_gamma
 
 
 def test_gamma_of_zero(net, found) -> None:
@@ -30,3 +35,10 @@ def test_most_channels_do_not_vary(net, found) -> None:
     net.bn2.running_mean[:12] = 0.0
     net.bn2.running_var[:12] = 1e-12
     assert ("dead_channels", "bn2") in found(net)
+
+
+@pytest.mark.parametrize(("low", "dead"), [(0.1, 6), (-0.1, 0), (-0.01, 6)])
+def test_gamma_on_both_sides_of_zero_was_initialized_there(low: float, dead: int) -> None:
+    gamma = torch.cat([torch.zeros(6), torch.linspace(low, 0.1, 26)])
+    layer = SimpleNamespace(record=SimpleNamespace(weight=gamma), stored=(gamma, gamma))
+    assert int(_small_gamma(layer).sum()) == dead

@@ -18,6 +18,8 @@ _TINY = 1e-6
 _SMALL_GAMMA = 1e-3
 _LEAST = 0.02
 """A smaller share of dead channels is not worth a finding."""
+_FROM_ZERO = 0.2
+"""A greater share of negative γ is of a norm that was initialized with γ = 0."""
 
 
 class DeadChannels(Cause):
@@ -30,7 +32,8 @@ class DeadChannels(Cause):
         are counted with them.
 
     What excludes it:
-        A norm whose every γ and β is exactly 0; see ``zero_init``.
+        A norm whose every γ and β is exactly 0; see ``zero_init``. γ of both signs, a fifth or more of the others below
+        0: such a norm was initialized with 0 and has not been trained for long, and some γ have not left it.
 
     Evidence:
         Which channels, of how many, and their γ or variance.
@@ -73,8 +76,8 @@ class DeadChannels(Cause):
         values = first.record.weight if by_gamma else first.measured[1]
         assert values is not None
         largest = float(values.detach().cpu().double().abs()[dead].max())
-        more = f"; {len(found) - 1} more norms have some" if len(found) > 1 else ""
-        more += f"; {len(hurt)} norms behind it have a gap" if hurt else ""
+        more = f"; {_norms(len(found) - 1, 'more ')} some" if len(found) > 1 else ""
+        more += f"; {_norms(len(hurt), '', ' behind it')} a gap" if hurt else ""
         evidence = (
             f"{len(channels)} of {dead.numel()} channels ({listing(channels)}) have "
             f"{'|γ|' if by_gamma else 'a variance'} of at most {largest:.2g}{more}."
@@ -93,8 +96,10 @@ def _small_gamma(layer: LayerGap) -> Tensor:
     weight = layer.record.weight
     if weight is None:
         return torch.zeros_like(layer.stored[0], dtype=torch.bool)
-    gamma = weight.detach().cpu().double().abs()
-    return gamma <= _SMALL_GAMMA * gamma.max()
+    gamma = weight.detach().cpu().double()
+    small = gamma.abs() <= _SMALL_GAMMA * gamma.abs().max()
+    around_zero = bool((gamma < 0)[~small].double().mean() > _FROM_ZERO)
+    return torch.zeros_like(small) if around_zero else small
 
 
 def _kept(layer: LayerGap, constant: Tensor) -> Tensor:
@@ -110,3 +115,7 @@ def constant_channels(layer: LayerGap) -> Tensor:
     if not varying.numel():
         return torch.zeros_like(variance, dtype=torch.bool)
     return variance <= _TINY * varying.max()
+
+
+def _norms(count: int, more: str, where: str = "") -> str:
+    return f"{count} {more}{'norm' if count == 1 else 'norms'}{where} {'has' if count == 1 else 'have'}"
