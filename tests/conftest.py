@@ -33,16 +33,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Cases are counted by the sum of the places of their values, each among those of its parameter: along the diagonals.
     """
-    places: dict[tuple[Any, str], dict[int, int]] = defaultdict(dict)
+    places: dict[tuple[Any, Any], dict[tuple[int, ...], int]] = defaultdict(dict)
     for item in items:
         every = item.get_closest_marker("every")
         if every is None:
             continue
         case: Any = item
-        names = [mark.args[0] for mark in item.iter_markers("parametrize")]
-        first = [name.split(",")[0].strip() if isinstance(name, str) else name[0] for name in names]
-        met = [(places[case.function, name], id(case.callspec.params[name])) for name in first]
-        if sum(place.setdefault(value, len(place)) for place, value in met) % every.args[0]:
+        total = 0
+        for mark in item.iter_markers("parametrize"):
+            names = mark.args[0].replace(" ", "").split(",") if isinstance(mark.args[0], str) else mark.args[0]
+            place = places[case.function, tuple(names)]
+            total += place.setdefault(tuple(id(case.callspec.params[name]) for name in names), len(place))
+        if total % every.args[0]:
             item.add_marker(pytest.mark.sweep)
 
 

@@ -14,6 +14,7 @@ import batchnorm
 from batchnorm.diagnosis.case import Remedy, Suspicion
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "change", [lambda x: 1 - x, lambda x: x + 2, lambda x: x.flip(1) ** 2], ids=["1 − x", "+ 2", "²"]
 )

@@ -60,7 +60,7 @@ def test_a_metric_of_outputs_alone_judges_nothing(net, batches) -> None:
     assert result.findings[0].cause == "never_updated"
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("metric", HIGHER, ids=lambda metric: metric.__name__)
 def test_frozen_statistics_that_harm_are_a_fault(net, labelled, metric) -> None:
     batches = labelled(metric)

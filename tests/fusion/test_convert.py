@@ -363,6 +363,7 @@ def test_what_fuse_needs_is_said():
         convert(nn.Sequential(nn.LazyBatchNorm2d()), torch.zeros(2, 2, 2, 2), fuse=True)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("stage", ["trace", "find_fusions", "mark_those_that_hold"])
 def test_a_failure_while_fusing_puts_everything_back(stage, monkeypatch):
     net = resnet()

@@ -220,6 +220,7 @@ def several_calls(seed: int) -> Iterator[list[torch.Tensor]]:
         yield [own + torch.randn(1, 24, n, generator=g) + at for n, at in ((64, 0.0), (16, 2.0))]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", [random_sizes, several_calls])
 def test_shifts_in_standard_errors_scatter_as_a_standard_normal_does(kind) -> None:
     truth = Moments.zero(24)

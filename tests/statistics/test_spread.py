@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from batchnorm.moments import Moments
@@ -34,6 +35,7 @@ def test_equal_batches_give_the_textbook_error():
     torch.testing.assert_close(mean, expected)
 
 
+@pytest.mark.sweep
 def test_errors_are_those_of_many_repetitions():
     """Values of one sample share an offset, so that there are far fewer independent values than values."""
     generator = torch.Generator().manual_seed(0)

@@ -150,6 +150,7 @@ def test_structure_must_agree():
         verify(reference_of(X), outputs_of(X[:2]))
 
 
+@pytest.mark.sweep
 def test_false_alarms_are_rare_even_for_a_single_number():
     """The documented chance, 3e-4 at most a fold, makes more than one alarm in 60 folds an event of 2e-4."""
     alarms = 0

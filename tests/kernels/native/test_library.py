@@ -76,6 +76,7 @@ def test_an_unknown_instruction_set_is_refused_and_changes_nothing():
     assert isa() == before
 
 
+@pytest.mark.every(2)
 @native
 @pytest.mark.parametrize("name", available_isas())
 def test_the_environment_chooses_the_instruction_set(name):

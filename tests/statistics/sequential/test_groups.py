@@ -254,6 +254,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("size", "at"), PLACES)
 def test_one_batch_that_changes_its_neighbours_alone_is_not_joined(size: int, at: int) -> None:
     model, batches = nn.Sequential(Dims(), network()[:6]), images(300, size)
