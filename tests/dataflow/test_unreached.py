@@ -232,6 +232,54 @@ class Modes(nn.Module):
             x = x.float()
         return x
 
+    def grad_return(self, x):
+        if torch.is_grad_enabled():
+            return x
+        return self.bn(x)
+
+    def training_return(self, x):
+        if self.training:
+            return x
+        return self.bn(x)
+
+    def tracing_else(self, x):
+        if torch.jit.is_tracing():
+            return x
+        else:  # noqa: RET505
+            return self.bn(x)
+
+    def grad_past(self, x):
+        if not torch.is_grad_enabled():
+            x = self.bn(x)
+        return x
+
+    def training_past(self, x):
+        if not self.training:
+            x = self.bn(x)
+        return x
+
+    def compiling_break(self, x):
+        for layer in (self.conv, self.bn):
+            if torch.compiler.is_compiling():
+                break
+            x = layer(x)
+        return x
+
+    def input_device(self, x):
+        if x.device.type == "cuda":
+            return 2 * x
+        return self.bn(x)
+
+    def input_cuda(self, x):
+        if x.is_cuda:
+            x = 2 * x
+        return self.bn(x)
+
+    def input_dtype(self, x):
+        if x.dtype == torch.float16:
+            return 2 * x
+        return self.bn(x)
+
     def training_value(self, x):
         if self.training:
             x = x * 2
@@ -241,6 +289,15 @@ class Modes(nn.Module):
         if torch.jit.is_scripting():
             warnings.warn("scripted", stacklevel=1)
             return Packed(x)
+        return x
+
+    def says_else(self, x):
+        if torch.jit.is_scripting():
+            return Packed(x)
+        else:  # noqa: RET505
+            return self.packed(x)
+
+    def packed(self, x):
         return x
 
     def stops(self, x):
@@ -265,6 +322,10 @@ M = torch.ones(2, 3, 4)
     ("grad", "torch.is_grad_enabled()"), ("training_part", "self.training"),
     ("scripting", "not torch.jit.is_scripting()"),
     ("tracing", "torch.jit.is_tracing()"), ("onnx", "torch.onnx.is_in_onnx_export()"),
+    ("training_return", "self.training"), ("tracing_else", "torch.jit.is_tracing()"),
+    ("training_past", "not self.training"), ("compiling_break", "torch.compiler.is_compiling()"),
+    ("input_device", "x.device.type == 'cuda'"), ("input_cuda", "x.is_cuda"),
+    ("input_dtype", "x.dtype == torch.float16"),
     ("device", "next(self.parameters()).is_cuda"), ("dtype", "self.conv.weight.dtype == torch.float16"),
     pytest.param("inference", "torch.is_inference_mode_enabled()", marks=COLUMNS),
     pytest.param("compiling", "not torch.compiler.is_compiling()", marks=COLUMNS),
@@ -278,9 +339,25 @@ def test_a_way_of_another_mode_is_named(condition, asks):
     assert f"(`{asks}" in warning
 
 
-@pytest.mark.parametrize("condition", ["training_value", "says", "stops", "setting"])
+@pytest.mark.parametrize("condition", ["training_value", "says", "says_else", "stops", "setting"])
 def test_what_computes_nothing_in_another_mode_is_not(condition):
     assert told(Modes(condition).eval(), (M,)) == ""
+
+
+@pytest.mark.parametrize(("condition", "grad"), [("grad_return", False), ("grad_past", False)])
+def test_a_way_that_leaves_a_layer_out_in_another_mode_is_named(condition, grad):
+    with torch.set_grad_enabled(grad):
+        assert "is_grad_enabled()`" in told(Modes(condition).eval(), (M,))
+
+
+def test_what_asks_for_a_device_and_for_a_size_is_a_way_that_inputs_take():
+    class Mixed(nn.Module):
+        def forward(self, x):
+            if x.is_cuda or len(x) > 100:
+                x = x + 1
+            return x
+
+    assert "examples=" in told(Mixed(), (X,))
 
 
 def test_both_kinds_of_ways_have_a_sentence_each():
@@ -296,3 +373,97 @@ def test_both_kinds_of_ways_have_a_sentence_each():
     by_inputs, in_modes = reached.sentences()
     assert "`flag`" in by_inputs
     assert "is_grad_enabled" in in_modes
+
+
+class Skips(nn.Module):
+    """Ways past a norm that have no code of their own."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.other, self.norm = way, None, nn.BatchNorm1d(3)
+        self.layers = nn.ModuleList([nn.Linear(3, 3), self.norm, nn.ReLU()])
+
+    def forward(self, x, flag=False, which=None):
+        return getattr(self, self.way)(x, flag, which)
+
+    def not_flag(self, x, flag, which):
+        # fmt: off
+        if not flag: x = self.norm(x)  # noqa: E701
+        # fmt: on
+        return x
+
+    def value(self, x, flag, which):
+        if x.abs().max() < 1e3:
+            x = self.norm(x)
+        return x
+
+    def both(self, x, flag, which):
+        if len(x) < 100 and not flag:
+            x = self.norm(x)
+        return x
+
+    def other_else(self, x, flag, which):
+        if flag and which is None:
+            x = x + 1
+        elif len(x) < 100:
+            x = self.norm(x)
+        return x
+
+    def breaks(self, x, flag, which):
+        for number, layer in enumerate(self.layers):
+            if number == which:
+                break
+            x = layer(x)
+        return x
+
+    def continues(self, x, flag, which):
+        for number, layer in enumerate(self.layers):
+            # fmt: off
+            if number == which: continue  # noqa: E701
+            # fmt: on
+            x = layer(x)
+        return x
+
+    def in_a_loop(self, x, flag, which):
+        for layer in self.layers:
+            if not flag:
+                x = layer(x)
+        return x
+
+    def setting(self, x, flag, which):
+        if self.other is None:
+            x = self.norm(x)
+        if isinstance(x, torch.Tensor):
+            x = self.norm(x)
+        if not flag:
+            which = [x]
+        return which[0]
+
+    def raises(self, x, flag, which):
+        if not flag:
+            return self.norm(x)
+        raise ValueError
+
+
+@pytest.mark.parametrize(("way", "asks", "others"), [
+    ("not_flag", "`not flag` was only ever true", [(X, True)]),
+    ("value", "`x.abs().max() < 1000.0` was only ever true", [(1e4 * X,)]),
+    ("both", "`len(x) < 100 and (not flag)` was only ever true", [(X, True)]),
+    ("other_else", "`len(x) < 100` was only ever true", [(X, True), (torch.ones(100, 3),)]),
+    ("breaks", "(`number == which`)", [(X, False, 1)]),
+    ("continues", "(`number == which`)", [(X, False, 1)]),
+    ("in_a_loop", "`not flag` was only ever true", [(X, True)]),
+])  # fmt: skip
+def test_a_way_past_a_norm_needs_no_code_of_its_own(way, asks, others):
+    net = Skips(way).eval()
+    sentence = told(net, (X,))
+    assert asks in sentence
+    assert "examples=[...]" in sentence
+    (warning,) = batchnorm.fold(net, X).warnings
+    assert asks in warning
+    assert told(net, (X,), *others) == ""
+
+
+@pytest.mark.parametrize("way", ["setting", "raises"])
+def test_settings_what_computes_nothing_and_errors_are_no_ways_past(way):
+    assert told(Skips(way).eval(), (X,)) == ""

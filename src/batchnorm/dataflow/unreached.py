@@ -7,6 +7,9 @@ variable, and what another mode takes: training, tracing and export, gradients, 
 kind only what computes something is told, of training only what reads a layer of the model. Conditions on the model's
 settings, and ways that only raise, are no ways that inputs take. A local variable that is bound once, to what is read
 from the model alone, is one of its settings.
+
+A way need not have code of its own: where an ``if`` has no ``else``, the runs have to have left its condition both for
+its body and past it. So the steps from one instruction to the next are noted, not the instructions alone.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, TypeAlias
@@ -41,10 +44,13 @@ _MODES = {
     *("is_grad_enabled", "is_inference_mode_enabled", "is_inference", "requires_grad"),
 }
 _OF_TENSORS = {"device", "dtype", "is_cuda", "is_mps", "is_xpu", "is_cpu", "is_meta", "get_device", "is_available"}
-"""What is asked of the model's own parameters: of an argument it is the argument that decides."""
+"""What is asked of a parameter or an argument: both go to another device, and to another type, with the model."""
 _SAYS_ONLY = {"warnings", "warn", "print", "logging", "logger", "log", "_log_api_usage_once"}
 _MOST_NAMED = 4
 _Position: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
+_NOWHERE: _Position = ((0, 0), (0, 0))
+_START = -1
+"""What comes before a frame's first instruction."""
 
 
 _parsing = threading.Lock()
@@ -67,7 +73,7 @@ class Reached:
         self._root = _forward_of(type(model))
         named = (model.named_modules(), model.named_parameters())
         self._parts = {name.rpartition(".")[2] for names in named for name, _ in names}
-        self._ran: dict[CodeType, set[int]] = {}
+        self._ran: dict[CodeType, set[tuple[int, int]]] = {}
 
     def another(self) -> Reached:
         """Return one of the same model of which nothing has run."""
@@ -77,8 +83,8 @@ class Reached:
 
     def add(self, other: Reached) -> None:
         """Count as reached what another one saw too."""
-        for code, offsets in other._ran.items():
-            self._ran.setdefault(code, set()).update(offsets)
+        for code, steps in other._ran.items():
+            self._ran.setdefault(code, set()).update(steps)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -99,13 +105,16 @@ class Reached:
         code = frame.f_code
         if code.co_filename not in self._files:
             return None
-        offsets = self._ran.setdefault(code, set())
+        steps = self._ran.setdefault(code, set())
         frame.f_trace_lines = False
         frame.f_trace_opcodes = True
+        before = _START
 
         def note(frame: FrameType, event: str, arg: Any) -> Any:
+            nonlocal before
             del event, arg
-            offsets.add(frame.f_lasti)
+            steps.add((before, frame.f_lasti))
+            before = frame.f_lasti
             return note
 
         return note
@@ -138,13 +147,13 @@ class Reached:
                 tree = ast.parse("".join(lines))
         except (SyntaxError, SystemError):  # the file is no longer what was run; or another thread parses by itself
             return
-        ran = {position for code in codes for position in _positions(code, self._ran[code])}
+        steps = {step for code in codes for step in _steps(code, self._ran[code])}
         for node in ast.walk(tree):
             code = next((c for c in codes if _is_code_of(node, c)), None)
             if code is None or not isinstance(node, ast.FunctionDef):
                 continue
-            found = _Function(node, code, ran, self._parts, is_root=code is self._root)
-            for way in found.unreached(node.body, None):
+            found = _Function(node, code, steps, self._parts, is_root=code is self._root)
+            for way in found.unreached(node.body, None, []):
                 name = code.co_qualname if hasattr(code, "co_qualname") else code.co_name
                 yield f"{name}, {way.told(file)}", way.of_mode
 
@@ -167,43 +176,62 @@ def _is_code_of(node: ast.AST, code: CodeType) -> bool:
     return code.co_firstlineno == min([node.lineno, *(d.lineno for d in node.decorator_list)])
 
 
-def _positions(code: CodeType, offsets: set[int]) -> Iterator[_Position]:
+def _steps(code: CodeType, steps: set[tuple[int, int]]) -> Iterator[tuple[_Position, _Position]]:
+    """Yield, of each step from an instruction to the next, where the two are."""
+    positions = dict(_positions(code))
+    for before, at in steps:
+        yield positions.get(before, _NOWHERE), positions.get(at, _NOWHERE)
+
+
+def _positions(code: CodeType) -> Iterator[tuple[int, _Position]]:
     """Yield where instructions start and end, line and column; -1 where columns are not known (Python 3.10)."""
     if sys.version_info >= (3, 11):
         for number, (line, last, column, end) in enumerate(code.co_positions()):
-            if 2 * number in offsets and line is not None:
+            if line is not None:
                 known = column is not None and last is not None and end is not None
-                yield ((line, column or 0), (last or 0, end or 0)) if known else ((line, -1), (line, -1))
+                yield 2 * number, ((line, column or 0), (last or 0, end or 0)) if known else ((line, -1), (line, -1))
     else:
         for start, end, line in code.co_lines():
-            if line is not None and any(offset in offsets for offset in range(start, end, 2)):
-                yield (line, -1), (line, -1)
+            if line is not None:
+                yield from ((offset, ((line, -1), (line, -1))) for offset in range(start, end, 2))
 
 
 @dataclass(frozen=True)
 class _Way:
-    """Code that was not reached, the condition that leads there, and whether that asks for the mode."""
+    """Code that was not reached, the condition that leads there, and whether that asks for the mode.
+
+    Or, where ``is_past``, code that no run went past, for the condition was true each time.
+    """
 
     first: ast.stmt | ast.expr
     last: ast.stmt | ast.expr
     condition: ast.expr
     of_mode: bool
+    is_past: bool = False
 
     def told(self, file: str) -> str:
         """Return where it is, and what it depends on."""
         end = self.last.end_lineno or self.last.lineno
         lines = f"{self.first.lineno}" if end == self.first.lineno else f"{self.first.lineno}-{end}"
         text = ast.unparse(self.condition)
-        return f"{Path(file).name}:{lines} (`{text if len(text) <= 60 else text[:57] + '...'}`)"
+        text = f"`{text if len(text) <= 60 else text[:57] + '...'}`"
+        return f"{'past ' * self.is_past}{Path(file).name}:{lines} ({text}{' was only ever true' * self.is_past})"
 
 
 class _Function:
     """A function that ran, with what of it did."""
 
     def __init__(
-        self, node: ast.FunctionDef, code: CodeType, ran: set[_Position], parts: set[str], *, is_root: bool
+        self,
+        node: ast.FunctionDef,
+        code: CodeType,
+        steps: set[tuple[_Position, _Position]],
+        parts: set[str],
+        *,
+        is_root: bool,
     ) -> None:
-        self._ran = ran
+        self._steps = {(before, at) for before, at in steps if before != at}
+        self._ran = {at for _, at in steps}
         self._parts = parts
         self._is_root = is_root
         args = node.args
@@ -220,25 +248,44 @@ class _Function:
         self._keys = (devices | _read_from(devices, node, names)) if devices else set()
 
     def _reached(self, node: ast.stmt | ast.expr) -> bool:
-        start, end = (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
         # as a whole: what chooses between two expressions starts where the first of them does
-        return any(
-            start <= at and until <= end if at[1] >= 0 else start[0] <= at[0] <= end[0] for at, until in self._ran
-        )
+        return any(_is_within(position, node) for position in self._ran)
 
-    def unreached(self, block: Sequence[ast.stmt], condition: ast.expr | None) -> Iterator[_Way]:
-        """Yield what was not reached of a block that was, or that ``condition`` leads to."""
+    def _went_past(self, statement: ast.If) -> bool:
+        """Whether a run went from the condition to something else than the body; True where that cannot be told."""
+        test, body = statement.test, statement.body
+        if sys.version_info < (3, 11) and body[0].lineno == test.end_lineno:
+            return True  # only lines are known, and the condition and the body are in one
+
+        def decides(position: _Position) -> bool:  # the jump's place is the whole statement's
+            return _is_within(position, test) or (
+                _is_within(position, statement) and position[0] == _start_of(statement)
+            )
+
+        exits = {at for before, at in self._steps if decides(before) and not decides(at)}
+        return not exits or any(not any(_is_within(at, part) for part in body) for at in exits)
+
+    def unreached(
+        self, block: Sequence[ast.stmt], condition: ast.expr | None, follows: Sequence[ast.stmt]
+    ) -> Iterator[_Way]:
+        """Yield what was not reached of a block that was, or that ``condition`` leads to.
+
+        Args:
+            block: the statements.
+            condition: what leads to the first of them.
+            follows: what runs after the block unless it is left.
+        """
         before = condition
         block = [statement for statement in block if not _says_nothing(statement)]
         for number, statement in enumerate(block):
             if not self._reached(statement):
                 if before is not None and not _only_stops(block[number:]):
-                    yield from self._way(block[number:], before)
+                    yield from self._way(block[number:], before, follows)
                 return
-            yield from self._within(statement)
+            yield from self._within(statement, [*block[number + 1 :], *follows])
             before = statement.test if isinstance(statement, ast.If) else before if number == 0 else None
 
-    def _within(self, statement: ast.stmt) -> Iterator[_Way]:
+    def _within(self, statement: ast.stmt, follows: Sequence[ast.stmt]) -> Iterator[_Way]:
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             return
         blocks: list[tuple[Sequence[ast.stmt], ast.expr | None]] = []
@@ -252,17 +299,39 @@ class _Function:
             blocks = [(statement.body, None), (statement.orelse, None), (statement.finalbody, None)]
         elif isinstance(statement, ast.Match):
             blocks = [(case.body, statement.subject) for case in statement.cases]
+        if isinstance(statement, ast.For | ast.While):
+            follows = [*statement.body, *follows]
         for block, condition in blocks:
-            yield from self.unreached(block, condition)
+            # what leaves the body of an ``if`` leaves out its ``else`` too, where that reads a layer
+            others = statement.orelse if isinstance(statement, ast.If) and block is statement.body else []
+            yield from self.unreached(block, condition, [*filter(self._reads_a_layer, others), *follows])
+        if isinstance(statement, ast.If):
+            yield from self._past(statement)
         if sys.version_info < (3, 11):
             return
         for choice in _choices(statement):
             if self._reached(choice.test):
                 for way in (choice.body, choice.orelse):
                     if not self._reached(way):
-                        yield from self._way([way], choice.test)
+                        yield from self._way([way], choice.test, [])
 
-    def _way(self, nodes: Sequence[ast.stmt] | Sequence[ast.expr], condition: ast.expr) -> Iterator[_Way]:
+    def _past(self, statement: ast.If) -> Iterator[_Way]:
+        """Yield the body of an ``if`` without ``else`` that every run went into, and that goes on after it."""
+        body = [part for part in statement.body if not _says_nothing(part)]
+        if any(not _says_nothing(part) for part in statement.orelse) or not body or not any(map(_computes, body)):
+            return
+        if not self._reached(body[0]) or _leaves(body) or self._went_past(statement):
+            return
+        named = {_name_of(node) for node in ast.walk(statement.test)}
+        for way in () if named & {"isinstance", "hasattr"} else self._way(body, statement.test, []):
+            yield replace(way, is_past=True)
+
+    def _way(
+        self,
+        nodes: Sequence[ast.stmt] | Sequence[ast.expr],
+        condition: ast.expr,
+        follows: Sequence[ast.stmt],
+    ) -> Iterator[_Way]:
         """Yield code that was not reached, if inputs, or a mode in which it matters, lead there."""
         asked = [node for node in ast.walk(condition) if isinstance(node, ast.expr) and self._reached(node)]
         modes = {name for node in asked if (name := _name_of(node)) in _MODES}
@@ -271,10 +340,14 @@ class _Function:
             return
         if not modes:
             modes = {name for node in asked if (name := _name_of(node)) in _OF_TENSORS}
-        read = {node.attr for part in nodes for node in ast.walk(part) if isinstance(node, ast.Attribute)}
-        matters = bool(read & self._parts) if modes <= {_TRAINING} else any(map(_computes, nodes))
+        # a way that leaves the function or the loop leaves out what follows
+        differs: list[ast.stmt | ast.expr] = [*nodes, *(follows if _leaves(nodes) else [])]
+        matters = any(map(self._reads_a_layer if modes <= {_TRAINING} else _computes, differs))
         if modes and matters:
             yield _Way(nodes[0], nodes[-1], condition, of_mode=True)
+
+    def _reads_a_layer(self, node: ast.AST) -> bool:
+        return any(isinstance(part, ast.Attribute) and part.attr in self._parts for part in ast.walk(node))
 
     def _depends_on_inputs(self, condition: ast.expr) -> bool:
         """Whether what was looked at to decide is an argument or a local variable, and nothing else decided."""
@@ -283,7 +356,13 @@ class _Function:
             return False
         if not self._is_root and any(isinstance(n, ast.Name) and n.id in ("isinstance", "hasattr") for n in names):
             return False
-        read = {n.id for n in names if isinstance(n, ast.Name) and n.id in self._names and self._reached(n)}
+        of_tensors = [n for n in names if isinstance(n, ast.Attribute) and n.attr in _OF_TENSORS]
+        for_device = {id(inner) for node in of_tensors for inner in ast.walk(node)}  # ``x`` in ``x.is_cuda``
+        read = {
+            n.id
+            for n in names
+            if isinstance(n, ast.Name) and n.id in self._names and id(n) not in for_device and self._reached(n)
+        }
         return bool(read - self._keys if self._looks_into_own(condition) else read)
 
     def _looks_into_own(self, condition: ast.expr) -> bool:
@@ -355,6 +434,19 @@ def _says_nothing(statement: ast.stmt) -> bool:
 
 
 def _only_stops(statements: Sequence[ast.stmt]) -> bool:
-    return all(isinstance(s, ast.Raise | ast.Assert | ast.Continue | ast.Break) for s in statements) or isinstance(
-        statements[-1], ast.Raise
-    )
+    return all(isinstance(s, ast.Raise | ast.Assert) for s in statements) or isinstance(statements[-1], ast.Raise)
+
+
+def _leaves(nodes: Sequence[ast.stmt] | Sequence[ast.expr]) -> bool:
+    """Whether what comes after a block is not run after it."""
+    return isinstance(nodes[-1], ast.Return | ast.Raise | ast.Continue | ast.Break)
+
+
+def _is_within(position: _Position, node: ast.stmt | ast.expr) -> bool:
+    at, until = position
+    start, end = _start_of(node), (node.end_lineno or 0, node.end_col_offset or 0)
+    return start <= at and until <= end if at[1] >= 0 else start[0] <= at[0] <= end[0]
+
+
+def _start_of(node: ast.stmt | ast.expr) -> tuple[int, int]:
+    return node.lineno, node.col_offset
