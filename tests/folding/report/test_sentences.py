@@ -105,3 +105,11 @@ def test_names_are_those_of_the_model_where_its_input_is_normalized() -> None:
     shown = [node.detail for d in result.pictures.folded.diagrams for p in d.panels for node in p.nodes]
     assert "0" in shown
     assert not any("normalized_model" in detail for detail in shown)
+
+
+def test_a_model_that_is_one_layer_is_called_the_model_itself() -> None:
+    result = fold(nn.Conv2d(4, 4, 3, padding=1).eval(), X, input_mean=1.0, input_std=2.0)
+    assert str(result.folded[0]) == (
+        "input_normalization → the model itself: folded. Its scale and shift go on into the convolution of the model "
+        "itself. It pads with −t/s now, of which the norm made zero."
+    )

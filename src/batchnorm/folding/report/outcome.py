@@ -22,7 +22,7 @@ class FoldedNorm:
 
     Attributes:
         norm: its qualified name; an identity stands there now.
-        into: the module that absorbed it; several are separated by commas.
+        into: the module that absorbed it; several are separated by commas. Empty for the model itself.
         kind: what they compute: ``"convolution"``, ``"transposed convolution"``, ``"linear"``, ``"embedding"`` or
             ``"norm"``.
         way: ``"back"`` to what runs before it, ``"on"`` to what runs after it, ``"both"``, cut in two, or ``"beside"``
@@ -42,7 +42,7 @@ class FoldedNorm:
 
     def __str__(self) -> str:
         """Return it as a line."""
-        return f"{self.norm} → {self.into}: folded. {self.sentence}"
+        return f"{self.norm} → {self.into or 'the model itself'}: folded. {self.sentence}"
 
 
 @dataclass(frozen=True)

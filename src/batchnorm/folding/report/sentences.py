@@ -95,7 +95,7 @@ def _sentence(step: Step, plan: FoldPlan, bordered: Sequence[AbsorbingLayer]) ->
         says = "takes the inverse in: it reads" if len(step.inverse) == 1 else "take the inverse in: they read"
         sentence += f" {named[0].upper()}{named[1:]} {says} what that changes."
     if bordered:
-        names = listed([layer.name for layer in bordered], _MOST_NAMED)
+        names = listed([layer.name or "It" for layer in bordered], _MOST_NAMED)  # the model itself has no name
         sentence += f" {names} {'pads' if len(bordered) == 1 else 'pad'} with −t/s now, of which the norm made zero."
     staying = _staying(plan.parameters.model, step)
     if staying:
