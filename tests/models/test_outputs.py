@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from batchnorm.models.outputs import difference, named_tensors, scale_of
+from batchnorm.models.outputs import difference, magnitude, named_tensors, scale_of
 
 
 @dataclass
@@ -51,3 +51,10 @@ def test_scale_is_the_greatest_finite_magnitude():
     assert scale_of(torch.tensor([1.0, -3.0, math.nan, -math.inf])) == 3.0
     assert scale_of(torch.tensor([3 + 4j])) == 5.0
     assert scale_of(torch.tensor([math.nan])) == 0.0
+
+
+def test_no_magnitude_is_minus_zero():
+    for values in ([0.0, 0.0], [-0.0, 0.0], [-0.0, -0.0]):
+        assert math.copysign(1.0, magnitude(torch.tensor(values))) == 1.0
+    assert str(difference(torch.ones(2), torch.ones(2)).largest) == "0.0"
+    assert [magnitude(torch.tensor(values)) for values in ([-3.0, 2.0], [-3.0, -2.0], [1.0, 2.0])] == [3.0, 3.0, 2.0]

@@ -99,4 +99,4 @@ def scale_of(tensor: Tensor) -> float:
 def magnitude(tensor: Tensor) -> float:
     """Return the greatest magnitude of real numbers, NaN if one is NaN: in one reading, without a copy."""
     low, high = (float(value) for value in torch.aminmax(tensor.detach()))
-    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
+    return math.nan if math.isnan(low) or math.isnan(high) else max(abs(low), abs(high))
