@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from batchnorm.diagnosis.causes import CAUSES
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -41,3 +43,15 @@ def test_the_links_lead_to_files() -> None:
     targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", README.read_text())
     assert len(targets) > 10
     assert [target for target in targets if not (README.parent / target).exists()] == []
+
+
+def test_the_number_of_causes_is_that_of_the_code() -> None:
+    told = [re.findall(r"(\d+) causes,", (README.parent / name).read_text()) for name in ("README.md", "CHANGELOG.md")]
+    assert told == [[str(len(CAUSES))]] * 2
+
+
+def test_the_folders_that_pages_name_exist() -> None:
+    pages = [README, *(README.parent / "docs").glob("*.md")]
+    named = {folder for page in pages for folder in re.findall(r"`(?:src/)?(batchnorm/[a-z_/]+/)`", page.read_text())}
+    assert named
+    assert [folder for folder in sorted(named) if not (README.parent / "src" / folder).is_dir()] == []
