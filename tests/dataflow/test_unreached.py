@@ -467,3 +467,57 @@ def test_a_way_past_a_norm_needs_no_code_of_its_own(way, asks, others):
 @pytest.mark.parametrize("way", ["setting", "raises"])
 def test_settings_what_computes_nothing_and_errors_are_no_ways_past(way):
     assert told(Skips(way).eval(), (X,)) == ""
+
+
+class Bounds(nn.Module):
+    """Loops and slices whose bounds are arguments that have defaults."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.layers = way, nn.ModuleList([nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU()])
+
+    def forward(self, x, depth=3, upto=None, keep=(0, 1)):
+        if self.way == "range":
+            for number in range(depth):
+                x = self.layers[number](x)
+        if self.way == "slice":
+            for layer in self.layers[:upto]:
+                x = layer(x)
+        if self.way == "names":
+            for number in keep:
+                x = self.layers[number](x)
+        if self.way == "while":
+            number = 0
+            while number < depth:
+                x, number = self.layers[number](x), number + 1
+        if self.way == "given":
+            part = nn.Sequential(*self.layers[:upto])
+            x = part(x)
+        if self.way == "nothing":
+            for number in range(3):
+                x = self.layers[number](x)
+        return x
+
+
+@pytest.mark.parametrize(("way", "asks", "other"), [
+    ("range", "`range(depth)` with another value of `depth`", (X, 1)),
+    ("slice", "`self.layers[:upto]` with another value of `upto`", (X, 3, 1)),
+    ("names", "`keep` with another value of `keep`", (X, 3, None, (0,))),
+    ("while", "`number < depth` with another value of `depth`", (X, 1)),
+    ("given", "`self.layers[:upto]` with another value of `upto`", (X, 3, 1)),
+])  # fmt: skip
+def test_a_bound_with_a_default_that_no_run_varied_is_told(way, asks, other):
+    net = Bounds(way).eval()
+    assert asks in told(net, (X,))
+    (warning,) = batchnorm.fold(net, X).warnings
+    assert asks in warning
+    assert told(net, (X,), other) == ""
+
+
+def test_a_bound_that_is_the_models_own_or_a_tensor_is_not():
+    class OfTensor(nn.Module):
+        def forward(self, x, rows=X):
+            return x + sum(2 * row for row in rows)
+
+    assert told(Bounds("nothing").eval(), (X,)) == ""
+    assert told(OfTensor(), (X,)) == ""

@@ -9,7 +9,9 @@ settings, and ways that only raise, are no ways that inputs take. A local variab
 from the model alone, is one of its settings.
 
 A way need not have code of its own: where an ``if`` has no ``else``, the runs have to have left its condition both for
-its body and past it. So the steps from one instruction to the next are noted, not the instructions alone.
+its body and past it. So the steps from one instruction to the next are noted, not the instructions alone. A loop takes
+another way with another number of steps: one whose bound is an argument of the model's ``forward`` is told where that
+has a default, and one value in all runs.
 """
 
 from __future__ import annotations
@@ -74,17 +76,20 @@ class Reached:
         named = (model.named_modules(), model.named_parameters())
         self._parts = {name.rpartition(".")[2] for names in named for name, _ in names}
         self._ran: dict[CodeType, set[tuple[int, int]]] = {}
+        self._values: dict[str, set[str]] = {}
 
     def another(self) -> Reached:
         """Return one of the same model of which nothing has run."""
         other = copy.copy(self)
-        other._ran = {}
+        other._ran, other._values = {}, {}
         return other
 
     def add(self, other: Reached) -> None:
         """Count as reached what another one saw too."""
         for code, steps in other._ran.items():
             self._ran.setdefault(code, set()).update(steps)
+        for name, values in other._values.items():
+            self._values.setdefault(name, set()).update(values)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -106,6 +111,9 @@ class Reached:
         if code.co_filename not in self._files:
             return None
         steps = self._ran.setdefault(code, set())
+        if code is self._root:
+            for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+                self._values.setdefault(name, set()).update(_told_apart(frame.f_locals.get(name)))
         frame.f_trace_lines = False
         frame.f_trace_opcodes = True
         before = _START
@@ -152,7 +160,7 @@ class Reached:
             code = next((c for c in codes if _is_code_of(node, c)), None)
             if code is None or not isinstance(node, ast.FunctionDef):
                 continue
-            found = _Function(node, code, steps, self._parts, is_root=code is self._root)
+            found = _Function(node, code, steps, self._parts, self._values if code is self._root else None)
             for way in found.unreached(node.body, None, []):
                 name = code.co_qualname if hasattr(code, "co_qualname") else code.co_name
                 yield f"{name}, {way.told(file)}", way.of_mode
@@ -200,7 +208,8 @@ def _positions(code: CodeType) -> Iterator[tuple[int, _Position]]:
 class _Way:
     """Code that was not reached, the condition that leads there, and whether that asks for the mode.
 
-    Or, where ``is_past``, code that no run went past, for the condition was true each time.
+    Or, where ``is_past``, code that no run went past, for the condition was true each time; or a bound, of a loop or a
+    slice, that depends on the argument ``other``, of which there was one value.
     """
 
     first: ast.stmt | ast.expr
@@ -208,6 +217,7 @@ class _Way:
     condition: ast.expr
     of_mode: bool
     is_past: bool = False
+    other: str | None = None
 
     def told(self, file: str) -> str:
         """Return where it is, and what it depends on."""
@@ -215,7 +225,8 @@ class _Way:
         lines = f"{self.first.lineno}" if end == self.first.lineno else f"{self.first.lineno}-{end}"
         text = ast.unparse(self.condition)
         text = f"`{text if len(text) <= 60 else text[:57] + '...'}`"
-        return f"{'past ' * self.is_past}{Path(file).name}:{lines} ({text}{' was only ever true' * self.is_past})"
+        note = " was only ever true" * self.is_past if self.other is None else f" with another value of `{self.other}`"
+        return f"{'past ' * self.is_past}{Path(file).name}:{lines} ({text}{note})"
 
 
 class _Function:
@@ -227,19 +238,20 @@ class _Function:
         code: CodeType,
         steps: set[tuple[_Position, _Position]],
         parts: set[str],
-        *,
-        is_root: bool,
+        values: dict[str, set[str]] | None,
     ) -> None:
         self._steps = {(before, at) for before, at in steps if before != at}
         self._ran = {at for _, at in steps}
         self._parts = parts
-        self._is_root = is_root
+        self._is_root = values is not None
         args = node.args
         positional = [*args.posonlyargs, *args.args]
         ignored = {positional[0].arg} if positional else set()
-        if not is_root:  # the model's own code calls it, always without these, or as it does here
-            ignored |= {arg.arg for arg in positional[len(positional) - len(args.defaults) :]}
-            ignored |= {arg.arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default}
+        defaulted = {arg.arg for arg in positional[len(positional) - len(args.defaults) :]}
+        defaulted |= {arg.arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default}
+        if values is None:  # the model's own code calls it, always without these, or as it does here
+            ignored |= defaulted
+        self._fixed = {name for name in defaulted if len((values or {}).get(name, ())) == 1}
         owner = {positional[0].arg} if positional else set()
         names = {*code.co_varnames, *code.co_cellvars}
         self._names = names - ignored - _read_from(owner, node, names)
@@ -307,6 +319,7 @@ class _Function:
             yield from self.unreached(block, condition, [*filter(self._reads_a_layer, others), *follows])
         if isinstance(statement, ast.If):
             yield from self._past(statement)
+        yield from self._bounded(statement)
         if sys.version_info < (3, 11):
             return
         for choice in _choices(statement):
@@ -325,6 +338,23 @@ class _Function:
         named = {_name_of(node) for node in ast.walk(statement.test)}
         for way in () if named & {"isinstance", "hasattr"} else self._way(body, statement.test, []):
             yield replace(way, is_past=True)
+
+    def _bounded(self, statement: ast.stmt) -> Iterator[_Way]:
+        """Yield what is run so many times, or taken so far, as an argument says that had one value in all runs."""
+        bounds: list[ast.expr] = []
+        if isinstance(statement, ast.For | ast.While) and any(map(_computes, statement.body)):
+            bounds = [statement.iter if isinstance(statement, ast.For) else statement.test]
+        for part in ast.iter_child_nodes(statement):
+            for node in ast.walk(part) if isinstance(part, ast.expr) else ():
+                if isinstance(node, ast.Subscript) and any(isinstance(n, ast.Slice) for n in ast.walk(node.slice)):
+                    bounds.append(node)
+                elif isinstance(node, ast.ListComp | ast.GeneratorExp) and _computes(node.elt):
+                    bounds += [generator.iter for generator in node.generators]
+        for bound in bounds:
+            names = {n.id for n in ast.walk(bound) if isinstance(n, ast.Name)} & self._fixed
+            if names and self._reached(bound):
+                yield _Way(bound, bound, bound, of_mode=False, other=min(names))
+                return
 
     def _way(
         self,
@@ -406,6 +436,13 @@ def _choices(statement: ast.stmt) -> Iterator[ast.IfExp]:
             yield node
         if not isinstance(node, ast.Lambda):
             waiting += list(ast.iter_child_nodes(node))
+
+
+def _told_apart(value: Any) -> set[str]:
+    """Return what tells a value from others: two things where that is not known, so that it is never the only one."""
+    parts = value if isinstance(value, tuple) else (value,)
+    known = all(part is None or isinstance(part, bool | int | float | str) for part in parts)
+    return {repr(value)} if known else {"one", "another"}
 
 
 def _name_of(node: ast.AST) -> str | None:
