@@ -446,12 +446,12 @@ class Skips(nn.Module):
 
 
 @pytest.mark.parametrize(("way", "asks", "others"), [
-    ("not_flag", "`not flag` was only ever true", [(X, True)]),
+    pytest.param("not_flag", "`not flag` was only ever true", [(X, True)], marks=COLUMNS),
     ("value", "`x.abs().max() < 1000.0` was only ever true", [(1e4 * X,)]),
     ("both", "`len(x) < 100 and (not flag)` was only ever true", [(X, True)]),
     ("other_else", "`len(x) < 100` was only ever true", [(X, True), (torch.ones(100, 3),)]),
     ("breaks", "(`number == which`)", [(X, False, 1)]),
-    ("continues", "(`number == which`)", [(X, False, 1)]),
+    pytest.param("continues", "(`number == which`)", [(X, False, 1)], marks=COLUMNS),
     ("in_a_loop", "`not flag` was only ever true", [(X, True)]),
 ])  # fmt: skip
 def test_a_way_past_a_norm_needs_no_code_of_its_own(way, asks, others):
