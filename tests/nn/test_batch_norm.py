@@ -447,3 +447,15 @@ def test_per_sample_gradients_in_evaluation():
     layer(x).square().sum().backward()
     for name, p in layer.named_parameters():
         torch.testing.assert_close(gradients[name].sum(0), p.grad)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 3), (8, 4, 64, 64)])
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+def test_one_of_two_running_statistics_is_refused_in_training_at_every_size(missing, shape):
+    layer = ours.BatchNorm2d(4)
+    setattr(layer, missing, None)
+    with pytest.raises(ShapeError, match=f"{missing} is None"):
+        layer(torch.randn(shape))
+    kept = layer.running_var if missing == "running_mean" else layer.running_mean
+    assert kept.unique().numel() == 1
+    assert layer.num_batches_tracked == 0

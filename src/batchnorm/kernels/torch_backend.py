@@ -81,6 +81,8 @@ def _train(
     known = followed()
     looked_at = exact and not known and _may_lose_digits(input)
     if running_mean is None or running_var is None:
+        if running_mean is not running_var:  # of a small input torch's kernel would update the one that there is
+            raise ValueError("batch_norm: expected both running statistics or neither")
         if not looked_at:
             y = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
         else:
