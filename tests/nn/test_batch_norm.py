@@ -459,3 +459,20 @@ def test_one_of_two_running_statistics_is_refused_in_training_at_every_size(miss
     kept = layer.running_var if missing == "running_mean" else layer.running_mean
     assert kept.unique().numel() == 1
     assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 3), (8, 4, 64, 64), (8, 4)])
+@pytest.mark.parametrize("negated", ["running_mean", "running_var"])
+def test_statistics_that_are_a_negated_view_move_as_their_values_do(negated, shape):
+    """Their memory holds the values with the other sign."""
+    make = ours.BatchNorm1d if len(shape) == 2 else ours.BatchNorm2d
+    x = torch.randn(shape) + 1
+    layer, plain = make(4), make(4)
+    setattr(plain, negated, torch.full((4,), 2.0))
+    setattr(layer, negated, torch._neg_view(torch.full((4,), -2.0)))
+    y = layer(x)
+    torch.testing.assert_close(y, plain(x))
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(layer, name).resolve_neg(), getattr(plain, name))
+    assert layer.num_batches_tracked == 1
+    torch.testing.assert_close(layer.eval()(x), plain.eval()(x))
