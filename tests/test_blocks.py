@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from batchnorm.blocks import block
+from batchnorm.blocks import block, undone
 from batchnorm.errors import ShapeError
 
 EVENTS: list[str] = []
@@ -71,3 +72,27 @@ def test_it_is_documented_as_the_generator_was_and_decorates_functions_too() -> 
     EVENTS.clear()
     assert work() == 7
     assert EVENTS == ["entered", "left"]
+
+
+def test_an_undo_is_called_again_where_an_interrupt_meets_it(events: list[str]) -> None:
+    def undo() -> None:
+        events.append("undo")
+        if events.count("undo") == 1:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def changed() -> Iterator[None]:
+        yield from undone(lambda: events.append("change"), undo)
+
+    with pytest.raises(KeyboardInterrupt), changed():
+        events.append("inside")
+    assert events == ["change", "inside", "undo", "undo"]
+
+
+def test_half_a_change_is_undone(events: list[str]) -> None:
+    def fail() -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        next(undone(fail, lambda: events.append("undo")))
+    assert events == ["undo"]

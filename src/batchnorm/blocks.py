@@ -1,4 +1,4 @@
-"""Context managers that refuse wrong arguments where they are made, not first where they are entered."""
+"""Context managers: wrong arguments are refused where one is made, and no interrupt prevents what ends it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeAlias
 
-__all__ = ["block"]
+__all__ = ["block", "undone"]
 
 _Parameters = ParamSpec("_Parameters")
 
@@ -49,3 +49,36 @@ def block(check: Callable[_Parameters, None]) -> Callable[[_Generator[_Parameter
         return make
 
     return decorate
+
+
+def undone(change: Callable[[], None], undo: Callable[[], None]) -> Iterator[None]:
+    """Make a change for a block, and undo it however the block ends; again if an interrupt comes meanwhile.
+
+    It is the body of a context manager's generator: ``yield from undone(change, undo)``. A ``with`` statement there
+    would not do: an interrupt that comes as its ``__exit__`` begins prevents that.
+
+    Args:
+        change: may be interrupted, and fail.
+        undo: must be able to undo half of the change, and do nothing the second time.
+
+    Example:
+        >>> from contextlib import contextmanager
+        >>> open_now = set()
+        >>> @contextmanager
+        ... def opened(name):
+        ...     yield from undone(lambda: open_now.add(name), lambda: open_now.discard(name))
+        >>> with opened("a"):
+        ...     print(open_now)
+        {'a'}
+        >>> open_now
+        set()
+    """
+    try:
+        change()
+        yield
+    finally:
+        try:
+            undo()
+        except BaseException:
+            undo()
+            raise

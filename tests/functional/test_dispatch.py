@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from tests.interrupts import Interrupting
 
 from batchnorm.errors import InputError, StateError, UnknownNameError
 from batchnorm.functional import active_backend, backends, batch_norm, dispatch, register, unregister, use_backend
@@ -136,3 +137,19 @@ def test_the_reference_refuses_a_device_without_float64():
         device = torch.device("mps")
 
     assert "float64" in REFERENCE.refusal(dispatch.Request(Elsewhere()))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupted_anywhere_a_context_forces_nothing_any_more() -> None:
+    def enter_and_leave() -> None:
+        with dispatch.use_backend("reference"):
+            pass
+
+    for n in range(1, 1000):
+        try:
+            Interrupting(n).run(enter_and_leave)
+        except KeyboardInterrupt:
+            assert (dispatch._open, dispatch._forced.get()) == ((), None), f"interrupted at {n}"
+        else:
+            break
+    assert n > 3

@@ -6,10 +6,12 @@ import threading
 
 import pytest
 import torch
+from tests.interrupts import Interrupting
 from torch import nn
 
 from batchnorm.models.random_state import generators_kept
 from batchnorm.models.snapshot import untouched
+from batchnorm.models.transaction import transaction
 
 LONG = 60.0
 
@@ -64,3 +66,22 @@ def test_a_thread_that_has_ended_inside_counts_no_more() -> None:
         with generators_kept():
             torch.rand(1)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupted_anywhere_a_verb_leaves_the_generators_as_they_were() -> None:
+    @transaction("test")
+    def seeds(model: nn.Module) -> None:
+        with untouched(model):
+            torch.manual_seed(3)
+
+    before = torch.get_rng_state()
+    for n in range(1, 10_000):
+        try:
+            Interrupting(n).run(lambda: seeds(nn.Identity()))
+        except KeyboardInterrupt:
+            assert torch.equal(torch.get_rng_state(), before), f"interrupted at {n}"
+            assert not generators_kept._is_used(), f"interrupted at {n}"
+        else:
+            break
+    assert n > 10

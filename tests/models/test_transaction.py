@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from tests.interrupts import Interrupting
 from torch import nn
 from torch.nn.modules import module as of_all_modules
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -24,7 +23,6 @@ from batchnorm.models.transaction import on_failure, transaction
 # an interrupt that comes as a generator is thrown away is swallowed by the interpreter, which tells of it
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-PACKAGE = str(Path(batchnorm.__file__).parent)
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 BATCHES = list(X.split(2))
 
@@ -166,32 +164,6 @@ def state_of(model: nn.Module) -> list[Any]:
                 grad = None if tensor.grad is None else tensor.grad.tolist()
                 state.append((key, id(tensor), tensor.requires_grad, tensor.tolist(), grad))
     return state
-
-
-class Interrupting:
-    """Raises KeyboardInterrupt where a signal's could come: as the n-th function of the package is entered or, of those
-    written in C, left.
-
-    (The interpreter looks for signals there and at backward jumps.)
-    """
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.seen = 0
-
-    def __call__(self, frame: Any, event: str, argument: Any) -> None:
-        if event not in ("call", "c_return") or not frame.f_code.co_filename.startswith(PACKAGE):
-            return
-        self.seen += 1
-        if self.seen == self.at:
-            raise KeyboardInterrupt
-
-    def run(self, function: Callable[[], Any]) -> Any:
-        sys.setprofile(self)
-        try:
-            return function()
-        finally:
-            sys.setprofile(None)
 
 
 def folded() -> tuple[nn.Module, Any]:

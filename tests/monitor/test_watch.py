@@ -1,11 +1,18 @@
+import contextlib
+import gc
 import json
 
 import pytest
 import torch
+from tests.interrupts import Interrupting
 from torch import nn
+from torch.nn.modules import module as hooks
 
+import batchnorm
 from batchnorm.errors import ArgumentTypeError, BatchNormError, ShapeError, StateError, UnknownNameError
+from batchnorm.models.calling import compiled_modules_eager
 from batchnorm.monitor import WatchResult, watch
+from batchnorm.monitor.observe import ModelObserver
 
 
 @pytest.fixture(scope="module")
@@ -284,3 +291,43 @@ def test_what_a_norm_behind_an_infinite_variance_meets_is_no_drift_and_what_one_
         assert [layer.status for layer in result.layers][1:] == ["non-finite statistics", "drifted"]
         assert result.verdict == verdict
         assert ("Drift: 1 of 3 norms" in result.summary) == (verdict == "drifted")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupted_anywhere_as_it_begins_or_ends_a_watch_leaves_no_hook():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2)).eval()
+    model[0].running_mean += 1
+
+    def begin_and_end() -> None:
+        with batchnorm.watch(model):
+            pass
+
+    for n in range(1, 10_000):
+        with contextlib.suppress(KeyboardInterrupt):
+            Interrupting(n).run(begin_and_end)
+            break
+        gc.collect()
+        assert not hooks._global_forward_hooks, f"interrupted at {n}"
+        assert not hooks._global_forward_pre_hooks, f"interrupted at {n}"
+        assert compiled_modules_eager.depth() == 0, f"interrupted at {n}"
+    assert n > 10
+
+
+def test_an_interrupt_as_the_end_begins_ends_the_watch_that_is_kept(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2)).eval()
+    model[0].running_mean += 1
+    watching, close, calls = batchnorm.watch(model), ModelObserver.close, []
+
+    def interrupted_once(self) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        close(self)
+
+    monkeypatch.setattr(ModelObserver, "close", interrupted_once)
+    with pytest.raises(KeyboardInterrupt), watching:
+        pass
+    assert not hooks._global_forward_hooks
+    with watching:  # it can be entered again
+        assert len(hooks._global_forward_hooks) == 1
+    assert not hooks._global_forward_hooks

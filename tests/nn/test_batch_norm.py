@@ -447,3 +447,32 @@ def test_per_sample_gradients_in_evaluation():
     layer(x).square().sum().backward()
     for name, p in layer.named_parameters():
         torch.testing.assert_close(gradients[name].sum(0), p.grad)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 3), (8, 4, 64, 64)])
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+def test_one_of_two_running_statistics_is_refused_in_training_at_every_size(missing, shape):
+    layer = ours.BatchNorm2d(4)
+    setattr(layer, missing, None)
+    with pytest.raises(ShapeError, match=f"{missing} is None"):
+        layer(torch.randn(shape))
+    kept = layer.running_var if missing == "running_mean" else layer.running_mean
+    assert kept.unique().numel() == 1
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 3), (8, 4, 64, 64), (8, 4)])
+@pytest.mark.parametrize("negated", ["running_mean", "running_var"])
+def test_statistics_that_are_a_negated_view_move_as_their_values_do(negated, shape):
+    """Their memory holds the values with the other sign."""
+    make = ours.BatchNorm1d if len(shape) == 2 else ours.BatchNorm2d
+    x = torch.randn(shape) + 1
+    layer, plain = make(4), make(4)
+    setattr(plain, negated, torch.full((4,), 2.0))
+    setattr(layer, negated, torch._neg_view(torch.full((4,), -2.0)))
+    y = layer(x)
+    torch.testing.assert_close(y, plain(x))
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(layer, name).resolve_neg(), getattr(plain, name))
+    assert layer.num_batches_tracked == 1
+    torch.testing.assert_close(layer.eval()(x), plain.eval()(x))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
 from batchnorm.errors import ArgumentTypeError, StateError, UnknownNameError
-from batchnorm.nn.redirect import norms_for, original_of, overlooked, redirected, rule_of, set_aside, shallow_copy
+from batchnorm.nn.redirect import norms_for, original_of, overlooked, rule_of, set_aside, shallow_copy
+from batchnorm.nn.redirect import redirected as redirection
 
+redirected = contextmanager(redirection)
 X = torch.arange(6.0).reshape(3, 2)
 
 

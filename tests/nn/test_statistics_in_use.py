@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.interrupts import Interrupting
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm.errors import ArgumentTypeError, StateError, UnknownNameError
+from batchnorm.models.calling import compiled_modules_eager
 from batchnorm.nn import BatchNorm1d
 
 
@@ -371,3 +374,33 @@ def test_the_model_in_the_first_place_is_told():
     message = 'expected "batch" or "running" first and the model second; got Sequential'
     with pytest.raises(ArgumentTypeError, match=message), batchnorm.use(model, "batch"):
         pass
+
+
+BLOCKS = {
+    "no_update": batchnorm.no_update,
+    "use running": partial(batchnorm.use, "running"),
+    "use batch": partial(batchnorm.use, "batch"),
+    "accumulated_update": batchnorm.accumulated_update,
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_interrupted_anywhere_a_block_leaves_nothing_on_the_model(name):
+    norms = torch.nn.Sequential(BatchNorm1d(2), BatchNorm1d(2))
+
+    def enter_and_leave() -> None:
+        with BLOCKS[name](norms):
+            pass
+
+    for n in range(1, 10_000):
+        try:
+            Interrupting(n).run(enter_and_leave)
+        except KeyboardInterrupt:
+            assert not any("forward" in norm.__dict__ for norm in norms), f"interrupted at {n}"
+            assert compiled_modules_eager.depth() == 0, f"interrupted at {n}"
+        else:
+            break
+    assert n > 10
+    norms(torch.randn(4, 2))
+    assert [int(norm.num_batches_tracked) for norm in norms] == [1, 1]

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from batchnorm.blocks import block
+from batchnorm.blocks import block, undone
 from batchnorm.errors import InputError, StateError, UnknownNameError, closest
 from batchnorm.kernels.contract import Backend, Candidate, Request
 from batchnorm.kernels.native import NATIVE, missing
@@ -133,17 +133,25 @@ def use_backend(name: str) -> Iterator[None]:
         >>> active_backend(x, training=True)
         'torch'
     """
-    global _open
-    with _lock:
-        _open = (*_open, name)
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    before, joined = _forced.get(), False
+
+    def join() -> None:
+        nonlocal joined
+        global _open
         with _lock:
-            last = len(_open) - 1 - _open[::-1].index(name)
-            _open = _open[:last] + _open[last + 1 :]
+            _open, joined = (*_open, name), True
+        _forced.set(name)
+
+    def leave() -> None:
+        nonlocal joined
+        global _open
+        _forced.set(before)
+        with _lock:
+            if joined:
+                last = len(_open) - 1 - _open[::-1].index(name)
+                _open, joined = _open[:last] + _open[last + 1 :], False
+
+    yield from undone(join, leave)
 
 
 def active_backend(

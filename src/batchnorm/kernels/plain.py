@@ -51,6 +51,7 @@ def takes_steps(mean: Tensor, var: Tensor, counters: Counters) -> bool:
         and mean.dtype is var.dtype
         and mean.is_contiguous()
         and var.is_contiguous()
+        and not (mean.is_neg() or var.is_neg())
         and is_counter(counters.batches)
         and is_counter(counters.refused)
     )

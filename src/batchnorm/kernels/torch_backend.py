@@ -81,6 +81,8 @@ def _train(
     known = followed()
     looked_at = exact and not known and _may_lose_digits(input)
     if running_mean is None or running_var is None:
+        if running_mean is not running_var:  # of a small input torch's kernel would update the one that there is
+            raise ValueError("batch_norm: expected both running statistics or neither")
         if not looked_at:
             y = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
         else:
@@ -131,7 +133,7 @@ def _may_lose_digits(input: Tensor) -> bool:
 def _digits_lost(new_mean: Tensor, new_var: Tensor, mean: Tensor, var: Tensor, momentum: float) -> bool:
     """Return whether the batch's mean is too large for its variance in a channel, told by the step that it has made."""
     plain = mean.dtype in (torch.float32, torch.float64) and mean.is_contiguous() and var.is_contiguous()
-    if _at_once is not None and plain:
+    if _at_once is not None and plain and not (mean.is_neg() or var.is_neg()):
         addresses = (t.data_ptr() for t in (new_mean, new_var, mean, var))
         return bool(_at_once(DTYPES[mean.dtype], mean.numel(), *addresses, momentum, _LARGEST_RATIO))
     with torch.no_grad():

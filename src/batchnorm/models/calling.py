@@ -17,7 +17,15 @@ from batchnorm.errors import ArgumentTypeError
 from batchnorm.models.unsynchronized import unsynchronized
 from batchnorm.observers import compiler_stance, eager_stance, set_compiler_stance
 
-__all__ = ["Forward", "below_autograd", "call_on_batch", "call_on_example", "compiled_modules_eager", "fresh_inputs"]
+__all__ = [
+    "EagerUse",
+    "Forward",
+    "below_autograd",
+    "call_on_batch",
+    "call_on_example",
+    "compiled_modules_eager",
+    "fresh_inputs",
+]
 
 Forward: TypeAlias = Callable[[Module, Any], Any]
 
@@ -119,6 +127,24 @@ class _EagerStance:
 
 compiled_modules_eager = _EagerStance()
 """Enter it to run compiled modules eagerly; it may be entered by several threads at once."""
+
+
+class EagerUse:
+    """A use of ``compiled_modules_eager`` by a block; its end may be interrupted, and repeated."""
+
+    def __init__(self) -> None:
+        self._after: int | None = compiled_modules_eager.depth()  # of this thread's uses, those that are left
+
+    def begin(self) -> None:
+        """Enter it."""
+        compiled_modules_eager.__enter__()
+        self._after = None
+
+    def end(self) -> None:
+        """Leave it, if it was entered."""
+        if self._after is None:  # blocks may end in another order than they began in
+            self._after = max(0, compiled_modules_eager.depth() - 1)
+        compiled_modules_eager.leave_to(self._after)
 
 
 def fresh_inputs(example_inputs: Any) -> Any:

@@ -10,6 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from batchnorm.blocks import undone
+from batchnorm.models.transaction import on_failure
+
 __all__ = ["generators_kept"]
 
 
@@ -29,24 +32,35 @@ class _Kept:
     @contextmanager
     def __call__(self, devices: Sequence[int] = ()) -> Iterator[None]:
         """Put the generators of the CPU and of these CUDA devices back after the body."""
-        places = (None, *devices)
         thread = threading.current_thread()
-        with self._lock:
-            before = {place: _state(place) for place in places}
-            if not self._is_used():
-                self._first = {}
-            for place, state in before.items():
-                self._first.setdefault(place, state)
-            depth = self._depths.get(thread, 0)
-            self._depths[thread] = depth + 1
-        try:
-            yield
-        finally:
+        depth = self._depths.get(thread, 0)
+        before: dict[int | None, Tensor] = {}
+        entered = False
+
+        def enter() -> None:
+            nonlocal entered
             with self._lock:
+                before.update({place: _state(place) for place in (None, *devices)})
+                if not self._is_used():
+                    self._first = {}
+                for place, state in before.items():
+                    self._first.setdefault(place, state)
+                entered = True
+                self._depths[thread] = depth + 1
+
+        def leave() -> None:
+            nonlocal entered
+            with self._lock:
+                if not entered:
+                    return
                 self._depths[thread] = depth
                 last = not self._is_used()
                 for place, state in (before | self._first if last else before).items():
                     _set_state(place, state)
+                entered = False  # last: after an interrupt in here it is done again
+
+        on_failure(leave)
+        yield from undone(enter, leave)
 
     def _is_used(self) -> bool:
         return any(depth and thread.is_alive() for thread, depth in self._depths.items())

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
+from batchnorm.blocks import undone
 from batchnorm.files.tensor_memory import bytes_of, without_repeats
 from batchnorm.models.random_state import generators_kept
 from batchnorm.models.transaction import on_failure
@@ -183,11 +184,8 @@ def untouched(model: Module) -> Iterator[None]:
     on_failure(snapshot.restore)
     devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # all that draw_for seeds
     with generators_kept(devices):
-        try:
-            yield
-        finally:
-            try:
-                snapshot.restore()
-            except BaseException:  # a second interrupt, in the middle of it
-                snapshot.restore()
-                raise
+        yield from undone(_nothing, snapshot.restore)
+
+
+def _nothing() -> None:
+    """Change nothing yet: the body does."""

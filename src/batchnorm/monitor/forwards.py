@@ -11,6 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,13 +142,12 @@ class ModuleHooks(ABC):
         with self._lock:
             self.closed = False
             if not self._hooks:
-                self._hooks = [
-                    register_module_forward_pre_hook(self._enter),
-                    register_module_forward_hook(self._leave, always_call=True),
-                ]
+                # map, so that no interrupt can come between a hook and its entry here
+                self._hooks.extend(map(register_module_forward_pre_hook, [self._enter]))
+                self._hooks.extend(map(partial(register_module_forward_hook, always_call=True), [self._leave]))
 
     def close(self) -> None:
-        """Follow no more calls but those that are running in other threads."""
+        """Follow no more calls but those that are running in other threads; after an interrupt it may be repeated."""
         self.closed = True
         if self._local.forward is not None:  # an interrupt has left it
             self._end(self._local.forward)
@@ -260,9 +260,9 @@ class ModuleHooks(ABC):
     def _take_hooks_off(self) -> None:
         with self._lock:
             if self.closed and not self._threads:
-                hooks, self._hooks = self._hooks, []
-                for hook in hooks:
-                    hook.remove()
+                while self._hooks:
+                    self._hooks[-1].remove()
+                    self._hooks.pop()
 
 
 class _Mode(OperatorMode):

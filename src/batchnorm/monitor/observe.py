@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.models.calling import compiled_modules_eager
+from batchnorm.blocks import undone
+from batchnorm.models.calling import EagerUse
+from batchnorm.models.transaction import on_failure
 from batchnorm.monitor.forwards import ModelCall, ModuleHooks, RunningModule
 from batchnorm.monitor.operator_traits import OperatorTraits, traits_of
 from batchnorm.monitor.places import (
@@ -132,11 +134,18 @@ class ModelObserver(ModuleHooks):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch for as long as the context lasts."""
-        with ExitStack() as stack:
-            stack.enter_context(compiled_modules_eager)
-            stack.callback(self.close)
+        eager = EagerUse()
+
+        def begin() -> None:
+            eager.begin()
             self.open()
-            yield
+
+        def end() -> None:
+            self.close()
+            eager.end()
+
+        on_failure(end)
+        yield from undone(begin, end)
 
     # -- modules ---------------------------------------------------------------------------------------------------
 

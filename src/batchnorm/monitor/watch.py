@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 from torch.nn import Module
@@ -170,15 +170,15 @@ class Watch:
         self._by_buffers = reference is None
         self._seen = Observations(known.references, window, every)
         self._observer = ModelObserver(model, norms, known.places, self._seen, functional=functional)
-        self._open: ExitStack | None = None
+        self._open: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> Watch:
         """Begin to watch the calls of the model, in all threads."""
         if self._open is not None:
             raise StateError("watch: this watch is running already; make a second one with batchnorm.watch(model).")
-        stack = ExitStack()
-        stack.enter_context(self._observer.watching())
-        self._open = stack
+        opened = self._observer.watching()
+        opened.__enter__()
+        self._open = opened
         return self
 
     def __exit__(
@@ -189,8 +189,13 @@ class Watch:
         A call that is still running in another thread ends unwatched; the last hook goes with it.
         """
         assert self._open is not None
-        stack, self._open = self._open, None
-        stack.close()
+        try:
+            self._open.__exit__(None, None, None)
+        except BaseException:  # an interrupt as that begins
+            self._open.__exit__(None, None, None)
+            self._open = None
+            raise
+        self._open = None
 
     def reset(self) -> None:
         """Forget all that has been seen, and begin anew; what it is compared with stays."""

@@ -13,7 +13,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Protocol, TypeVar
 
@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from batchnorm.blocks import undone
 from batchnorm.errors import StateError
-from batchnorm.models.calling import compiled_modules_eager
+from batchnorm.models.calling import EagerUse
 from batchnorm.models.preconditions import require_module
+from batchnorm.models.transaction import on_failure
 from batchnorm.nn.select import NormModule, listed, meant_by, named_norms, select_norms
 
 __all__ = [
@@ -161,9 +163,10 @@ def _require_reachable(verb: str, name: str, module: Module) -> None:
         )
 
 
-@contextmanager
 def redirected(rules: Mapping[NormModule, Redirection]) -> Iterator[None]:
     """Let each norm follow its rule, in all threads, within the rules of the blocks around this one.
+
+    It is the body of a block's generator: ``yield from redirected(rules)``, see :func:`batchnorm.blocks.undone`.
 
     Raises:
         StateError: the block is in code that is being compiled, or was.
@@ -171,18 +174,22 @@ def redirected(rules: Mapping[NormModule, Redirection]) -> Iterator[None]:
     if not rules:
         yield
         return
-    with ExitStack() as stack:
+    eager = EagerUse()  # what is compiled already would not notice
+
+    def add() -> None:
         try:
-            stack.enter_context(compiled_modules_eager)  # what is compiled already would not notice
+            eager.begin()
         except RuntimeError as error:
             raise StateError(_COMPILED) from error
-        try:
-            for norm, rule in rules.items():
-                _add(norm, rule)
-            yield
-        finally:
-            for norm, rule in rules.items():
-                _remove(norm, rule)
+        for norm, rule in rules.items():
+            _add(norm, rule)
+
+    def remove() -> None:
+        for norm, rule in rules.items():
+            _remove(norm, rule)
+        eager.end()
+
+    yield from undone(add, remove)
 
 
 @contextmanager
@@ -193,13 +200,17 @@ def overlooked(model: Module, axis: str) -> Iterator[None]:
         for module in model.modules()
         if isinstance(current := module.__dict__.get("forward"), _Redirect)
     ]
-    try:
+
+    def overlook() -> None:
         for current, rules in open_now:
             current.overlooked = (*current.overlooked, *rules)
-        yield
-    finally:
+
+    def follow() -> None:
         for current, rules in open_now:
             current.overlooked = tuple(rule for rule in current.overlooked if rule not in rules)
+
+    on_failure(follow)
+    yield from undone(overlook, follow)
 
 
 def rule_of(norm: Module, axis: str) -> Redirection | None:

@@ -70,8 +70,7 @@ def no_update(model: Module, names: str | Sequence[str] | None = None) -> Iterat
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 1: only the moving averages are left out.
     """
     norms = norms_for("no_update", model, names, lambda norm: not norm.training)
-    with redirected(dict.fromkeys(norms.values(), _NoUpdate())):
-        yield
+    yield from redirected(dict.fromkeys(norms.values(), _NoUpdate()))
 
 
 def _check_use(statistics: str, model: Module, names: str | Sequence[str] | None = None) -> None:
@@ -139,8 +138,7 @@ def use(statistics: str, model: Module, names: str | Sequence[str] | None = None
                     f"use: {name or type(norm).__name__} keeps no running statistics (track_running_stats=False) to "
                     "normalize by. Name other norms."
                 )
-    with redirected(dict.fromkeys(norms.values(), rule)):
-        yield
+    yield from redirected(dict.fromkeys(norms.values(), rule))
 
 
 def held_on_running(norm: Module) -> bool:

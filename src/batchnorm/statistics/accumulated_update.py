@@ -81,8 +81,7 @@ def accumulated_update(model: Module, names: str | Sequence[str] | None = None) 
     for name, norm in norms.items():
         _require_one_process(name, norm)
     rule = _Accumulation()
-    with redirected(dict.fromkeys(norms.values(), rule)):
-        yield
+    yield from redirected(dict.fromkeys(norms.values(), rule))
     rule.commit()
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from batchnorm.blocks import block
+from batchnorm.blocks import block, undone
 from batchnorm.errors import StateError, UnknownNameError, closest
 
 __all__ = ["available_isas", "isa", "library", "missing", "use_isa"]
@@ -88,9 +89,4 @@ def use_isa(name: str) -> Iterator[None]:
         UnknownNameError: this machine or this build does not have it.
     """
     assert library is not None
-    before = isa()
-    library.use_isa(name)
-    try:
-        yield
-    finally:
-        library.use_isa(before)
+    yield from undone(partial(library.use_isa, name), partial(library.use_isa, isa()))
