@@ -1,14 +1,13 @@
 """What is read is what was written, or a sentence says that it is not."""
 
-import copy
 import json
 import struct
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.json_places import paths_in, put
 
 from batchnorm.errors import InputError
 from batchnorm.files.tensor_file import read_tensors, write_tensors
@@ -80,19 +79,6 @@ def test_what_cannot_be_written_is_an_oserror(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [way, *(found for key, item in items for found in places(item, (*way, key)))]
-
-
-def with_other(value: Any, way: tuple[Any, ...], text: str) -> str:
-    changed = place = copy.deepcopy(value)
-    for key in way[:-1]:
-        place = place[key]
-    place[way[-1]] = "@"
-    return json.dumps(changed).replace('"@"', text)
-
-
 OTHERS = ["null", "true", "-1", "1e999", "NaN", str(2**70), '""', r'"\ud800"', '"F4"', '"F8_E8M0"', '"C64"', "[]", "{}"]
 
 
@@ -101,10 +87,10 @@ def test_a_header_in_which_any_part_is_something_else_is_one_sentence(path: Path
     size = struct.unpack("<Q", data[:8])[0]
     header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
     own = json.loads(header["__metadata__"]["batchnorm"])
-    texts = [with_other(header, way, other) for way in places(header)[1:] for other in OTHERS]
-    texts += [with_other(header, ("__metadata__", "batchnorm"), json.dumps(with_other(own, way, other)))
-              for way in places(own)[1:] for other in OTHERS]  # fmt: skip
-    texts += [with_other(header, ("__metadata__", "batchnorm"), json.dumps(text)) for text in (*OTHERS, "[" * 10**5)]
+    texts = [put(header, way, other) for way in paths_in(header)[1:] for other in OTHERS]
+    texts += [put(header, ("__metadata__", "batchnorm"), json.dumps(put(own, way, other)))
+              for way in paths_in(own)[1:] for other in OTHERS]  # fmt: skip
+    texts += [put(header, ("__metadata__", "batchnorm"), json.dumps(text)) for text in (*OTHERS, "[" * 10**5)]
     refused = 0
     for text in texts:
         encoded = text.encode()

@@ -7,23 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.wired import Wired
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.folding.fold import fold
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-class Wired(nn.Module):
-    def __init__(self, run: Callable[[Any, Tensor], Tensor], **modules: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
 
 
 def wired(run: Callable[[Any, Tensor], Tensor], *, positive: bool = True, **modules: nn.Module) -> nn.Module:

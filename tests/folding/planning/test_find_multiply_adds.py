@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from tests.lively import lively
+from tests.wired import Wired
 from torch import nn
 
 import batchnorm
@@ -47,19 +48,6 @@ class DenseNet(nn.Module):
         y = self.a([x])
         z = self.b([x, y])
         return torch.relu(self.last(torch.cat([x, y, z], 1)))
-
-
-class Norms(nn.Module):
-    """Norms of the input, by whatever ``run`` makes of them."""
-
-    def __init__(self, run, **modules: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.run(self, x)
 
 
 def became(result) -> dict[str, str | None]:
@@ -136,7 +124,7 @@ def test_one_relu_behind_several_norms():
     def run(net, x):
         return net.relu(net.two(torch.tanh(net.relu(net.one(x)))))
 
-    net = lively(Norms(run, one=nn.BatchNorm2d(3), two=nn.BatchNorm2d(3), relu=nn.ReLU()))
+    net = lively(Wired(run, one=nn.BatchNorm2d(3), two=nn.BatchNorm2d(3), relu=nn.ReLU()))
     result = fold(net, X, fuse=True)
     assert became(result) == {"one": WITH_RELU, "two": WITH_RELU}
     assert type(result.model.relu) is nn.Identity
@@ -149,7 +137,7 @@ def test_a_relu_that_also_runs_elsewhere_stays():
     def run(net, x):
         return net.relu(net.relu(net.norm(x)) - 1)
 
-    net = lively(Norms(run, norm=nn.BatchNorm2d(3), relu=nn.ReLU()))
+    net = lively(Wired(run, norm=nn.BatchNorm2d(3), relu=nn.ReLU()))
     result = fold(net, X, fuse=True)
     assert became(result) == {"norm": ALONE}
     assert type(result.model.relu) is nn.ReLU
@@ -184,7 +172,7 @@ def hooked() -> nn.Module:
     ],
 )
 def test_an_activation_that_cannot_go_along_stays(run, relu):
-    net = lively(Norms(run, norm=nn.BatchNorm2d(3), relu=relu))
+    net = lively(Wired(run, norm=nn.BatchNorm2d(3), relu=relu))
     result = fold(net, X, fuse=True)
     assert became(result) == {"norm": ALONE}
     assert type(result.model.relu) is type(relu)
@@ -250,7 +238,7 @@ def test_batch_mode_and_alternatives_stay():
         return net.relu(net.bns[0](x)) + net.free(x)
 
     net = lively(
-        Norms(run, bns=nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)]), relu=nn.ReLU(), free=nn.BatchNorm2d(3))
+        Wired(run, bns=nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)]), relu=nn.ReLU(), free=nn.BatchNorm2d(3))
     )
     net.free.train()
     result = fold(net, X, fuse=True)
@@ -268,7 +256,7 @@ def test_a_model_that_looks_at_its_norm_keeps_that_one_only():
     def run(net, x):
         return net.one(x) * net.two.eps + net.two(x)
 
-    net = lively(Norms(run, one=nn.BatchNorm2d(3), two=nn.BatchNorm2d(3), three=nn.Conv2d(3, 3, 1)))
+    net = lively(Wired(run, one=nn.BatchNorm2d(3), two=nn.BatchNorm2d(3), three=nn.Conv2d(3, 3, 1)))
     result = fold(net, X, fuse=True)
     assert became(result) == {"one": ALONE, "two": None}
     assert_same(result, net)

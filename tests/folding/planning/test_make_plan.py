@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.folding.lively_models import lively, randn
+from tests.wired import Wired
 from torch import nn
 
 from batchnorm.dataflow.trace import trace
@@ -12,17 +13,6 @@ from batchnorm.folding.planning.make_plan import make_plan
 from batchnorm.folding.planning.plan import FoldPlan, Options
 
 X = randn(2, 4, 6, 6)
-
-
-class Net(nn.Module):
-    def __init__(self, run, **modules):
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.run = run
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def plan_of(model: nn.Module, options: Options | None = None, **more) -> FoldPlan:
@@ -37,7 +27,7 @@ def chain() -> nn.Module:
 
 
 def branches() -> nn.Module:
-    return Net(lambda m, x: torch.tanh(m.conv(x) + m.bn(x)), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
+    return Wired(lambda m, x: torch.tanh(m.conv(x) + m.bn(x)), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
 
 
 def shared() -> nn.Module:
@@ -47,7 +37,7 @@ def shared() -> nn.Module:
         y = m.a(x)
         return torch.tanh(m.b(m.bn(y)).relu() + m.c(y)), m.bn(y).tanh()
 
-    return Net(run, **layers)
+    return Wired(run, **layers)
 
 
 def recoverable(model: nn.Module) -> nn.Module:
@@ -83,7 +73,7 @@ def test_multiply_adds_are_found_where_that_is_allowed_and_but_for_those_that_ar
 
 
 def test_a_norm_that_does_not_run_is_named() -> None:
-    net = Net(lambda m, x: m.bn(m.conv(x)), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4), spare=nn.BatchNorm2d(8))
+    net = Wired(lambda m, x: m.bn(m.conv(x)), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4), spare=nn.BatchNorm2d(8))
     plan = plan_of(net)
     assert plan.unreached == ("spare",)
     assert [(norm.name, norm.reason) for norm in plan.staying] == [("spare", "The example inputs do not reach it.")]
@@ -118,7 +108,7 @@ def test_what_cannot_be_recovered_is_not_inverted() -> None:
 
 
 def test_a_refusal_beside_a_norm_is_added_to_the_reason_once() -> None:
-    net = Net(lambda m, x: torch.tanh(m.conv(x) * 0 + m.bn(x)), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
+    net = Wired(lambda m, x: torch.tanh(m.conv(x) * 0 + m.bn(x)), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
     (staying,) = plan_of(net).staying
     assert staying.reason.count(" Nor can what it is added to: ") == 1
     assert "is multiplied by zero before the sum" in staying.reason

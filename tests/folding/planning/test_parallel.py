@@ -5,22 +5,12 @@ import copy
 import pytest
 import torch
 from tests.lively import lively
+from tests.wired import Wired
 from torch import nn
 from torch.nn import functional as F
 
 from batchnorm import fold, refold, unfold
 from batchnorm.absorbers.table import ABSORBERS
-
-
-class Wired(nn.Module):
-    def __init__(self, wiring, **modules):
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.wiring = wiring
-
-    def forward(self, x):
-        return self.wiring(self, x)
 
 
 def randn(*shape, seed=0):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.json_places import MISSING, paths_in, put
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -44,24 +45,6 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     return result.model, path
 
 
-def paths_in(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [way, *(found for key, item in items for found in paths_in(item, (*way, key)))]
-
-
-def put(about: Any, way: tuple[Any, ...], text: str) -> str:
-    """Return the data as JSON with another text in one place, or without that place."""
-    changed = value = copy.deepcopy(about)
-    for key in way[:-1]:
-        value = value[key]
-    if text == MISSING:
-        del value[way[-1]]
-        return json.dumps(changed)
-    value[way[-1]] = "@"
-    return json.dumps(changed).replace('"@"', text)
-
-
-MISSING = "missing"
 FEW = [MISSING, "null", "true", "-1", "1e999", '""', "[]", "{}"]
 MANY = ["1.5", "NaN", str(2**40), '".."', '"no.such"', '"0"', '"load"',
           r'"\ud800"', '["0"]', '{"0": "1"}']  # fmt: skip
