@@ -199,13 +199,13 @@ class OperatorMode(dispatch.TorchDispatchMode):
     """A dispatch mode of this library: torch's, which keeps the compiler from compiling the mode's own code.
 
     torch's base class loads the compiler for that when the first operator is met: two seconds, also in a program that
-    compiles nothing. This one sees whether it is loaded.
+    compiles nothing. This one sees whether it is loaded; a mode that asks for no guard has none.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
         own = cls.__dict__.get("__torch_dispatch__")
         super().__init_subclass__(**options)  # type: ignore[no-untyped-call]
-        if own is None:
+        if own is None or not cls._should_skip_dynamo():
             return
         never_compiled = cls.__torch_dispatch__
 

@@ -246,13 +246,12 @@ class _Function:
         self._is_root = values is not None
         args = node.args
         positional = [*args.posonlyargs, *args.args]
-        ignored = {positional[0].arg} if positional else set()
+        owner = {positional[0].arg} if positional else set()
         defaulted = {arg.arg for arg in positional[len(positional) - len(args.defaults) :]}
         defaulted |= {arg.arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default}
-        if values is None:  # the model's own code calls it, always without these, or as it does here
-            ignored |= defaulted
+        # the model's own code calls another function, always without these, or as it does here
+        ignored = owner if self._is_root else owner | defaulted
         self._fixed = {name for name in defaulted if len((values or {}).get(name, ())) == 1}
-        owner = {positional[0].arg} if positional else set()
         names = {*code.co_varnames, *code.co_cellvars}
         self._names = names - ignored - _read_from(owner, node, names)
         # what a model keeps for each device is the same on each: no other inputs lead there

@@ -5,13 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch.nn.modules.module import (
     _global_forward_hooks_with_kwargs,
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
+from batchnorm.blocks import undone
 from batchnorm.models.transaction import on_failure
 
 __all__ = ["module_hooks"]
@@ -29,7 +32,12 @@ def module_hooks(enter: Callable[..., None], leave: Callable[..., None], *, kwar
         leave: takes the module, its positional arguments, its keyword arguments if ``kwargs``, and its output.
         kwargs: see ``leave``.
     """
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, with_kwargs=kwargs)]
+    handles: list[RemovableHandle] = []
+
+    def hook() -> None:
+        # map, so that no interrupt can come between a hook and its handle here
+        handles.extend(map(register_module_forward_pre_hook, [enter]))
+        handles.extend(map(partial(register_module_forward_hook, with_kwargs=kwargs), [leave]))
 
     def unhook() -> None:
         for handle in handles:
@@ -38,9 +46,6 @@ def module_hooks(enter: Callable[..., None], leave: Callable[..., None], *, kwar
             _global_forward_hooks_with_kwargs.pop(handle.id, None)
 
     on_failure(unhook)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
-            yield
-    finally:
-        unhook()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+        yield from undone(hook, unhook)
